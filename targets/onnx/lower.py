@@ -1,0 +1,138 @@
+"""Program → ONNX through torch's dynamo exporter, with metadata that names a machine or torch's internals taken out.
+
+One file up to :data:`EXTERNAL_ABOVE_BYTES` of weights; above it the weights lie in ``weights.bin`` beside the graph, where a
+runtime maps them instead of parsing them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx_ir
+import torch
+
+from vlexport.core.artifact import Signature
+from vlexport.core.errors import CapabilityError
+from vlexport.ir import dialect, provenance
+from vlexport.ir.exported import exported_from_program
+from vlexport.ir.program import Program
+
+EXTERNAL_ABOVE_BYTES = 256 << 20
+MAIN_FILE = "main.onnx"
+WEIGHTS_FILE = "weights.bin"
+_DROPPED = ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node", "namespace", "pkg.torch.onnx.class_hierarchy")
+_PRODUCER = "vlexport"
+
+
+def onnx_from_program(program: Program, *, opset: int) -> onnx_ir.Model:
+    """Lower without optimising beyond the exporter's own clean-up.
+
+    Args:
+        program: In the dialect.
+        opset: Version of the standard domain.
+
+    Raises:
+        CapabilityError: VLX0503 naming the operator, its module path and source line.
+    """
+    signature = program.signature
+    exported = exported_from_program(program)
+    with _quiet():
+        try:
+            made = torch.onnx.export(
+                exported,
+                dynamo=True,
+                opset_version=opset,
+                input_names=[s.name for s in signature.inputs],
+                output_names=[s.name for s in signature.outputs],
+                dynamic_shapes=_dynamic_shapes(signature),
+                external_data=False,
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise _refused(program, error) from error
+    assert made is not None
+    return _anonymous(made.model)
+
+
+def write_plain_export(program: Program, folder: Path) -> Path:
+    """What a user gets from ``torch.onnx.export(dynamo=True)`` with its defaults, of the same captured graph."""
+    folder.mkdir(parents=True, exist_ok=True)
+    signature = program.signature
+    with _quiet():
+        made = torch.onnx.export(
+            exported_from_program(program),
+            dynamo=True,
+            input_names=[s.name for s in signature.inputs],
+            output_names=[s.name for s in signature.outputs],
+            dynamic_shapes=_dynamic_shapes(signature),
+            verbose=False,
+        )
+    assert made is not None
+    made.save(folder / MAIN_FILE)
+    return folder / MAIN_FILE
+
+
+def write_onnx(model: onnx_ir.Model, folder: Path) -> Path:
+    """Write a model as ``main.onnx`` (and ``weights.bin`` when large); returns the main file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    external = WEIGHTS_FILE if size > EXTERNAL_ABOVE_BYTES else None
+    onnx_ir.save(model, folder / MAIN_FILE, external_data=external)
+    return folder / MAIN_FILE
+
+
+def _dynamic_shapes(signature: Signature) -> tuple[dict[int, str], ...]:
+    return tuple({i: d for i, d in enumerate(s.shape) if isinstance(d, str)} for s in signature.inputs)
+
+
+def _anonymous(model: onnx_ir.Model) -> onnx_ir.Model:
+    """Drop what names paths, FX nodes or the moment of export; module paths stay in ``name_scopes``."""
+    model.producer_name, model.producer_version = _PRODUCER, None
+    model.graph.name = "main"
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    graphs = [model.graph, *(f.graph for f in model.functions.values())]
+    for graph in graphs:
+        for node in onnx_ir.traversal.RecursiveGraphIterator(graph):
+            for key in _DROPPED:
+                node.metadata_props.pop(key, None)
+            for value in node.outputs:
+                value.metadata_props.clear()
+        for value in (*graph.inputs, *getattr(graph, "initializers", {}).values()):
+            value.metadata_props.clear()
+    return model
+
+
+def _refused(program: Program, error: Exception) -> CapabilityError:
+    text = str(error)
+    node = next((n for n in program.calls() if dialect.op_name(n) in text or dialect.is_opaque(n)), None)
+    reason = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    cause = error.__cause__
+    while cause is not None and cause.__cause__ is not None:
+        cause = cause.__cause__
+    if cause is not None and str(cause).strip():
+        reason = str(cause).strip().splitlines()[0]
+    return CapabilityError(
+        "VLX0503", f"ONNX cannot express the program: {reason}",
+        where=provenance.describe(node) if node is not None else "",
+        hint="rewrite that operator in the model, or export the part before and after it",
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter prints progress and warns about its own internals."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

@@ -1,0 +1,58 @@
+"""vlexport: trained PyTorch vision models become verified, measured deployment bundles.
+
+Public names are loaded when they are used: importing the package imports neither torch nor a runtime.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "BuildConfig": "vlexport.core.config",
+    "ProfileConfig": "vlexport.stages.profile",
+    "ValidateConfig": "vlexport.stages.validate",
+    "VlexportError": "vlexport.core.errors",
+    "build": "vlexport.stages.build",
+    "load": "vlexport.stages.run",
+    "profile": "vlexport.stages.profile",
+    "save": "vlexport.frontends.save",
+    "validate": "vlexport.stages.validate",
+    "verify": "vlexport.stages.verify",
+}
+
+__all__ = [
+    "BuildConfig",
+    "ProfileConfig",
+    "ValidateConfig",
+    "VlexportError",
+    "__version__",
+    "build",
+    "load",
+    "profile",
+    "save",
+    "validate",
+    "verify",
+]
+
+if TYPE_CHECKING:
+    from vlexport.core.config import BuildConfig
+    from vlexport.core.errors import VlexportError
+    from vlexport.frontends.save import save
+    from vlexport.stages.build import build
+    from vlexport.stages.profile import ProfileConfig, profile
+    from vlexport.stages.run import load
+    from vlexport.stages.validate import ValidateConfig, validate
+    from vlexport.stages.verify import verify
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'vlexport' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,5 @@
+"""``python -m vlexport``."""
+
+from vlexport.cli.main import entry
+
+entry()

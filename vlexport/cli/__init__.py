@@ -1,0 +1,1 @@
+"""The command line. One thin file a command group; stages do the work."""

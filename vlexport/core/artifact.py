@@ -1,0 +1,136 @@
+"""Artifact and Session: what a target makes, and what runs it. No torch.
+
+A :class:`Session` is opened from an :class:`Artifact` alone, on a machine that may never have seen the model.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field
+
+Array = npt.NDArray[Any]
+Timing = Literal["real", "emulated", "none"]
+
+
+class Frozen(BaseModel):
+    """Base of all typed data that passes between stages: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TensorSpec(Frozen):
+    """One input or output: its public name, dtype and shape.
+
+    Attributes:
+        name: The argument of ``forward``, or the key of the output.
+        dtype: A numpy dtype name (``float32``, ``int64``, ``bool``).
+        shape: Integers for fixed dims, names for dynamic ones.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def problem(self, array: Array) -> str:
+        """Why ``array`` does not fit, or an empty string. Named dims accept any size ≥ 1."""
+        if array.dtype != np.dtype(self.dtype):
+            return f"dtype is {array.dtype}, {self.dtype} is wanted"
+        shown = "×".join(str(d) for d in self.shape)
+        if array.ndim != len(self.shape):
+            return f"shape is {'×'.join(map(str, array.shape)) or 'scalar'}, {shown} is wanted"
+        for have, want in zip(array.shape, self.shape, strict=True):
+            if (isinstance(want, int) and have != want) or have < 1:
+                return f"shape is {'×'.join(map(str, array.shape))}, {shown} is wanted"
+        return ""
+
+
+class DimRange(Frozen):
+    """The sizes a named dynamic dim may take.
+
+    Attributes:
+        min: Smallest size, inclusive.
+        max: Largest size, inclusive; ``None`` means unbounded.
+        opt: The size that the artifact is tuned and measured for.
+    """
+
+    min: int = 1
+    max: int | None = None
+    opt: int = 1
+
+
+class Signature(Frozen):
+    """The public face of a graph: what goes in, what comes out, which dims are dynamic.
+
+    Attributes:
+        inputs: In the order of ``forward``'s arguments.
+        outputs: In the order of the returned structure, flattened.
+        dims: Every dynamic dim named in a shape of ``inputs``.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    dims: dict[str, DimRange] = Field(default_factory=dict)
+
+
+class Artifact(Frozen):
+    """A lowered model on disk and all that is needed to open it.
+
+    Attributes:
+        target: Id of the target that made it (``onnxruntime``).
+        path: Its main file, relative to the folder it lies in.
+        inputs: Specs of the inputs, in ``forward``'s order.
+        outputs: Specs of the outputs.
+        session_options: Options recorded for opening it (threads, optimisation level).
+    """
+
+    target: str
+    path: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    session_options: dict[str, str | int | float | bool] = Field(default_factory=dict)
+
+
+class Session(abc.ABC):
+    """A loaded artifact. Options are fixed at open; not thread-safe: open one session per thread.
+
+    ``timing`` says whether a time measured on it means anything: ``real``, ``emulated`` (right numbers, wrong
+    speed) or ``none``. Profiling and every search refuse a session whose timing is not real.
+    """
+
+    timing: Timing = "none"
+
+    def __init__(self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
+        self.inputs = inputs
+        self.outputs = outputs
+
+    @abc.abstractmethod
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once. Arrays are keyed by spec name.
+
+        Raises:
+            InputError: VLX0507 when an input is missing, unknown or does not fit its spec.
+        """
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Free the runtime's memory; calling it twice is harmless."""
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def artifact_file(folder: Path, artifact: Artifact) -> Path:
+    """The artifact's main file inside ``folder``."""
+    return folder / artifact.path

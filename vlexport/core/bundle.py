@@ -1,0 +1,140 @@
+"""Reading a bundle safely: schema, digest, file hashes, and paths that never leave the folder. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from pydantic import ValidationError
+
+from vlexport.core.bundle_schema import BUNDLE_SCHEMA, Bundle, FileRecord, digest_of
+from vlexport.core.errors import BundleError, GateError
+
+BUNDLE_FILE = "bundle.json"
+ARTIFACT_FOLDER = "artifact"
+GOLDEN_FOLDER = "golden"
+RECIPE_FILE = "recipe.toml"
+MEASURED_FOLDER = "measured"
+_CHUNK = 1 << 20
+_MAX_BUNDLE_FILE = 64 << 20
+
+
+def read_bundle(folder: Path) -> Bundle:
+    """``bundle.json`` of a bundle, its digest checked.
+
+    Raises:
+        BundleError: VLX0601 no bundle, VLX0603 a later version, VLX0605 a path that leaves the bundle.
+        GateError: VLX0602 when ``bundle.json`` does not fit its own digest.
+    """
+    file = folder / BUNDLE_FILE
+    if not file.is_file():
+        raise BundleError(
+            "VLX0601",
+            "this is no bundle: it has no bundle.json",
+            where=str(folder),
+            hint="name the folder that `vlexport build` wrote",
+        )
+    if file.stat().st_size > _MAX_BUNDLE_FILE:
+        raise BundleError("VLX0601", "bundle.json is too large to be one", where=str(folder))
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        version = values["schema_version"]
+        if not isinstance(version, int):
+            raise ValueError("schema_version is no integer")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BundleError(
+            "VLX0601", f"bundle.json cannot be read: {error}", where=str(folder), hint="build it again"
+        ) from error
+    if version > BUNDLE_SCHEMA:
+        raise BundleError(
+            "VLX0603", f"the bundle has schema {version}, this vlexport reads up to {BUNDLE_SCHEMA}", where=str(folder),
+            hint="update vlexport",
+        )  # fmt: skip
+    try:
+        bundle = Bundle.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise BundleError(
+            "VLX0601", f"bundle.json is wrong at {name}: {first['msg'].lower()}", where=str(folder)
+        ) from error
+    if digest_of(bundle) != bundle.digest:
+        raise _altered(folder, "bundle.json does not fit its digest")
+    paths = [*bundle.files]
+    for component in bundle.components.values():
+        paths += [f"{ARTIFACT_FOLDER}/{component.artifact.path}", component.golden.inputs, component.golden.outputs]
+    for path in paths:
+        inside(folder, path)
+    return bundle
+
+
+def inside(folder: Path, path: str) -> Path:
+    """``folder / path`` if it stays inside, without following links.
+
+    Raises:
+        BundleError: VLX0605.
+    """
+    parts = PurePosixPath(path)
+    plain = bool(path) and not parts.is_absolute() and ".." not in parts.parts and "\\" not in path and "\0" not in path
+    joined = folder.joinpath(*parts.parts) if plain else folder
+    steps = [folder.joinpath(*parts.parts[: i + 1]) for i in range(len(parts.parts))] if plain else []
+    if not plain or any(step.is_symlink() for step in steps):
+        raise BundleError(
+            "VLX0605", f"the path {path!r} leaves the bundle", where=str(folder), hint="do not use this bundle"
+        )
+    return joined
+
+
+def check_files(folder: Path, bundle: Bundle) -> None:
+    """Compare every recorded file with its hash.
+
+    Raises:
+        GateError: VLX0602 naming the first file that is missing, was altered, or is not recorded.
+    """
+    for path, record in bundle.files.items():
+        file = inside(folder, path)
+        if not file.is_file():
+            raise _altered(folder, f"{path} is missing")
+        if file.stat().st_size != record.size_bytes or file_record(file).sha256 != record.sha256:
+            raise _altered(folder, f"{path} was altered")
+    for part in (ARTIFACT_FOLDER, GOLDEN_FOLDER):
+        for file in sorted((folder / part).rglob("*")):
+            name = file.relative_to(folder).as_posix()
+            if not file.is_dir() and name not in bundle.files:
+                raise _altered(folder, f"{name} is not recorded in bundle.json")
+
+
+def file_record(file: Path) -> FileRecord:
+    """Hash and size of a file."""
+    digest = hashlib.sha256()
+    size = 0
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+    return FileRecord(sha256=digest.hexdigest(), size_bytes=size)
+
+
+def recorded_files(folder: Path) -> Iterator[tuple[str, FileRecord]]:
+    """Every file of ``artifact/``, ``golden/`` and ``assets/``, and the recipe, with its record."""
+    for part in (ARTIFACT_FOLDER, "assets", GOLDEN_FOLDER):
+        for file in sorted((folder / part).rglob("*")):
+            if file.is_file():
+                yield file.relative_to(folder).as_posix(), file_record(file)
+    yield RECIPE_FILE, file_record(folder / RECIPE_FILE)
+
+
+def size_bytes(bundle: Bundle) -> int:
+    """Bytes of the artifact, all its files."""
+    return sum(r.size_bytes for path, r in bundle.files.items() if path.startswith(f"{ARTIFACT_FOLDER}/"))
+
+
+def _altered(folder: Path, what: str) -> GateError:
+    return GateError(
+        "VLX0602",
+        f"the bundle was altered: {what}",
+        where=str(folder),
+        hint="build it again, or fetch it again from its source",
+    )

@@ -1,0 +1,325 @@
+"""What lies in a bundle and in its reports, as typed data. Schema v1; no torch.
+
+Readers accept earlier versions and refuse later ones in words. ``artifact/``, ``golden/``, ``bundle.json`` and the recipe
+hold no time, host, path or measurement; measurements live in ``measured/``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import Field
+
+from vlexport.core.artifact import Artifact, DimRange, Frozen, Signature, TensorSpec
+from vlexport.core.numerics import OutputFidelity
+from vlexport.core.preprocess import Preprocess
+from vlexport.core.verdict import Measured, Verdict
+
+BUNDLE_SCHEMA = 1
+REPORT_SCHEMA = 1
+Proof = Literal["identical", "float32", "float64", "unproved", "off"]
+
+
+class Change(Frozen):
+    """What one application of a pass did.
+
+    Attributes:
+        what: One phrase (``batch norm folded into conv2d``).
+        where: Module paths concerned.
+        saved_nodes: Calls fewer than before.
+        saved_parameters: Tensor elements fewer than before.
+        saved_macs: Multiply-accumulates fewer than before.
+    """
+
+    what: str
+    where: tuple[str, ...] = ()
+    saved_nodes: int = 0
+    saved_parameters: int = 0
+    saved_macs: int = 0
+
+
+class ChangeSummary(Frozen):
+    """All changes of one pass with the same ``what``."""
+
+    what: str
+    count: int
+    where: tuple[str, ...]
+    saved_nodes: int
+    saved_parameters: int
+    saved_macs: int
+
+
+class NearMissRecord(Frozen):
+    """A place where a pass nearly applied: pattern, node (operator, module path, source line) and the reason."""
+
+    pattern: str
+    node: str
+    reason: str
+
+
+class GateRecord(Frozen):
+    """The numeric gate's finding after one pass.
+
+    Attributes:
+        worst: Largest ``max|a−b| / max|b|`` over outputs and probes, rounded to one digit.
+        proof: ``identical`` (nothing changed), ``float32`` (within the bound), ``float64`` (above it, and proven to be
+            rounding in float64), ``unproved`` (above it, model too large for the float64 run), ``off``.
+        probes: Number of probes compared.
+    """
+
+    worst: float
+    proof: Proof
+    probes: int
+
+
+class PassRecord(Frozen):
+    """One pass of a build."""
+
+    name: str
+    stage: str
+    effect: str
+    options: dict[str, Any]
+    changes: tuple[ChangeSummary, ...]
+    near_misses: tuple[NearMissRecord, ...]
+    gate: GateRecord
+
+
+class CostRecord(Frozen):
+    """MACs at opt dims and batch 1, parameters and bytes of the graph that was lowered; ``opaque`` ops count nothing."""
+
+    macs: int
+    parameters: int
+    size_bytes: int
+    opaque: tuple[str, ...] = ()
+
+
+class Golden(Frozen):
+    """Golden vectors of one component: relative file names and the bound for ``max|a−b| / max|b|``."""
+
+    inputs: str
+    outputs: str
+    tolerance: float
+
+
+class Component(Frozen):
+    """One graph of a bundle.
+
+    Attributes:
+        artifact: What the target made; its path is relative to ``artifact/``.
+        dims: Ranges of the dynamic dims.
+        preprocess: Input name → how an image becomes that input.
+        labels: Class names by index of the first output, if known.
+        golden: Its golden vectors.
+        passes: What was done to the graph, in order.
+        cost: What one run costs.
+    """
+
+    artifact: Artifact
+    dims: dict[str, DimRange]
+    preprocess: dict[str, Preprocess]
+    labels: tuple[str, ...]
+    golden: Golden
+    passes: tuple[PassRecord, ...]
+    cost: CostRecord
+
+
+class FileRecord(Frozen):
+    """Content of one file of the bundle."""
+
+    sha256: str
+    size_bytes: int
+
+
+class Bundle(Frozen):
+    """``bundle.json``.
+
+    Attributes:
+        schema_version: Version of this schema.
+        vlexport: Version of the tool that wrote it.
+        state: ``built``, or ``verified`` when the golden check passed on the machine that built it.
+        target: Id of the target.
+        precision: Precision of the artifact.
+        source_hash: SHA-256 of the model file's content; never its path.
+        components: Name → graph; the single one is called ``main``.
+        edges: ``(component.output, component.input)`` pairs.
+        tools: Versions of what took part.
+        instruction_set: What the building machine's processor offers; results may differ slightly on another.
+        compatibility: Facts that a device can be checked against before it opens the artifact.
+        files: Path inside the bundle → content, for everything the promise of identical bytes covers.
+        digest: SHA-256 of this object's canonical JSON without this field. Detects accident, not an attacker.
+    """
+
+    schema_version: int = BUNDLE_SCHEMA
+    vlexport: str
+    state: Literal["built", "verified"]
+    target: str
+    precision: str
+    device_profile: str
+    source_hash: str
+    components: dict[str, Component]
+    edges: tuple[tuple[str, str], ...] = ()
+    tools: dict[str, str]
+    instruction_set: tuple[str, ...]
+    compatibility: dict[str, str]
+    files: dict[str, FileRecord]
+    digest: str = ""
+
+    @property
+    def main(self) -> Component:
+        """The single component, or the first one."""
+        return self.components.get("main") or next(iter(self.components.values()))
+
+    def signature(self) -> Signature:
+        """Inputs, outputs and dims of the main component."""
+        return Signature(inputs=self.main.artifact.inputs, outputs=self.main.artifact.outputs, dims=self.main.dims)
+
+
+class Machine(Frozen):
+    """Where something was measured. No host or user name."""
+
+    cpu: str
+    instruction_set: tuple[str, ...]
+    cores: int
+    system: str
+    python: str
+
+
+class AccuracyResult(Frozen):
+    """Accuracy on labelled samples, percent and percentage points, with 95 % intervals.
+
+    Attributes:
+        samples: Number of samples.
+        top1: Top-1 accuracy with its exact (Clopper-Pearson) interval.
+        top5: Top-5 accuracy; None with five classes or fewer.
+        reference_top1: The reference's, where there is one.
+        drop: Reference minus ours, paired, with Tango's score interval.
+        majority: Share of the commonest class.
+    """
+
+    samples: int
+    top1: float
+    top1_low: float
+    top1_high: float
+    top5: float | None = None
+    reference_top1: float | None = None
+    reference_top5: float | None = None
+    drop: float | None = None
+    drop_low: float | None = None
+    drop_high: float | None = None
+    majority: float = 0.0
+
+
+class Disagreement(Frozen):
+    """A sample whose top-1 differs from the reference's.
+
+    Attributes:
+        sample: Its id.
+        reference: The reference's class index.
+        ours: Ours.
+        margin: Reference's best score minus its second, over its largest absolute score.
+        close: The margin is within 10 × the golden tolerance: rounding may decide it.
+    """
+
+    sample: str
+    reference: int
+    ours: int
+    margin: float
+    close: bool
+
+
+class LatencyResult(Frozen):
+    """Latency of one artifact, and against a baseline where one was given.
+
+    Attributes:
+        p50_ms: Median over all runs at batch 1 (opt dims), milliseconds.
+        baseline_p50_ms: The same of the baseline.
+        ratio: Median over rounds of baseline p50 / our p50; above 1 is faster.
+        ratio_low: Lower bound of the ratio's 95 % interval (of its range, where there are too few rounds for one).
+        rounds: Rounds whose control held.
+        repeated: Rounds thrown away because the baseline drifted by more than 5 %.
+        verdict: ``faster``, ``slower``, ``no difference shown``, ``too noisy to tell``, ``quick`` (too few rounds for an
+            interval) or ``alone`` (nothing to compare with).
+    """
+
+    p50_ms: float
+    load_ms: float
+    runs: int
+    threads: int
+    baseline: str = ""
+    baseline_p50_ms: float | None = None
+    baseline_load_ms: float | None = None
+    baseline_size_bytes: int | None = None
+    ratio: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+    rounds: int = 0
+    repeated: int = 0
+    verdict: str = "alone"
+
+
+class Report(Frozen):
+    """``report.json``: what was measured on one machine, on one day.
+
+    Attributes:
+        reference: What the artifact was compared with (``source program``, ``model``, a bundle's digest) or empty.
+        notes: What the reader should know.
+        disagreements: Samples whose top-1 differs from the reference's, at most 100.
+    """
+
+    schema_version: int = REPORT_SCHEMA
+    vlexport: str
+    date: str
+    bundle_digest: str
+    target: str
+    precision: str
+    machine: Machine
+    size_bytes: int
+    cost: CostRecord
+    reference: str = ""
+    samples: int = 0
+    accuracy: AccuracyResult | None = None
+    fidelity: dict[str, OutputFidelity] = Field(default_factory=dict)
+    measured: tuple[Measured, ...] = ()
+    disagreements: tuple[Disagreement, ...] = ()
+    latency: LatencyResult | None = None
+    verdicts: tuple[Verdict, ...] = ()
+    passes: tuple[PassRecord, ...] = ()
+    stage_seconds: dict[str, float] = Field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def canonical_json(value: Any) -> str:
+    """The one spelling of a JSON value: sorted keys, no spaces, no NaN, a final newline is not part of it."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest_of(bundle: Bundle) -> str:
+    """SHA-256 of the canonical JSON without the ``digest`` field."""
+    payload = bundle.model_dump(mode="json", exclude={"digest"})
+    return hashlib.sha256(canonical_json(payload).encode()).hexdigest()
+
+
+__all__ = [
+    "AccuracyResult",
+    "Artifact",
+    "Bundle",
+    "Change",
+    "ChangeSummary",
+    "Component",
+    "CostRecord",
+    "FileRecord",
+    "GateRecord",
+    "Golden",
+    "LatencyResult",
+    "Machine",
+    "NearMissRecord",
+    "OutputFidelity",
+    "PassRecord",
+    "Proof",
+    "Report",
+    "TensorSpec",
+    "canonical_json",
+    "digest_of",
+]

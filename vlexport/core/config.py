@@ -1,0 +1,157 @@
+"""The one model behind flags, help texts, recipe keys and the Python API of a build.
+
+A field's metadata says how it travels: ``flags`` are its spellings on the command line, ``recipe`` whether the resolved
+recipe records it. What names a place on this machine (model, data, output) is never recorded.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vlexport.core.errors import UsageError, nearest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "auto"]
+
+
+def _option(default: Any, help_text: str, *flags: str, recipe: bool = True, **limits: Any) -> Any:
+    extra: dict[str, Any] = {"flags": list(flags), "recipe": recipe}
+    return Field(default=default, description=help_text, json_schema_extra=extra, **limits)
+
+
+class BuildConfig(BaseModel):
+    """All that decides a build. Immutable; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = _option(..., "Model file: an archive of vlexport.save, or weights with --arch.", recipe=False)
+    target: str = _option("onnxruntime", "Runtime to build for.", "--target", "-t")
+    output: str | None = _option(
+        None, "Bundle folder to write. Default: MODEL's name + .bundle.", "--output", "-o", recipe=False
+    )
+    device_profile: str = _option("this", "Device profile to build for.", "--for")
+    precision: Precision | None = _option(
+        None, "Precision; the target's default is printed with its reason.", "--precision"
+    )
+    calib: str | None = _option(
+        None, "Unlabelled samples; one of them probes the numeric gate.", "--calib", recipe=False
+    )
+    data: str | None = _option(
+        None, "Evaluation samples: class folders, images, .npz or FILE.py:FUNCTION.", "--data", recipe=False
+    )
+    gate: tuple[str, ...] = _option((), 'Repeatable "METRIC OP VALUE", as "drop<=0.5"; judges only.', "--gate")
+    max_drop: float | None = _option(
+        None, "Largest drop of top-1 in points; same as --gate drop<=P here.", "--max-drop", ge=0
+    )
+    input: tuple[str, ...] = _option((), "Repeatable NAME=SHAPE[:dtype] for --arch, as image=1x3x224x224.", "--input")
+    preprocess: str | None = _option(
+        None, "How an image becomes the input: timm:NAME or resize=…,crop=….", "--preprocess"
+    )
+    arch: str | None = _option(None, "Architecture for weights: timm:NAME or FILE.py:FACTORY.", "--arch", recipe=False)
+    options: dict[str, str] = _option({}, "Repeatable SCOPE.NAME=VALUE: any option of a pass or target.", "--set")
+    numeric_gate: bool = _option(True, "Check the numbers after every pass.", "--numeric-gate/--no-gate")
+    profile: bool = _option(True, "Measure latency quickly after the build.", "--profile/--no-profile", recipe=False)
+    threads: int = _option(0, "Threads for every runtime; 0 means all cores.", "--threads", ge=0, recipe=False)
+    seed: int = _option(0, "Seed of probes and golden vectors.", "--seed", ge=0)
+    force: bool = _option(False, "Replace an existing bundle.", "--force", recipe=False)
+
+    def recipe(self) -> str:
+        """The resolved recipe as TOML: everything that decides the artifact, nothing that names a place."""
+        kept = {
+            name: getattr(self, name)
+            for name, field in type(self).model_fields.items()
+            if _extra(field)["recipe"] and getattr(self, name) is not None
+        }
+        kept = {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
+        return tomli_w.dumps({"vlexport_recipe": 1, **kept})
+
+    def scoped_options(self, scope: str) -> dict[str, str]:
+        """Options given as ``--set SCOPE.NAME=VALUE`` for one pass or target."""
+        prefix = f"{scope}."
+        return {k.removeprefix(prefix): v for k, v in self.options.items() if k.startswith(prefix)}
+
+
+def _extra(field: Any) -> dict[str, Any]:
+    return dict(field.json_schema_extra or {})
+
+
+def flags_of(name: str) -> list[str]:
+    """Command-line spellings of a field of :class:`BuildConfig`."""
+    return list(_extra(BuildConfig.model_fields[name])["flags"])
+
+
+def config_from(values: Mapping[str, Any], *, recipe: Path | None = None) -> BuildConfig:
+    """A config from plain values laid over a recipe.
+
+    Args:
+        values: Field → value; those that are None or empty leave the recipe's.
+        recipe: TOML file.
+
+    Raises:
+        UsageError: VLX0705 for a recipe that is not understood, VLX0703 for a value that is.
+    """
+    base = read_recipe(recipe) if recipe is not None else {}
+    merged = {**base, **{k: v for k, v in values.items() if v not in (None, (), {})}}
+    try:
+        return BuildConfig.model_validate(merged)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(p) for p in first["loc"])
+        flag = next(iter(flags_of(name)), name) if name in BuildConfig.model_fields else name
+        raise UsageError(
+            "VLX0703", f"{flag}: {first['msg'].lower()}", where=flag, hint="see `vlexport build --help`"
+        ) from error
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Values of a recipe file.
+
+    Raises:
+        UsageError: VLX0705 naming the key and the nearest known one.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError("VLX0705", f"the recipe cannot be read: {error}", where=str(path)) from error
+    if values.pop("vlexport_recipe", 1) != 1:
+        raise UsageError(
+            "VLX0705", "the recipe was written by a later version", where=str(path), hint="update vlexport"
+        )
+    allowed = [n for n, f in BuildConfig.model_fields.items() if _extra(f)["recipe"]]
+    for key in values:
+        if key not in allowed:
+            raise UsageError(
+                "VLX0705", f"a recipe has no key '{key}'{nearest(key, allowed)}", where=str(path),
+                hint=f"known: {', '.join(allowed)}",
+            )  # fmt: skip
+    return values
+
+
+def options_from_text(pairs: tuple[str, ...] | list[str]) -> dict[str, str]:
+    """``SCOPE.NAME=VALUE`` texts as a dict.
+
+    Raises:
+        UsageError: VLX0703.
+    """
+    found = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator or "." not in key:
+            raise UsageError(
+                "VLX0703", f"--set {pair} is not SCOPE.NAME=VALUE", where="--set", hint="as --set onnxruntime.opset=20"
+            )
+        found[key.strip()] = value.strip()
+    return found
+
+
+PRECISIONS: tuple[str, ...] = get_args(Precision)

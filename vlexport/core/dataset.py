@@ -1,0 +1,164 @@
+"""A sample, and a dataset: a lazy, restartable, checked sequence of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vlexport.core.artifact import Array, TensorSpec
+from vlexport.core.errors import DataError, nearest
+from vlexport.core.preprocess import guess_spec
+
+Label = int | Array | dict[str, Any] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One sample.
+
+    Attributes:
+        id: Path below the data folder with ``/``, or ``#<index>``.
+        inputs: Input name → array of the input's dtype and of its shape without the batch dim.
+        label: Class index; or an array or dict for other tasks; or None.
+    """
+
+    id: str
+    inputs: dict[str, Array]
+    label: Label = None
+
+
+class Dataset:
+    """Samples in a fixed order. Each ``iter()`` starts anew and reads samples as they are asked for.
+
+    Iterating raises:
+        DataError: VLX0203 a photo cannot be read, VLX0204 a float input holds NaN or infinity, VLX0205 an input is
+            missing or of another dtype or shape, VLX0208 a label is not the model's, VLX0209 the user's function
+            fails, VLX0210 a label is missing although the first sample has one. Each names the sample.
+
+    Attributes:
+        kind: ``class-folders``, ``photos``, ``npz`` or ``function``.
+        labelled: Whether samples have labels.
+        classes: Names of the classes that occur, sorted; empty unless the data names them.
+    """
+
+    def __init__(
+        self,
+        *,
+        kind: str,
+        count: Callable[[], int],
+        read: Callable[[], Iterator[Sample]],
+        inputs: Sequence[TensorSpec],
+        labelled: bool,
+        labels: Sequence[str] | None,
+        classes: tuple[str, ...] = (),
+    ) -> None:
+        self.kind = kind
+        self.labelled = labelled
+        self.classes = classes
+        self._count = count
+        self._read = read
+        self._labels = labels
+        self._rows = {spec.name: spec.model_copy(update={"shape": spec.shape[1:]}) for spec in inputs}
+        self._length: int | None = None
+
+    def __len__(self) -> int:
+        """Number of samples. For a function that returns no list, its samples are counted once."""
+        if self._length is None:
+            self._length = self._count()
+        return self._length
+
+    def __iter__(self) -> Iterator[Sample]:
+        return map(self._checked, self._read())
+
+    def _checked(self, sample: Sample) -> Sample:
+        unknown = sorted(set(sample.inputs) - set(self._rows))
+        if unknown:
+            raise misfit(f"the model has no input '{unknown[0]}'{nearest(unknown[0], self._rows)}", sample.id)
+        for name, row in self._rows.items():
+            if name not in sample.inputs:
+                raise misfit(f"input '{name}' is missing", sample.id)
+            array = sample.inputs[name]
+            problem = row.problem(array)
+            if problem:
+                photo = self.kind in ("class-folders", "photos")
+                fix = "change resize or crop of the preprocessing" if photo else f"give {row.dtype} without batch dim"
+                raise misfit(f"input '{name}': {problem}", sample.id, fix)
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise DataError(
+                    "VLX0204",
+                    f"input '{name}' of sample {sample.id} holds NaN or infinity",
+                    where=sample.id,
+                    hint="leave the sample out, or repair it",
+                )
+        if self.labelled and sample.label is None:
+            raise DataError("VLX0210", f"sample {sample.id} has no label, the first sample has one", where=sample.id)
+        if isinstance(sample.label, int):
+            self._check_class(sample.id, sample.label)
+        return sample
+
+    def _check_class(self, where: str, label: int) -> None:
+        if label < 0:
+            raise DataError("VLX0208", f"sample {where} has label {label}, labels count from 0", where=where)
+        if self._labels and label >= len(self._labels):
+            known = f"the model has {len(self._labels)} labels, counted from 0"
+            raise DataError("VLX0208", f"sample {where} has label {label}, {known}", where=where)
+
+
+def misfit(message: str, where: str, hint: str = "") -> DataError:
+    """VLX0205: data that does not fit the model's inputs; ``where`` is the sample or the data."""
+    return DataError("VLX0205", f"{where}: {message}", where=where, hint=hint)
+
+
+def unknown_preprocess(spec: TensorSpec, where: str) -> DataError:
+    """VLX0206: a photo for an input without preprocessing; the hint is the likeliest line to paste."""
+    line = guess_spec(spec)
+    return DataError(
+        "VLX0206",
+        f"how a photo becomes input '{spec.name}' is not known",
+        where=where,
+        hint=f'say how it was trained; most likely --preprocess "{line}"' if line else "it does not look like an image",
+    )
+
+
+def label_index(name: str, labels: Sequence[str], *, where: str) -> int:
+    """Index of a label by its name.
+
+    Args:
+        name: The label.
+        labels: The model's label names, in the order of its outputs.
+        where: What bears the label, for the error.
+
+    Raises:
+        DataError: VLX0208 when the model has no such label, or two of that name.
+    """
+    found = [i for i, label in enumerate(labels) if label == name]
+    if len(found) == 1:
+        return found[0]
+    message = f"the model has no label '{name}'{nearest(name, labels)}"
+    if found:
+        message = f"the model has label '{name}' more than once (at {', '.join(map(str, found))})"
+    raise DataError("VLX0208", f"{where}: {message}", where=where, hint="name it as one of the model's labels")
+
+
+def as_label(value: object, labels: Sequence[str] | None, where: str) -> Label:
+    """A label as a sample keeps it: whole numbers become int, names are looked up, other scalars become arrays.
+
+    Raises:
+        DataError: VLX0208 when a name is no label of the model.
+    """
+    if value is None or isinstance(value, dict):
+        return value
+    if isinstance(value, str):
+        if not labels:
+            raise DataError(
+                "VLX0208",
+                f"sample {where} has label '{value}', the model has no label names",
+                where=where,
+                hint="save the model with labels=[…], or give class indices",
+            )
+        return label_index(value, labels, where=f"sample {where}")
+    array = np.asarray(value)
+    return int(array) if array.ndim == 0 and array.dtype.kind in "iub" else array

@@ -1,0 +1,220 @@
+"""Samples from a function of the user's. What goes wrong in it becomes one readable error."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import ModuleType, TracebackType
+
+import numpy as np
+from PIL import Image
+
+from vlexport.core.artifact import Array, TensorSpec
+from vlexport.core.dataset import Dataset, Sample, as_label, unknown_preprocess
+from vlexport.core.errors import DataError, VlexportError, nearest
+from vlexport.core.preprocess import Preprocess
+
+
+class _Blamed(contextlib.AbstractContextManager[None]):
+    """Turns an exception raised inside into VLX0209, naming the last line of the user's file on the way to it."""
+
+    def __init__(self, file: Path, doing: str) -> None:
+        self._file = file
+        self._doing = doing
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not isinstance(error, (Exception, SystemExit)) or isinstance(error, VlexportError):
+            return  # Ctrl-C and our own errors pass
+        path = str(self._file.resolve())
+        lines = [frame.lineno for frame in traceback.extract_tb(trace) if frame.filename == path]
+        if isinstance(error, SyntaxError) and error.filename == path:
+            lines = [error.lineno]
+        where = f"{self._file}:{lines[-1]}" if lines and lines[-1] else str(self._file)
+        said = f"{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}"
+        raise DataError("VLX0209", f"{self._doing} {self._file} failed at {where}: {said}", where=where) from error
+
+
+class UserFunction:
+    """A function in a Python file, called with no arguments, that returns an iterable of samples.
+
+    Attributes:
+        name: ``FILE.py:FUNCTION`` as the user gave it.
+    """
+
+    def __init__(self, file: Path, function: str) -> None:
+        """Import the file, which runs it.
+
+        Args:
+            file: The Python file. Modules beside it can be imported by it.
+            function: Name of the function.
+
+        Raises:
+            DataError: VLX0201 when there is no such file, VLX0209 when importing fails or the file has no such
+                function.
+        """
+        self.name = f"{file}:{function}"
+        self._file = file
+        if not file.is_file():
+            raise DataError("VLX0201", f"'{file}' does not exist", where=self.name)
+        module = _imported(file)
+        found = getattr(module, function, None)
+        if not callable(found):
+            functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+            raise DataError(
+                "VLX0209",
+                f"{file} has no function '{function}'{nearest(function, functions)}",
+                where=self.name,
+                hint="functions: " + (", ".join(functions) or "none"),
+            )
+        self._function: Callable[[], object] = found
+        self._last: object = None
+
+    def _call(self) -> Iterable[object]:
+        with _Blamed(self._file, f"{self.name.rpartition(':')[2]} in"):
+            made = self._function()
+        if isinstance(made, (str, bytes, dict)) or not isinstance(made, Iterable):
+            raise DataError(
+                "VLX0209",
+                f"{self.name} returned a {type(made).__name__}",
+                where=self.name,
+                hint="return a list of samples, or yield them",
+            )
+        if made is self._last and isinstance(made, Iterator):
+            raise DataError(
+                "VLX0209",
+                f"{self.name} returns the same iterator again, which is used up",
+                where=self.name,
+                hint="make a new iterator at each call, or return a list",
+            )
+        self._last = made
+        return made
+
+    def items(self) -> Iterator[object]:
+        """Call the function and go through what it returns.
+
+        Raises:
+            DataError: VLX0209 when it fails or returns no iterable.
+        """
+        made = self._call()
+        doing = f"{self.name.rpartition(':')[2]} in"
+        with _Blamed(self._file, doing):
+            iterator = iter(made)
+        end = object()
+        while True:
+            with _Blamed(self._file, doing):
+                item = next(iterator, end)
+            if item is end:
+                return
+            yield item
+
+    def count(self) -> int:
+        """Number of samples: the length of what the function returns, else by going through it."""
+        made = self._call()
+        if isinstance(made, Sized):
+            return len(made)
+        return sum(1 for _ in self.items())
+
+
+def _imported(file: Path) -> ModuleType:
+    path = file.resolve()
+    name = "vlexport_user_" + hashlib.sha256(str(path).encode()).hexdigest()[:12]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise DataError("VLX0209", f"{file} is no Python file", where=str(file))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look a class's module up there
+    sys.path.insert(0, str(path.parent))  # as for a script: modules beside it
+    try:
+        with _Blamed(file, "importing"):
+            spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+def open_function(
+    file: Path,
+    function: str,
+    *,
+    inputs: Sequence[TensorSpec],
+    preprocess: Mapping[str, Preprocess],
+    labels: Sequence[str] | None,
+) -> Dataset:
+    """Open a function of the user's; it is called once for its first sample, and anew for each iteration.
+
+    Args:
+        file: The Python file, which is run.
+        function: The function: no arguments, returns an iterable of samples, dicts or (inputs, label) pairs.
+        inputs: The model's inputs.
+        preprocess: Input name → how a pillow image becomes it.
+        labels: The model's label names, for labels that are names.
+
+    Raises:
+        DataError: VLX0201 no such file, VLX0202 no sample, VLX0206 an image without preprocessing, VLX0208 an unknown
+            label name, VLX0209 the file or the function fails, with file and line.
+    """
+    user = UserFunction(file, function)
+    read = partial(_read_user, user, inputs, preprocess, labels)
+    first = next(read(), None)
+    if first is None:
+        raise DataError("VLX0202", f"{user.name} yields no sample", where=user.name)
+    return Dataset(
+        kind="function",
+        count=user.count,
+        read=read,
+        inputs=inputs,
+        labelled=first.label is not None,
+        labels=labels,
+    )
+
+
+def _read_user(
+    user: UserFunction, inputs: Sequence[TensorSpec], preprocess: Mapping[str, Preprocess], labels: Sequence[str] | None
+) -> Iterator[Sample]:
+    specs = {spec.name: spec for spec in inputs}
+    for i, item in enumerate(user.items()):
+        sample_id = f"#{i}"
+        sample = item if isinstance(item, Sample) else _sample_from_item(item, sample_id, inputs, user.name)
+        arrays = {
+            name: _user_array(value, name, specs.get(name), preprocess, sample.id)
+            for name, value in sample.inputs.items()
+        }
+        yield replace(sample, inputs=arrays, label=as_label(sample.label, labels, sample.id))
+
+
+def _sample_from_item(item: object, sample_id: str, inputs: Sequence[TensorSpec], where: str) -> Sample:
+    names = [spec.name for spec in inputs]
+    if isinstance(item, Mapping):
+        values = dict(item)
+        return Sample(sample_id, values, None if "label" in names else values.pop("label", None))
+    if isinstance(item, tuple) and len(item) == 2:
+        given, label = item
+        if isinstance(given, Mapping):
+            return Sample(sample_id, dict(given), label)
+        if len(names) == 1:
+            return Sample(sample_id, {names[0]: given}, label)
+    raise DataError(
+        "VLX0209",
+        f"{where} yields a {type(item).__name__} as sample {sample_id}",
+        where=where,
+        hint="yield Sample objects, dicts {input: array, 'label': …} or pairs (inputs, label)",
+    )
+
+
+def _user_array(
+    value: object, name: str, spec: TensorSpec | None, preprocess: Mapping[str, Preprocess], where: str
+) -> Array:
+    if not isinstance(value, Image.Image):
+        return np.asarray(value)
+    if name in preprocess:
+        return preprocess[name].apply(value)
+    raise unknown_preprocess(spec or TensorSpec(name=name, dtype="float32", shape=()), where)

@@ -1,0 +1,84 @@
+"""What a model file is, decided from its content and never from its name."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from pathlib import Path
+from typing import Literal
+
+from vlexport.core.errors import ModelFileError
+
+Kind = Literal["vlexport-archive", "foreign-pt2", "checkpoint", "torchscript", "safetensors", "unknown"]
+
+METADATA_MEMBER = "extra/vlexport.json"
+"""The member that only files written by ``vlexport.save`` have."""
+
+_LEGACY_CHECKPOINT = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+_PICKLE = re.compile(rb"\x80[\x02-\x05]")
+_MAX_SAFETENSORS_HEADER = 100_000_000
+
+
+def require_model_file(path: Path) -> None:
+    """Raises VLX0101 missing, VLX0102 a directory, VLX0103 empty."""
+    if path.is_dir():
+        raise ModelFileError(
+            "VLX0102", "the model is a directory", where=str(path), hint="name the file in it that holds the model"
+        )
+    if not path.is_file():
+        raise ModelFileError("VLX0101", "the model file does not exist", where=str(path), hint="check the path")
+    if path.stat().st_size == 0:
+        raise ModelFileError("VLX0103", "the model file is empty", where=str(path), hint="copy or download it again")
+
+
+def kind_of(path: Path) -> Kind:
+    """The kind of a model file.
+
+    Raises:
+        ModelFileError: VLX0101, VLX0102, VLX0103, or VLX0105 for a zip without its directory, as downloads that
+            were cut off leave it.
+    """
+    require_model_file(path)
+    with path.open("rb") as file:
+        head = file.read(len(_LEGACY_CHECKPOINT))
+    if head.startswith(b"PK\x03\x04"):
+        return _kind_of_zip(path)
+    if head == _LEGACY_CHECKPOINT or _PICKLE.match(head):
+        return "checkpoint"
+    return "safetensors" if _is_safetensors(path) else "unknown"
+
+
+def _kind_of_zip(path: Path) -> Kind:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {name.partition("/")[2] for name in archive.namelist()} | set(archive.namelist())
+    except (zipfile.BadZipFile, ArithmeticError, LookupError, NotImplementedError, OSError, ValueError) as error:
+        raise ModelFileError(
+            "VLX0105",
+            f"the file begins as an archive but is truncated or damaged: {error}",
+            where=str(path),
+            hint="copy or download the file again",
+        ) from error
+    if "archive_format" in names:
+        return "vlexport-archive" if METADATA_MEMBER in names else "foreign-pt2"
+    if "serialized_exported_program.json" in names:
+        return "foreign-pt2"
+    if "constants.pkl" in names:
+        return "torchscript"
+    return "checkpoint" if "data.pkl" in names else "unknown"
+
+
+def _is_safetensors(path: Path) -> bool:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(size - 8, _MAX_SAFETENSORS_HEADER):
+            return False
+        header = file.read(length)
+    if not header.startswith(b"{"):
+        return False
+    try:
+        return isinstance(json.loads(header), dict)
+    except (ValueError, RecursionError):
+        return False

@@ -1,0 +1,102 @@
+"""``vlexport.save``: a trained module becomes a file that opens without running anybody's code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vlexport.core.errors import BundleError, DataError
+from vlexport.core.preprocess import Preprocess
+from vlexport.frontends.archive import write_archive
+from vlexport.frontends.capture import Captured, Dynamic, Inputs, capture
+from vlexport.frontends.source import preprocess_of
+from vlexport.ir.draw import draw
+from vlexport.ir.exported import exported_from_program
+from vlexport.ir.program import Program
+
+
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    inputs: Inputs,
+    preprocess: str | Mapping[str, str] | None = None,
+    labels: Sequence[str] | None = None,
+    dynamic: Dynamic = "auto",
+    keep_example: bool = False,
+    seed: int = 0,
+) -> Captured:
+    """Capture ``model`` and write it with its metadata.
+
+    Args:
+        model: A module in eval mode; it is not changed.
+        path: File to write, usually ``model.pt``.
+        inputs: Example inputs: a tensor, tensors in ``forward``'s order, or by argument name. Floating tensors are taken
+            as float32; dim 0 is the batch.
+        preprocess: How an image becomes the input: a SPEC (``resize=256:bicubic,crop=224,…`` or ``timm:NAME``), or one
+            per input name.
+        labels: Class names by index of the first output.
+        dynamic: See :func:`vlexport.frontends.capture.capture`.
+        keep_example: Store ``inputs`` themselves; by default a seeded draw takes their place, since photos may be
+            private.
+        seed: Seed of that draw.
+
+    Returns:
+        What was captured, with notes (for example why the batch is fixed).
+
+    Raises:
+        CaptureError: VLX0301 to VLX0306.
+        DataError: VLX0207, VLX0208.
+        BundleError: VLX0607 when the file cannot be written.
+    """
+    captured = capture(model, inputs, dynamic=dynamic)
+    program = captured.program
+    specs = {name: spec.to_spec() for name, spec in _preprocess(preprocess, program).items()}
+    _check_labels(labels, program)
+    if not keep_example:
+        sizes = {name: max(2, r.min) for name, r in program.signature.dims.items()}
+        program.example = draw(program, torch.Generator().manual_seed(seed), sizes)
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise BundleError("VLX0607", "the folder does not exist", where=str(target.parent), hint="create it first")
+    metadata = {
+        "signature": program.signature.model_dump(mode="json"),
+        "preprocess": {n: p.model_dump(mode="json") for n, p in _preprocess(preprocess, program).items()},
+        "preprocess_spec": specs,
+        "labels": list(labels or ()),
+    }
+    write_archive(exported_from_program(program), metadata, target)
+    return captured
+
+
+def _preprocess(given: str | Mapping[str, str] | None, program: Program) -> dict[str, Preprocess]:
+    if given is None:
+        return {}
+    if isinstance(given, str):
+        return preprocess_of(given, program.signature)
+    known = {spec.name for spec in program.signature.inputs}
+    found = {}
+    for name, spec in given.items():
+        if name not in known:
+            raise DataError(
+                "VLX0207",
+                f"preprocess names '{name}', which is no input",
+                where="preprocess",
+                hint=f"inputs: {', '.join(sorted(known))}",
+            )
+        found[name] = next(iter(preprocess_of(spec, program.signature).values()))
+    return found
+
+
+def _check_labels(labels: Sequence[str] | None, program: Program) -> None:
+    if not labels:
+        return
+    classes = program.signature.outputs[0].shape[-1] if program.signature.outputs[0].shape else 0
+    if classes != len(labels):
+        raise DataError(
+            "VLX0208", f"{len(labels)} labels were given for an output of {classes}", where="labels",
+            hint="give one name per class, in the order of the model's outputs",
+        )  # fmt: skip

@@ -1,0 +1,173 @@
+"""MODEL, whatever it is, becomes a Source: a Program with its preprocessing, labels and content hash."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlexport.core.artifact import Array, Signature
+from vlexport.core.config import BuildConfig
+from vlexport.core.errors import DataError, ModelFileError, UsageError, nearest
+from vlexport.core.preprocess import Preprocess, preprocess_from_spec
+from vlexport.frontends.architecture import factory_from_text, preprocess_from_timm
+from vlexport.frontends.archive import read_archive
+from vlexport.frontends.capture import capture
+from vlexport.frontends.checkpoint import fit_state_dict, read_state_dict
+from vlexport.frontends.model_file import kind_of
+from vlexport.ir.exported import program_from_exported
+from vlexport.ir.program import Program
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model, ready for passes.
+
+    Attributes:
+        program: The captured graph.
+        preprocess: Input name → how an image becomes that input.
+        labels: Class names of the first output, if known.
+        source_hash: SHA-256 of the content of the model file (and of the architecture's name).
+        notes: What the user should know.
+    """
+
+    program: Program
+    preprocess: dict[str, Preprocess]
+    labels: tuple[str, ...]
+    source_hash: str
+    notes: tuple[str, ...] = ()
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run in PyTorch on numpy arrays, by public names."""
+        signature = self.program.signature
+        found = self.program.run(*(torch.from_numpy(inputs[spec.name]) for spec in signature.inputs))
+        return {spec.name: value.numpy() for spec, value in zip(signature.outputs, found, strict=True)}
+
+
+def open_source(config: BuildConfig) -> Source:
+    """Open MODEL as the config says.
+
+    Raises:
+        ModelFileError: VLX01xx.
+        CaptureError: VLX03xx.
+        UsageError: VLX0703 for an option that does not fit.
+    """
+    path = Path(config.model)
+    kind = kind_of(path)
+    if config.arch is not None:
+        source = _from_architecture(path, config)
+    elif kind == "vlexport-archive":
+        source = open_archive(path)
+    elif kind in ("checkpoint", "safetensors"):
+        read_state_dict(path)  # a clearer error first, when it is damaged or holds code
+        raise ModelFileError(
+            "VLX0107", "this file holds weights, not a model", where=path.name,
+            hint="name the architecture: --arch timm:NAME or --arch FILE.py:FACTORY",
+        )  # fmt: skip
+    elif kind == "torchscript":
+        raise ModelFileError(
+            "VLX0108", "this file is TorchScript, which carries code", where=path.name,
+            hint="save the original module with vlexport.save, or its state_dict and give --arch",
+        )  # fmt: skip
+    else:
+        source = open_archive(path)
+    if not config.preprocess:
+        return source
+    chosen = preprocess_of(config.preprocess, source.program.signature)
+    return Source(source.program, chosen, source.labels, source.source_hash, source.notes)
+
+
+def open_archive(path: Path) -> Source:
+    """Open a file that ``vlexport.save`` wrote."""
+    archive = read_archive(path)
+    try:
+        signature = Signature.model_validate(archive.metadata["signature"])
+        preprocess = {k: Preprocess.model_validate(v) for k, v in archive.metadata["preprocess"].items()}
+        labels = tuple(map(str, archive.metadata["labels"]))
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ModelFileError(
+            "VLX0105", f"vlexport.json inside the file is wrong: {str(error).splitlines()[0]}", where=path.name,
+            hint="save the model again",
+        )  # fmt: skip
+    exported = archive.exported_program()
+    user_inputs = exported.graph_signature.user_inputs
+    if len(user_inputs) != len(signature.inputs) or len(exported.graph_signature.user_outputs) != len(
+        signature.outputs
+    ):
+        raise ModelFileError(
+            "VLX0105",
+            "vlexport.json inside the file does not fit its graph",
+            where=path.name,
+            hint="save the model again",
+        )
+    return Source(program_from_exported(exported, signature), preprocess, labels, archive.source_hash)
+
+
+def preprocess_of(spec: str, signature: Signature) -> dict[str, Preprocess]:
+    """Preprocessing from ``SPEC`` or ``INPUT:SPEC`` for the model's image input.
+
+    Raises:
+        DataError: VLX0207 when the spec is not understood or there is no image input.
+    """
+    images = [s.name for s in signature.inputs if len(s.shape) == 4 and s.dtype == "float32"]
+    if not images:
+        raise DataError(
+            "VLX0207", "the model has no image input (float32, N×C×H×W) to preprocess", where="--preprocess"
+        )
+    made = preprocess_from_timm(spec.removeprefix("timm:")) if spec.startswith("timm:") else preprocess_from_spec(spec)
+    return {images[0]: made}
+
+
+def input_specs(texts: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Example inputs from ``NAME=SHAPE[:dtype]`` texts (``image=1x3x224x224``), seeded normal or zero integers.
+
+    Raises:
+        UsageError: VLX0703.
+    """
+    generator = torch.Generator().manual_seed(0)
+    found: dict[str, torch.Tensor] = {}
+    dtypes: dict[str, Any] = {"float32": torch.float32, "int64": torch.int64, "int32": torch.int32, "bool": torch.bool}
+    for text in texts:
+        name, _, rest = text.partition("=")
+        shape_text, _, dtype_name = rest.partition(":")
+        dtype_name = dtype_name or "float32"
+        sizes = shape_text.replace(",", "x").split("x")
+        if not name or not all(s.isdigit() and int(s) > 0 for s in sizes):
+            raise UsageError(
+                "VLX0703",
+                f"--input {text} is not NAME=SHAPE[:dtype]",
+                where="--input",
+                hint="as --input image=1x3x224x224",
+            )
+        if dtype_name not in dtypes:
+            raise UsageError(
+                "VLX0703", f"--input {text}: no dtype '{dtype_name}'{nearest(dtype_name, dtypes)}", where="--input"
+            )
+        shape = tuple(map(int, sizes))
+        dtype = dtypes[dtype_name]
+        value = torch.randn(shape, generator=generator) if dtype is torch.float32 else torch.zeros(shape, dtype=dtype)
+        found[name] = value
+    return found
+
+
+def _from_architecture(path: Path, config: BuildConfig) -> Source:
+    assert config.arch is not None
+    state = read_state_dict(path)
+    made = factory_from_text(config.arch)
+    fitted, notes = fit_state_dict(state, made.module.state_dict())
+    made.module.load_state_dict(fitted)
+    made.module.eval()
+    given = input_specs(config.input)
+    inputs: Any = given or made.inputs
+    if inputs is None:
+        raise UsageError(
+            "VLX0703", "the input's shape is not known", where="--input", hint="give it, as --input image=1x3x224x224"
+        )
+    captured = capture(made.module, inputs)
+    preprocess = {captured.program.signature.inputs[0].name: made.preprocess} if made.preprocess else {}
+    digest = hashlib.sha256(path.read_bytes() + config.arch.encode()).hexdigest()
+    return Source(captured.program, preprocess, made.labels, digest, (*notes, *captured.notes))

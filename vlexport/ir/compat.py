@@ -1,0 +1,65 @@
+"""The private or moving parts of torch that the rest of ``ir`` needs, in one place. Checked on torch 2.11 to 2.13."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import sympy
+import torch
+from torch._export.verifier import Verifier
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+verifier: type[Verifier] = Verifier
+"""The ATen verifier that accepts a functional graph without decomposition."""
+
+
+def fake_mode_of(values: list[Any]) -> FakeTensorMode | None:
+    """The fake mode that made ``values``; None when there is no fake tensor among them."""
+    return detect_fake_mode(values)
+
+
+def fake_from(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
+    """A static fake of a real tensor."""
+    return mode.from_tensor(tensor, static_shapes=True)
+
+
+@contextlib.contextmanager
+def quiet_fake(mode: FakeTensorMode) -> Iterator[None]:
+    """Run operators on fakes; new guards are not recorded (the capture has settled them)."""
+    shape_env = mode.shape_env
+    with mode:
+        if shape_env is None:
+            yield
+        else:
+            with shape_env.suppress_guards():
+                yield
+
+
+def flat_call_spec(inputs: int, outputs: int) -> tuple[pytree.TreeSpec, pytree.TreeSpec]:
+    """Tree specs of a function with ``inputs`` positional tensors that returns a tuple of ``outputs`` tensors."""
+    _, in_spec = pytree.tree_flatten(((0,) * inputs, {}))
+    _, out_spec = pytree.tree_flatten((0,) * outputs)
+    return in_spec, out_spec
+
+
+def output_paths(spec: pytree.TreeSpec) -> list[tuple[str, ...]]:
+    """For every leaf of a pytree spec, the keys (or positions) that lead to it."""
+    leaves = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    with_path, _ = pytree.tree_flatten_with_path(leaves)
+    return [tuple(_key(k) for k in path) for path, _ in with_path]
+
+
+def _key(entry: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(entry, attribute):
+            return str(getattr(entry, attribute))
+    return str(entry)
+
+
+def public_symbol(name: str) -> Any:
+    """The symbol that stands for a public dim name when sizes are printed."""
+    return sympy.Symbol(name, integer=True, positive=True)

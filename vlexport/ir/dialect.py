@@ -1,0 +1,191 @@
+"""What an op is: the closed table of functional ATen overloads that make the vlexport dialect.
+
+An operator outside the table is *opaque*: nothing matches across it, its MACs are unknown, and a target may refuse it by
+name and source line. In-place and out-variant operators are never part of a Program.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch.fx import Node
+
+Category = Literal["affine", "elementwise", "view", "reduction", "select", "attention", "quant", "make", "shape"]
+Shape = Sequence[int]
+MacsRule = Callable[[list[Shape], Shape], int]
+
+
+@dataclass(frozen=True)
+class OpInfo:
+    """One row of the table.
+
+    Attributes:
+        category: What kind of op it is; passes reason on it.
+        macs: Multiply-accumulates from the shapes of the tensor operands (in order) and of the output; None means none.
+        quantizable: Whether quantization may consider it.
+    """
+
+    category: Category
+    macs: MacsRule | None = None
+    quantizable: bool = False
+
+
+def _numel(shape: Shape) -> int:
+    return math.prod(shape)
+
+
+def _conv(operands: list[Shape], out: Shape) -> int:
+    weight = operands[1]
+    return _numel(out) * _numel(weight[1:])
+
+
+def _conv_transpose(operands: list[Shape], out: Shape) -> int:
+    return _numel(operands[0]) * _numel(operands[1][1:])
+
+
+def _matmul(operands: list[Shape], out: Shape) -> int:
+    return _numel(out) * operands[0][-1]
+
+
+def _linear(operands: list[Shape], out: Shape) -> int:
+    return _numel(out) * operands[0][-1]
+
+
+def _addmm(operands: list[Shape], out: Shape) -> int:
+    return _numel(out) * operands[1][-1]
+
+
+def _attention(operands: list[Shape], out: Shape) -> int:
+    query, key, value = operands[:3]
+    return _numel(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _row(category: Category, names: str, macs: MacsRule | None = None) -> dict[str, OpInfo]:
+    return {f"aten.{n}": OpInfo(category, macs, quantizable=macs is not None) for n in names.split()}
+
+
+OPS: dict[str, OpInfo] = {
+    **_row("affine", "conv1d.default conv2d.default conv3d.default conv2d.padding conv1d.padding", _conv),
+    **_row("affine", "conv_transpose1d.default conv_transpose2d.input conv_transpose3d.input", _conv_transpose),
+    **_row("affine", "linear.default", _linear),
+    **_row("affine", "matmul.default mm.default bmm.default", _matmul),
+    **_row("affine", "addmm.default baddbmm.default", _addmm),
+    **_row("affine", "batch_norm.default einsum.default avg_pool1d.default avg_pool2d.default"),
+    **_row("affine", "adaptive_avg_pool1d.default adaptive_avg_pool2d.default"),
+    **_row("attention", "scaled_dot_product_attention.default", _attention),
+    **_row("reduction", "layer_norm.default group_norm.default rms_norm.default instance_norm.default"),
+    **_row(
+        "reduction", "softmax.int log_softmax.int _softmax.default mean.dim mean.default sum.dim_IntList sum.default"
+    ),
+    **_row(
+        "reduction", "amax.default amin.default max.dim min.dim max.default min.default argmax.default argmin.default"
+    ),
+    **_row("reduction", "var.correction std.correction var_mean.correction linalg_vector_norm.default prod.dim_int"),
+    **_row(
+        "reduction", "max_pool2d.default adaptive_max_pool2d.default any.dim all.dim cumsum.default logsumexp.default"
+    ),
+    **_row("reduction", "norm.ScalarOpt_dim max_pool1d.default var.dim std.dim any.default all.default"),
+    **_row("elementwise", "add.Tensor sub.Tensor mul.Tensor div.Tensor add.Scalar sub.Scalar mul.Scalar div.Scalar"),
+    **_row(
+        "elementwise", "rsub.Scalar rsub.Tensor pow.Tensor_Scalar pow.Scalar pow.Tensor_Tensor neg.default abs.default"
+    ),
+    **_row(
+        "elementwise", "exp.default log.default sqrt.default rsqrt.default reciprocal.default sin.default cos.default"
+    ),
+    **_row(
+        "elementwise", "erf.default tanh.default sigmoid.default relu.default relu6.default gelu.default silu.default"
+    ),
+    **_row("elementwise", "hardswish.default hardsigmoid.default hardtanh.default leaky_relu.default elu.default"),
+    **_row("elementwise", "mish.default softplus.default prelu.default selu.default log1p.default expm1.default"),
+    **_row("elementwise", "clamp.default clamp.Tensor clamp_min.default clamp_max.default clip.default floor.default"),
+    **_row("elementwise", "ceil.default round.default trunc.default sign.default where.self where.ScalarOther"),
+    **_row("elementwise", "where.Scalar where.ScalarSelf maximum.default minimum.default masked_fill.Scalar"),
+    **_row("elementwise", "masked_fill.Tensor eq.Tensor eq.Scalar ne.Tensor ne.Scalar gt.Tensor gt.Scalar ge.Tensor"),
+    **_row("elementwise", "ge.Scalar lt.Tensor lt.Scalar le.Tensor le.Scalar logical_and.default logical_or.default"),
+    **_row("elementwise", "logical_not.default bitwise_and.Tensor bitwise_or.Tensor bitwise_not.default isnan.default"),
+    **_row(
+        "elementwise", "_to_copy.default to.dtype floor_divide.default remainder.Scalar remainder.Tensor fmod.Scalar"
+    ),
+    **_row("elementwise", "div.Tensor_mode div.Scalar_mode square.default atan2.default logit.default glu.default"),
+    **_row("elementwise", "isinf.default type_as.default to.dtype_layout bitwise_xor.Tensor logical_xor.default"),
+    **_row("view", "reshape.default permute.default expand.default squeeze.dim squeeze.dims squeeze.default"),
+    **_row("view", "unsqueeze.default slice.Tensor select.int cat.default stack.default split.Tensor"),
+    **_row(
+        "view", "split_with_sizes.default chunk.default unbind.int roll.default pad.default constant_pad_nd.default"
+    ),
+    **_row("view", "flip.default repeat.default repeat_interleave.self_int tile.default pixel_shuffle.default"),
+    **_row("view", "pixel_unshuffle.default unfold.default im2col.default narrow.default channel_shuffle.default"),
+    **_row("view", "transpose.int t.default view.default flatten.using_ints unflatten.int expand_as.default"),
+    **_row("view", "movedim.int movedim.intlist swapaxes.default mT.default numpy_T.default view_as.default"),
+    **_row("view", "reshape_as.default _unsafe_view.default swapdims.default adjoint.default clone.default"),
+    **_row("view", "upsample_nearest2d.vec upsample_bilinear2d.vec upsample_bicubic2d.vec upsample_nearest2d.default"),
+    **_row("view", "upsample_bilinear2d.default upsample_bicubic2d.default _upsample_bicubic2d_aa.default"),
+    **_row("view", "_upsample_bilinear2d_aa.default grid_sampler.default tril.default triu.default meshgrid.indexing"),
+    **_row("view", "meshgrid.default reflection_pad2d.default replication_pad2d.default contiguous.default"),
+    **_row("select", "index.Tensor index_select.default gather.default topk.default sort.default sort.stable"),
+    **_row("select", "argsort.default argsort.stable nonzero.default masked_select.default embedding.default"),
+    **_row("select", "scatter.src scatter.value scatter_add.default scatter_reduce.two index_put.default"),
+    **_row("select", "index_copy.default take_along_dim.default masked_scatter.default select_scatter.default"),
+    **_row("select", "slice_scatter.default one_hot.default bucketize.Tensor index_add.default index_fill.int_Scalar"),
+    **_row("make", "arange.default arange.start arange.start_step full.default full_like.default zeros.default"),
+    **_row(
+        "make", "zeros_like.default ones.default ones_like.default scalar_tensor.default linspace.default eye.default"
+    ),
+    **_row("make", "new_zeros.default new_ones.default new_full.default new_empty.default"),
+    **_row("shape", "sym_size.int sym_numel.default item.default _local_scalar_dense.default"),
+    **_row("shape", "_assert_scalar.default sym_constrain_range_for_size.default sym_constrain_range.default"),
+}
+"""``aten.NAME.OVERLOAD`` → what it is."""
+
+_PYTHON_MODULES = ("_operator", "operator", "math", "builtins", "torch")
+
+
+def op_name(node: Node) -> str:
+    """``aten.conv2d.default`` for an ATen call, ``operator.add`` for a Python call, else the FX opcode."""
+    if node.op != "call_function":
+        return node.op
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    module = (getattr(target, "__module__", "") or "").removeprefix("_")
+    return f"{module}.{getattr(target, '__name__', target)}"
+
+
+def info(node: Node) -> OpInfo | None:
+    """The table's row, or None for an opaque op. Arithmetic on sizes and tuple access count as ``shape``."""
+    name = op_name(node)
+    row = OPS.get(name)
+    if row is None and node.op == "call_function" and not isinstance(node.target, torch._ops.OpOverload):
+        return OpInfo("shape")
+    return row
+
+
+def is_opaque(node: Node) -> bool:
+    """Whether nothing is known about a call."""
+    return node.op == "call_function" and info(node) is None
+
+
+def mutates(target: Any) -> bool:
+    """Whether an operator writes to one of its arguments."""
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def problems(node: Node) -> list[str]:
+    """Why a node may not stand in a Program; empty when it may."""
+    if node.op not in ("placeholder", "get_attr", "call_function", "output"):
+        return [f"opcode {node.op}"]
+    if node.op != "call_function":
+        return []
+    found = []
+    if mutates(node.target):
+        found.append(f"{op_name(node)} writes to its argument")
+    module = (getattr(node.target, "__module__", "") or "").split(".")[0]
+    if not isinstance(node.target, torch._ops.OpOverload) and module not in _PYTHON_MODULES:
+        found.append(f"{op_name(node)} is neither an ATen overload nor arithmetic on sizes")
+    if "val" not in node.meta:
+        found.append(f"{op_name(node)} has no recorded shape")
+    return found

@@ -1,0 +1,48 @@
+"""Seeded input values for a Program: probes of the gate, golden vectors, the example inside a saved file.
+
+Floats are standard normal (what normalised images look like), ids stay inside the vocabulary of the embedding that reads
+them, booleans are all true (a mask that hides nothing).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch.fx import Node
+
+from vlexport.ir import dialect
+from vlexport.ir.program import Program
+
+_PASS_THROUGH = ("view", "elementwise")
+
+
+def draw(program: Program, generator: torch.Generator, dims: Mapping[str, int]) -> tuple[torch.Tensor, ...]:
+    """One value per input, with the dynamic dims set to ``dims``."""
+    values = []
+    for node, spec in zip(program.placeholders, program.signature.inputs, strict=True):
+        shape = tuple(dims[d] if isinstance(d, str) else d for d in spec.shape)
+        dtype = node.meta["val"].dtype
+        if dtype.is_floating_point:
+            values.append(torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype))
+        elif dtype is torch.bool:
+            values.append(torch.ones(shape, dtype=torch.bool))
+        else:
+            high = vocabulary(program, node)
+            values.append(torch.randint(0, high, shape, generator=generator, dtype=torch.int64).to(dtype))
+    return tuple(values)
+
+
+def vocabulary(program: Program, node: Node) -> int:
+    """Rows of the smallest embedding that reads ``node`` through views and casts; 2 (a mask) when there is none."""
+    found: list[int] = []
+    pending, seen = [node], {node}
+    while pending:
+        for user in pending.pop().users:
+            row = dialect.info(user)
+            if dialect.op_name(user) == "aten.embedding.default":
+                found.append(int(user.args[0].meta["val"].shape[0]))  # type: ignore[union-attr]
+            elif user not in seen and row is not None and row.category in _PASS_THROUGH:
+                seen.add(user)
+                pending.append(user)
+    return min(found, default=2)

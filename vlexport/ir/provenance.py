@@ -1,0 +1,127 @@
+"""Where a node came from: the only reader and writer of node metadata.
+
+Every node carries, in ``node.meta["custom"]["vlexport"]`` (the one key that survives saving and loading):
+
+- ``origins``: ordinals of the nodes of the captured graph that it stands for, sorted. The *last* one is the node whose
+  value it computes, so values of two Programs can be compared by it.
+- ``path``: the module path (``blocks.3.attn.qkv``), empty for the root module.
+- ``source``: ``file.py:LINE`` of the user's ``forward``, never an absolute path.
+
+Calibration tables, bisect, explain and artifact names key on these, never on FX names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from torch.fx import Graph, Node
+
+from vlexport.ir import dialect
+
+_KEY = "vlexport"
+_KEPT = ("val", "nn_module_stack", "custom")
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
+
+
+def _record(node: Node) -> dict[str, Any]:
+    return dict((node.meta.get("custom") or {}).get(_KEY) or {})
+
+
+def _write(node: Node, record: dict[str, Any]) -> None:
+    node.meta["custom"] = {**(node.meta.get("custom") or {}), _KEY: record}
+
+
+def stamp(graph: Graph) -> None:
+    """Give every computing node of a freshly captured graph its ordinal, module path and source line.
+
+    Metadata that cannot travel (stack traces with absolute paths, tracer notes) is dropped.
+    """
+    for ordinal, node in enumerate(n for n in graph.nodes if n.op == "call_function"):
+        record = {"origins": [ordinal], "path": _path_from_stack(node), "source": _source_from_trace(node)}
+        node.meta = {key: node.meta[key] for key in _KEPT if key in node.meta}
+        _write(node, record)
+
+
+def is_stamped(graph: Graph) -> bool:
+    """Whether every computing node carries origins."""
+    return all(origins(n) for n in graph.nodes if n.op == "call_function")
+
+
+def origins(node: Node) -> tuple[int, ...]:
+    """Ordinals of the captured nodes that ``node`` stands for; empty for inputs and parameters."""
+    return tuple(_record(node).get("origins", ()))
+
+
+def module_path(node: Node) -> str:
+    """Module path of ``node``; empty for the root module, inputs and parameters."""
+    return str(_record(node).get("path", ""))
+
+
+def source_line(node: Node) -> str:
+    """``file.py:LINE`` of the user's code that made ``node``, or an empty string."""
+    return str(_record(node).get("source", ""))
+
+
+def describe(node: Node) -> str:
+    """One phrase for messages: operator, module path and source line."""
+    op = dialect.op_name(node).removesuffix(".default")
+    path = module_path(node)
+    source = source_line(node)
+    return op + (f" in {path}" if path else "") + (f" ({source})" if source else "")
+
+
+def inherit(new: Node, *, value_of: Node, merges: Sequence[Node] = ()) -> None:
+    """Stamp a node that a pass made.
+
+    Args:
+        new: The node just made.
+        value_of: The node whose value ``new`` computes; path and source come from the first merged node that has a
+            path, else from it.
+        merges: Further nodes that ``new`` stands for.
+    """
+    own = origins(value_of)
+    others = sorted({o for node in merges for o in origins(node)} - set(own))
+    main = next((n for n in (*merges, value_of) if module_path(n)), value_of)
+    _write(
+        new,
+        {
+            "origins": [*others, *own],
+            "path": module_path(main),
+            "source": source_line(main),
+        },
+    )
+    if "nn_module_stack" in main.meta:
+        new.meta["nn_module_stack"] = main.meta["nn_module_stack"]
+
+
+def _path_from_stack(node: Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [str(entry[0]) for entry in stack.values() if isinstance(entry, (tuple, list))]
+    last = paths[-1] if paths else ""
+    if last.startswith("_empty_nn_module_stack"):
+        return ""
+    return re.sub(r"^L\['self'\]\.?", "", last)
+
+
+def _source_from_trace(node: Node) -> str:
+    """The innermost frame of a ``forward`` outside torch, with a path that names no machine."""
+    found = ""
+    for frame in _FRAME.finditer(node.meta.get("stack_trace") or ""):
+        file = PurePosixPath(frame["file"].replace("\\", "/"))
+        if "torch" in file.parts and "site-packages" in file.parts[: file.parts.index("torch")]:
+            continue
+        if frame["file"].startswith("torch/"):
+            continue
+        found = f"{_portable(file)}:{frame['line']}"
+    return found
+
+
+def _portable(file: PurePosixPath) -> str:
+    """Path below site-packages, or the last two parts of any other absolute path."""
+    parts = file.parts
+    if "site-packages" in parts:
+        return "/".join(parts[parts.index("site-packages") + 1 :])
+    return file.name if file.is_absolute() else str(file)

@@ -1,0 +1,40 @@
+"""A report as one self-contained HTML page: no script, no request, strict content security policy, light and dark."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import jinja2
+
+from vlexport.core.bundle_schema import Bundle, Report
+from vlexport.report.figures import accuracy_phrase, latency_phrase, size_phrase
+
+
+@lru_cache(maxsize=1)
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("vlexport.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def html_from_report(report: Report, bundle: Bundle) -> str:
+    """The page. Every name that comes from a model or a data set is escaped."""
+    latency = report.latency
+    slowest = max((latency.p50_ms, latency.baseline_p50_ms or 0.0)) if latency else 0.0
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            report=report,
+            bundle=bundle,
+            component=bundle.main,
+            accuracy=accuracy_phrase(report),
+            latency_text=latency_phrase(report),
+            size=size_phrase(report.size_bytes),
+            slowest=slowest,
+        )
+    )

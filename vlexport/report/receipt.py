@@ -1,0 +1,61 @@
+"""The receipt: what a build ends in, at most twelve lines."""
+
+from __future__ import annotations
+
+from vlexport.core.bundle_schema import Bundle, Report
+from vlexport.report.figures import accuracy_phrase, latency_phrase, macs_phrase, size_phrase
+
+MAX_LINES = 12
+
+
+def receipt(bundle: Bundle, report: Report, shown_path: str) -> list[str]:
+    """Lines of the receipt.
+
+    Args:
+        bundle: What was built.
+        report: What was measured.
+        shown_path: The bundle's folder as the user typed it.
+    """
+    main = bundle.main
+    changes = [f"{c.what} ×{c.count}" for p in main.passes for c in p.changes if not c.what.count(" spelled as ")]
+    lines = [
+        f"Built    {shown_path}: {bundle.target} {bundle.precision}, {size_phrase(report.size_bytes)}, "
+        f"{macs_phrase(main.cost.macs, main.cost.opaque)}, {main.cost.parameters / 1e6:.2f} M parameters",
+        f"Checked  {_gates(bundle)}; golden vectors within {main.golden.tolerance:.0e}",
+        f"Passes   {'; '.join(changes) if changes else 'nothing to change'}",
+        f"Accuracy {accuracy_phrase(report)}",
+        f"Latency  {latency_phrase(report)}",
+    ]
+    lines += [f"Gate     {verdict}" for verdict in report.verdicts[:2]]
+    if len(report.verdicts) > 2:
+        lines[-1] += f" (and {len(report.verdicts) - 2} more in the report)"
+    if report.notes:
+        more = f" (and {len(report.notes) - 1} more in the report)" if len(report.notes) > 1 else ""
+        lines.append(f"Note     {report.notes[0]}{more}")
+    lines.append(f"Next     vlexport profile {shown_path}   (full rounds; the quick figure has no verdict)")
+    lines.append("Use it:")
+    return [*lines, *snippet(bundle, shown_path)]
+
+
+def snippet(bundle: Bundle, shown_path: str) -> list[str]:
+    """Python that loads the bundle and runs it once."""
+    main = bundle.main
+    if len(main.preprocess) == 1 and len(main.artifact.inputs) == 1 and len(main.artifact.outputs[0].shape) == 2:
+        return [f'    import vlexport; print(vlexport.load({shown_path!r}).classify("photo.png"))']
+    arrays = ", ".join(
+        f"{spec.name!r}: np.zeros({tuple(main.dims[d].opt if isinstance(d, str) else d for d in spec.shape)}, {spec.dtype!r})"
+        for spec in main.artifact.inputs
+    )
+    return [f"    import numpy as np, vlexport; print(vlexport.load({shown_path!r}).run({{{arrays}}}))"]
+
+
+def _gates(bundle: Bundle) -> str:
+    records = bundle.main.passes
+    if any(p.gate.proof == "off" for p in records):
+        return "numeric gate off"
+    proven = [p.name for p in records if p.gate.proof == "float64"]
+    unproved = [p.name for p in records if p.gate.proof == "unproved"]
+    worst = max((p.gate.worst for p in records), default=0.0)
+    said = f"{len(records)} passes gated, largest change {worst:.0e}"
+    said += f", proven rounding in float64: {', '.join(proven)}" if proven else ""
+    return said + (f", unproved: {', '.join(unproved)}" if unproved else "")

@@ -1,0 +1,48 @@
+"""The golden check: an artifact against vectors that the source Program computed. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from vlexport.core.artifact import Array, Session
+from vlexport.core.bundle import inside
+from vlexport.core.bundle_schema import Component
+from vlexport.core.errors import GateError
+from vlexport.core.numerics import relative_error
+
+
+def read_golden(folder: Path, component: Component) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Golden inputs and outputs, by public name."""
+    found = []
+    for name in (component.golden.inputs, component.golden.outputs):
+        with np.load(inside(folder, name), allow_pickle=False) as file:
+            found.append({key: file[key] for key in file.files})
+    return found[0], found[1]
+
+
+def worst_error(session: Session, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> tuple[float, str]:
+    """Largest ``max|a−b| / max|b|`` over outputs, and the output it was found at."""
+    found = session.run(inputs)
+    errors = {name: relative_error(found[name], expected) for name, expected in outputs.items()}
+    worst = max(errors, key=lambda name: errors[name])
+    return errors[worst], worst
+
+
+def check_golden(
+    session: Session, inputs: Mapping[str, Array], outputs: Mapping[str, Array], *, tolerance: float, code: str
+) -> float:
+    """Raise when the artifact does not reproduce the vectors.
+
+    Raises:
+        GateError: ``code`` (VLX0504 when building, VLX0606 when verifying), naming the output and the error.
+    """
+    error, output = worst_error(session, inputs, outputs)
+    if not error <= tolerance:
+        raise GateError(
+            code, f"output {output} of the artifact differs from the source program by {error:.1e} (bound {tolerance:.0e})",
+            where=output, hint="another version of the runtime may help; please report it with `vlexport --version`",
+        )  # fmt: skip
+    return error

@@ -1,0 +1,73 @@
+"""The reference of validate: a model file (opened with torch) or another bundle (without)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlexport.core.artifact import Array
+from vlexport.core.bundle import ARTIFACT_FOLDER, BUNDLE_FILE, check_files, read_bundle
+from vlexport.core.bundle_schema import Bundle
+from vlexport.core.config import BuildConfig
+from vlexport.core.errors import InputError, ModelFileError
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Something that computes the outputs a bundle should give, by public names."""
+
+    name: str
+    compute: Callable[[Mapping[str, Array]], dict[str, Array]]
+
+    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Compute."""
+        return self.compute(inputs)
+
+
+@contextlib.contextmanager
+def open_reference(path: str, bundle: Bundle, *, arch: str | None = None) -> Iterator[Reference | None]:
+    """Open what ``--reference`` names; None for an empty path.
+
+    Raises:
+        InputError: VLX0507 when its inputs or outputs have other names than the bundle's.
+    """
+    if not path:
+        yield None
+        return
+    if (Path(path) / BUNDLE_FILE).is_file():
+        from vlexport.targets import open_target
+
+        other = read_bundle(Path(path))
+        check_files(Path(path), other)
+        _require_same(path, wanted_names(bundle), wanted_names(other))
+        with open_target(other.target).open(Path(path) / ARTIFACT_FOLDER, other.main.artifact) as session:
+            yield Reference("bundle", session.run)
+        return
+    try:
+        from vlexport.frontends.source import open_source
+    except ImportError as error:
+        raise ModelFileError(
+            "VLX0104", "a model file as reference needs torch, which is not installed", where="--reference",
+            hint="pip install 'vlexport[build]', or give a bundle as reference",
+        ) from error  # fmt: skip
+    source = open_source(BuildConfig(model=path, arch=arch))
+    signature = source.program.signature
+    _require_same(path, wanted_names(bundle), ([s.name for s in signature.inputs], [s.name for s in signature.outputs]))
+    yield Reference("model", source.run)
+
+
+def wanted_names(bundle: Bundle) -> tuple[list[str], list[str]]:
+    """Names of inputs and outputs."""
+    signature = bundle.signature()
+    return [s.name for s in signature.inputs], [s.name for s in signature.outputs]
+
+
+def _require_same(path: str, wanted: tuple[list[str], list[str]], found: tuple[list[str], list[str]]) -> None:
+    for kind, a, b in zip(("inputs", "outputs"), wanted, found, strict=True):
+        if a != b:
+            raise InputError(
+                "VLX0507", f"the reference's {kind} are {', '.join(b)}, the bundle's are {', '.join(a)}", where="--reference",
+                hint="give the model that the bundle was built from",
+            )  # fmt: skip

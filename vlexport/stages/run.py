@@ -1,0 +1,132 @@
+"""run and ``vlexport.load``: a bundle as a function. No torch; one session a thread."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vlexport.core.artifact import Array, Session
+from vlexport.core.bundle import ARTIFACT_FOLDER, check_files, read_bundle
+from vlexport.core.errors import DataError
+from vlexport.core.samples import open_data
+from vlexport.targets import open_target
+
+_UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+
+
+class LoadedBundle:
+    """A bundle that is ready to run in this process, with its recorded session options and preprocessing.
+
+    Not thread-safe: load once per thread. Use it as a context manager, or call :meth:`close`.
+
+    Attributes:
+        bundle: Its ``bundle.json``.
+    """
+
+    def __init__(self, folder: str | Path, *, threads: int = 0, isolated: bool = False) -> None:
+        path = Path(folder)
+        self.bundle = read_bundle(path)
+        check_files(path, self.bundle)
+        target = open_target(self.bundle.target)
+        artifact = self.bundle.main.artifact
+        opener = target.open if isolated else target.open_here
+        self._session: Session = opener(path / ARTIFACT_FOLDER, artifact, threads=threads)
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run on arrays by input name.
+
+        Args:
+            inputs: Name → array as the bundle's specs say, dim 0 is the batch.
+
+        Returns:
+            Output name → array.
+
+        Raises:
+            InputError: VLX0507.
+        """
+        return self._session.run(inputs)
+
+    def classify(self, image: str | Path | Image.Image, *, top: int = 5) -> list[tuple[str, float]]:
+        """Labels and softmax probabilities of an image, the best first.
+
+        Args:
+            image: A file or an opened image.
+            top: How many.
+
+        Raises:
+            DataError: VLX0203 when the file is no image, VLX0206 when the bundle records no preprocessing.
+        """
+        scores = next(iter(self.run(self.prepare(image)).values()))[0].astype(np.float64)
+        return ranked(scores, self.bundle.main.labels, top=top)
+
+    def prepare(self, image: str | Path | Image.Image) -> dict[str, Array]:
+        """The model's input for an image, with batch dim, by the recorded preprocessing.
+
+        Raises:
+            DataError: VLX0203, VLX0206 as in :meth:`classify`.
+        """
+        main = self.bundle.main
+        if len(main.preprocess) != 1 or len(main.artifact.inputs) != 1:
+            raise DataError(
+                "VLX0206", "the bundle does not record how an image becomes its input",
+                hint="save the model with preprocess=, or call run() with arrays",
+            )  # fmt: skip
+        name, preprocess = next(iter(main.preprocess.items()))
+        if isinstance(image, Image.Image):
+            pixels = preprocess.apply(image)
+        else:
+            try:
+                with Image.open(image) as opened:
+                    pixels = preprocess.apply(opened)
+            except _UNREADABLE as error:
+                raise DataError("VLX0203", "the image cannot be read", where=str(image), hint=str(error)) from error
+        batch = main.artifact.inputs[0].shape[0]
+        return {name: np.repeat(pixels[None], batch if isinstance(batch, int) else 1, axis=0)}
+
+    def close(self) -> None:
+        """Free the runtime's memory."""
+        self._session.close()
+
+    def __enter__(self) -> LoadedBundle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def load(folder: str | Path, *, threads: int = 0) -> LoadedBundle:
+    """Open a bundle; see :class:`LoadedBundle`."""
+    return LoadedBundle(folder, threads=threads)
+
+
+def ranked(scores: Array, labels: tuple[str, ...], *, top: int) -> list[tuple[str, float]]:
+    """The best classes with their softmax probabilities; a tie goes to the lower index."""
+    shifted = np.exp(scores - scores.max())
+    shares = shifted / shifted.sum()
+    order = np.argsort(-shares, kind="stable")[:top]
+    return [(labels[i] if labels else str(i), float(shares[i])) for i in order]
+
+
+def run(folder: Path, data: str, *, threads: int = 0) -> list[tuple[str, dict[str, Array]]]:
+    """Outputs for every sample of DATA, in order.
+
+    Returns:
+        ``(sample id, output name → array without batch dim)`` pairs.
+    """
+    with LoadedBundle(folder, threads=threads, isolated=True) as loaded:
+        main = loaded.bundle.main
+        if Path(data).is_file() and Path(data).suffix.lower() not in (".npz", ".py"):
+            return [(Path(data).name, _first_rows(loaded.run(loaded.prepare(data))))]
+        dataset = open_data(data, inputs=main.artifact.inputs, preprocess=main.preprocess, labels=main.labels or None)
+        found = []
+        for sample in dataset:
+            inputs = {name: array[None] for name, array in sample.inputs.items()}
+            found.append((sample.id, _first_rows(loaded.run(inputs))))
+        return found
+
+
+def _first_rows(outputs: Mapping[str, Array]) -> dict[str, Array]:
+    return {name: value[0] if value.ndim else value for name, value in outputs.items()}

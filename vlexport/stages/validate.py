@@ -1,0 +1,309 @@
+"""validate: accuracy on labelled samples and fidelity to a reference, streaming, with 95 % intervals. No torch.
+
+The reference is a callable on the same inputs; `vlexport validate --reference MODEL` opens it with torch, or another bundle
+without.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlexport.core.artifact import Array, Session, TensorSpec
+from vlexport.core.bundle import ARTIFACT_FOLDER, check_files, read_bundle
+from vlexport.core.bundle_schema import AccuracyResult, Component, Disagreement, Report
+from vlexport.core.dataset import Dataset, Sample
+from vlexport.core.errors import DataError, UsageError
+from vlexport.core.intervals import clopper_pearson
+from vlexport.core.numerics import Accuracy, Fidelity, OutputFidelity, PairedAccuracy
+from vlexport.core.progress import Reporter, Silent
+from vlexport.core.samples import open_data
+from vlexport.core.verdict import Gate, Measured, judge, measured_drop, measured_rate
+from vlexport.report.write import new_report, write_report
+from vlexport.stages.reference import Reference, open_reference
+from vlexport.stages.write_bundle import GOLDEN_TOLERANCE
+from vlexport.targets import open_target
+
+Run = Callable[[Mapping[str, Array]], dict[str, Array]]
+CLOSE_MARGIN = 10 * GOLDEN_TOLERANCE
+"""A top-1 that differs on a smaller relative margin may be rounding; it is listed as close."""
+_MAX_LISTED = 100
+_TOP5_FROM = 6
+
+
+@dataclass(frozen=True)
+class ValidateConfig:
+    """What to validate.
+
+    Attributes:
+        bundle: Folder of the bundle.
+        data: DATA.
+        reference: Model file or bundle to compare with; empty for none.
+        gates: To judge.
+        threads: 0 takes the bundle's recorded number.
+    """
+
+    bundle: Path
+    data: str
+    reference: str = ""
+    gates: tuple[Gate, ...] = ()
+    threads: int = 0
+
+
+def validate(config: ValidateConfig, *, reporter: Reporter | None = None) -> Report:
+    """Measure a bundle on samples and add the report to ``measured/``.
+
+    Raises:
+        VlexportError: VLX02xx for the data, VLX06xx for the bundle.
+    """
+    reporter = reporter or Silent()
+    bundle = read_bundle(config.bundle)
+    check_files(config.bundle, bundle)
+    component = bundle.main
+    target = open_target(bundle.target)
+    dataset = open_data(
+        config.data, inputs=component.artifact.inputs, preprocess=component.preprocess, labels=component.labels or None
+    )
+    with open_reference(config.reference, bundle) as reference:
+        with target.open(config.bundle / ARTIFACT_FOLDER, component.artifact, threads=config.threads) as session:
+            found = measure_accuracy(session, dataset, component, reference=reference, reporter=reporter)
+    report = new_report(bundle).model_copy(update=found)
+    if reference is not None:
+        report = report.model_copy(update={"reference": reference.name})
+    report = judge_gates(report, config.gates)
+    write_report(config.bundle, bundle, report)
+    return report
+
+
+@dataclass
+class _Tally:
+    """All that is counted while samples stream by."""
+
+    fidelity: Fidelity = field(default_factory=Fidelity)
+    ours: Accuracy = field(default_factory=Accuracy)
+    theirs: Accuracy = field(default_factory=Accuracy)
+    paired: PairedAccuracy = field(default_factory=PairedAccuracy)
+    classes: Counter[int] = field(default_factory=Counter)
+    disagreements: list[Disagreement] = field(default_factory=list)
+    samples: int = 0
+
+
+def measure_accuracy(
+    session: Session,
+    dataset: Dataset,
+    component: Component,
+    *,
+    reference: Run | Reference | None,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Stream samples through the session, and through the reference where there is one.
+
+    Args:
+        session: The artifact.
+        dataset: Samples without batch dim.
+        component: Its specs.
+        reference: Computes the same outputs; None for accuracy alone.
+        reporter: Progress.
+
+    Returns:
+        Fields of a :class:`Report`.
+
+    Raises:
+        DataError: VLX0210 when there is neither a label nor a reference.
+    """
+    if reference is None and not dataset.labelled:
+        raise DataError(
+            "VLX0210", "the samples have no labels and there is no reference to compare with", where="--data",
+            hint="give labelled samples, or --reference MODEL",
+        )  # fmt: skip
+    output = component.artifact.outputs[0].name
+    tally = _Tally()
+    with reporter.steps("validate", len(dataset)) as advance:
+        for batch, rows in _batches(dataset, component.artifact.inputs):
+            inputs = _stacked(batch, component.artifact.inputs)
+            ours = _rows(session.run(inputs), rows)
+            theirs = _rows(reference(inputs), rows) if reference is not None else None
+            _count(tally, batch[:rows], ours, theirs, output)
+            for _ in range(rows):
+                advance()
+    if not tally.samples:
+        raise DataError("VLX0202", "the data holds no sample", where="--data")
+    accuracy = _accuracy(tally, reference is not None) if dataset.labelled else None
+    notes = _guessing(accuracy, tally)
+    return {
+        "samples": tally.samples,
+        "accuracy": accuracy,
+        "fidelity": tally.fidelity.result(),
+        "measured": tuple(_measured(tally, accuracy, output)),
+        "disagreements": tuple(tally.disagreements[:_MAX_LISTED]),
+        "notes": tuple(notes),
+    }
+
+
+def judge_gates(report: Report, gates: Sequence[Gate]) -> Report:
+    """The report with its verdicts, and the figures of size and latency among what was measured."""
+    figures = list(report.measured)
+    figures.append(Measured(metric="size_mb", value=report.size_bytes / 1e6, unit="MB"))
+    if report.latency is not None:
+        figures.append(Measured(metric="p50_ms", value=report.latency.p50_ms, unit="ms"))
+        figures.append(Measured(metric="load_ms", value=report.latency.load_ms, unit="ms"))
+    verdicts = tuple(judge(gate, figures) for gate in gates)
+    return report.model_copy(update={"verdicts": verdicts, "measured": tuple(figures)})
+
+
+def _batches(dataset: Dataset, inputs: Sequence[TensorSpec]) -> Iterator[tuple[list[Sample], int]]:
+    """Batches as large as a fixed batch dim asks for (else 1), the last one filled up with its last sample."""
+    fixed = next((s.shape[0] for s in inputs if s.shape and isinstance(s.shape[0], int)), 1)
+    size = int(fixed)
+    batch: list[Sample] = []
+    for sample in dataset:
+        batch.append(sample)
+        if len(batch) == size:
+            yield batch, size
+            batch = []
+    if batch:
+        yield batch + [batch[-1]] * (size - len(batch)), len(batch)
+
+
+def _stacked(batch: Sequence[Sample], inputs: Sequence[TensorSpec]) -> dict[str, Array]:
+    return {spec.name: np.stack([sample.inputs[spec.name] for sample in batch]) for spec in inputs}
+
+
+def _rows(outputs: Mapping[str, Array], rows: int) -> dict[str, Array]:
+    return {name: value[:rows] if value.ndim else value[None] for name, value in outputs.items()}
+
+
+def _count(
+    tally: _Tally, batch: Sequence[Sample], ours: Mapping[str, Array], theirs: Mapping[str, Array] | None, output: str
+) -> None:
+    tally.samples += len(batch)
+    scores = ours[output]
+    labels = _labels(batch, scores)
+    if labels is not None:
+        tally.ours.update(scores, labels)
+        tally.classes.update(labels.tolist())
+    if theirs is None:
+        return
+    tally.fidelity.update(ours, theirs)
+    if labels is not None:
+        tally.theirs.update(theirs[output], labels)
+        tally.paired.update(scores, theirs[output], labels)
+    if scores.ndim == 2 and scores.shape[1] > 1:
+        for sample, mine, reference in zip(batch, scores, theirs[output], strict=True):
+            first, best = int(np.argmax(mine)), int(np.argmax(reference))
+            if first != best:
+                margin = _margin(reference)
+                tally.disagreements.append(
+                    Disagreement(
+                        sample=sample.id, reference=best, ours=first, margin=margin, close=margin <= CLOSE_MARGIN
+                    )
+                )
+
+
+def _labels(batch: Sequence[Sample], scores: Array) -> Array | None:
+    if batch[0].label is None:
+        return None
+    labels = np.asarray([sample.label for sample in batch])
+    if labels.ndim != 1 or labels.dtype.kind not in "iu" or scores.ndim != 2:
+        raise DataError(
+            "VLX0208", "built-in accuracy needs one class index a sample and one score vector as first output",
+            where=batch[0].id, hint="leave the labels out to compare with a reference only",
+        )  # fmt: skip
+    return labels
+
+
+def _margin(scores: Array) -> float:
+    ordered = np.sort(np.asarray(scores, np.float64))
+    scale = float(np.abs(ordered).max())
+    return float(ordered[-1] - ordered[-2]) / scale if scale else 0.0
+
+
+def _accuracy(tally: _Tally, referenced: bool) -> AccuracyResult:
+    ours, theirs = tally.ours, tally.theirs
+    n = ours.samples
+    low, high = clopper_pearson(ours.top1, n)
+    wide = max(tally.classes, default=0) + 1 >= _TOP5_FROM
+    result = AccuracyResult(
+        samples=n,
+        top1=100 * ours.top1 / n,
+        top1_low=100 * low,
+        top1_high=100 * high,
+        top5=100 * ours.top5 / n if wide else None,
+        majority=100 * max(tally.classes.values()) / n,
+    )
+    if not referenced:
+        return result
+    drop = measured_drop(tally.paired.only_reference, tally.paired.only_ours, n)
+    return result.model_copy(
+        update={
+            "reference_top1": 100 * theirs.top1 / n,
+            "reference_top5": 100 * theirs.top5 / n if wide else None,
+            "drop": drop.value,
+            "drop_low": drop.low,
+            "drop_high": drop.high,
+        }
+    )
+
+
+def _measured(tally: _Tally, accuracy: AccuracyResult | None, output: str) -> Iterator[Measured]:
+    if accuracy is not None:
+        yield measured_rate("top1", tally.ours.top1, tally.ours.samples)
+        if accuracy.top5 is not None:
+            yield measured_rate("top5", tally.ours.top5, tally.ours.samples)
+        if accuracy.drop is not None:
+            yield measured_drop(tally.paired.only_reference, tally.paired.only_ours, tally.paired.samples)
+    fidelity: OutputFidelity | None = tally.fidelity.result().get(output)
+    if fidelity is None:
+        return
+    yield Measured(metric="cosine", value=fidelity.cosine_mean, samples=fidelity.samples)
+    if np.isfinite(fidelity.sqnr_db):
+        yield Measured(metric="sqnr", value=fidelity.sqnr_db, samples=fidelity.samples, unit="dB")
+    if fidelity.agreements is not None:
+        yield measured_rate("agreement", fidelity.agreements, fidelity.samples)
+
+
+def _guessing(accuracy: AccuracyResult | None, tally: _Tally) -> list[str]:
+    """Warn when the float reference is hardly better than always answering the commonest class; stop at chance.
+
+    Raises:
+        DataError: VLX0211 when its interval does not lie above 1/classes either.
+    """
+    if accuracy is None:
+        return []
+    counted = tally.theirs if tally.theirs.samples else tally.ours
+    who = "the reference" if tally.theirs.samples else "the artifact"
+    low, _ = clopper_pearson(counted.top1, counted.samples)
+    top1 = 100 * counted.top1 / counted.samples
+    classes = max(len(tally.classes), 2)
+    said = f"{who} is right on {top1:.1f} % of {counted.samples}"
+    if low <= 1 / classes and counted.samples >= 10 * classes:
+        raise DataError(
+            "VLX0211", f"{said}, no better than guessing among {classes} classes", where="--data",
+            hint="check the preprocessing (mean, std, range, RGB or BGR, crop) and the order of labels",
+        )  # fmt: skip
+    if 100 * low <= accuracy.majority:
+        return [
+            f"{said}, not clearly above the commonest class ({accuracy.majority:.1f} %): check preprocessing and label order"
+        ]
+    return []
+
+
+def require_labels(gates: Sequence[Gate], dataset: Dataset) -> None:
+    """Refuse gates on accuracy before an unlabelled run.
+
+    Raises:
+        UsageError: VLX0804.
+    """
+    for gate in gates:
+        if gate.metric in ("drop", "top1", "top5") and not dataset.labelled:
+            raise UsageError(
+                "VLX0804",
+                f"gate {gate} needs labelled samples",
+                where="--gate",
+                hint="give class folders, or .npz with `label`",
+            )

@@ -1,0 +1,44 @@
+"""verify: is a bundle intact, and does its artifact still compute the golden vectors here? No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlexport.core.bundle import ARTIFACT_FOLDER, check_files, read_bundle
+from vlexport.core.bundle_schema import Bundle
+from vlexport.core.progress import Reporter, Silent
+from vlexport.stages.golden import check_golden, read_golden
+from vlexport.targets import open_target
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What verify found: the bundle, and each component's largest golden error."""
+
+    bundle: Bundle
+    errors: dict[str, float]
+
+
+def verify(folder: Path, *, threads: int = 0, reporter: Reporter | None = None) -> Verified:
+    """Check digest, files and golden vectors.
+
+    Raises:
+        BundleError: VLX0601, VLX0603, VLX0605.
+        GateError: VLX0602 altered, VLX0606 the golden check failed.
+        CapabilityError: VLX0501, VLX0505 when this machine cannot run it.
+    """
+    reporter = reporter or Silent()
+    bundle = read_bundle(folder)
+    with reporter.stage("check files"):
+        check_files(folder, bundle)
+    target = open_target(bundle.target)
+    errors = {}
+    for name, component in bundle.components.items():
+        inputs, outputs = read_golden(folder, component)
+        with target.open(folder / ARTIFACT_FOLDER, component.artifact, threads=threads) as session:
+            with reporter.stage(f"golden check of {name}"):
+                errors[name] = check_golden(
+                    session, inputs, outputs, tolerance=component.golden.tolerance, code="VLX0606"
+                )
+    return Verified(bundle, errors)

@@ -1,0 +1,118 @@
+"""Writing a bundle: into a temporary sibling, flushed to disk, renamed in one step. Nothing half-written is ever seen."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from vlexport.core.artifact import Array
+from vlexport.core.bundle import BUNDLE_FILE, GOLDEN_FOLDER, RECIPE_FILE, recorded_files
+from vlexport.core.bundle_schema import Bundle, Golden, canonical_json, digest_of
+from vlexport.core.errors import BundleError
+
+GOLDEN_TOLERANCE = 1e-4
+"""Bound of max|a−b| / max|b| between artifact and source Program, fp32: other kernels sum in another order."""
+
+
+def require_free(output: Path, *, force: bool) -> None:
+    """Refuse an output that exists, before any work is done.
+
+    Raises:
+        BundleError: VLX0604, also with ``force`` when what stands there is no bundle; VLX0607 when the folder above does
+            not exist or cannot be written.
+    """
+    if output.exists() or output.is_symlink():
+        if not force:
+            raise BundleError(
+                "VLX0604",
+                "the output exists already",
+                where=str(output),
+                hint="choose another -o, or replace it with --force",
+            )
+        empty = output.is_dir() and not any(output.iterdir())
+        if not empty and not (output / BUNDLE_FILE).is_file():
+            raise BundleError(
+                "VLX0604",
+                "the output exists and is no bundle, so --force does not replace it",
+                where=str(output),
+                hint="choose another -o",
+            )
+    if not output.absolute().parent.is_dir():
+        raise BundleError(
+            "VLX0607", "the folder above the output does not exist", where=str(output.parent), hint="create it first"
+        )
+    if not os.access(output.absolute().parent, os.W_OK):
+        raise BundleError(
+            "VLX0607",
+            "the folder above the output cannot be written",
+            where=str(output.parent),
+            hint="choose another -o",
+        )
+
+
+@contextlib.contextmanager
+def staging(output: Path) -> Iterator[Path]:
+    """A temporary sibling of ``output`` that takes its place when the block ends well, and vanishes when it does not."""
+    output = output.absolute()
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    except OSError as error:
+        raise BundleError("VLX0607", f"the output cannot be written: {error.strerror}", where=str(output)) from error
+    try:
+        yield folder
+        _flush(folder)
+        _readable(folder)
+        if output.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+            os.rename(output, old / "old")
+            os.rename(folder, output)
+            shutil.rmtree(old)
+        else:
+            os.rename(folder, output)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def write_golden(folder: Path, component: str, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Golden:
+    """Golden vectors of a component as two ``.npz`` files."""
+    place = folder / GOLDEN_FOLDER / component
+    place.mkdir(parents=True)
+    for name, arrays in (("inputs", inputs), ("outputs", outputs)):
+        np.savez(place / f"{name}.npz", **{k: np.asarray(v) for k, v in arrays.items()})  # type: ignore[arg-type]
+    prefix = f"{GOLDEN_FOLDER}/{component}"
+    return Golden(inputs=f"{prefix}/inputs.npz", outputs=f"{prefix}/outputs.npz", tolerance=GOLDEN_TOLERANCE)
+
+
+def write_bundle(folder: Path, bundle: Bundle, recipe: str) -> Bundle:
+    """Write the recipe and ``bundle.json``, with the hashes of everything recorded and the digest."""
+    (folder / RECIPE_FILE).write_text(recipe, encoding="utf-8", newline="\n")
+    bundle = bundle.model_copy(update={"files": dict(recorded_files(folder))})
+    bundle = bundle.model_copy(update={"digest": digest_of(bundle)})
+    (folder / BUNDLE_FILE).write_text(
+        canonical_json(bundle.model_dump(mode="json")) + "\n", encoding="utf-8", newline="\n"
+    )
+    return bundle
+
+
+def _flush(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+
+def _readable(folder: Path) -> None:
+    """``mkdtemp`` makes 0700; a bundle gets what the umask allows."""
+    umask = os.umask(0)
+    os.umask(umask)
+    folder.chmod(0o777 & ~umask)
