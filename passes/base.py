@@ -1,8 +1,8 @@
 """The contract of a pass.
 
-A pass finds matches and near misses, and applies one match at a time; the runner drives it to a fixed point, so a prefix
-of its matches can be applied by bisect. Whatever a pass makes carries shape and provenance (``Program.add_call`` sees to
-it). No class, family or module-path test, and no test of the target, ever stands in a pass.
+A pass finds matches and near misses, and applies one match at a time; the runner drives it to a fixed point, so a
+prefix of its matches can be applied by bisect. Whatever a pass makes carries shape and provenance (``Program.add_call``
+sees to it). No class, family or module-path test, and no test of the target, ever stands in a pass.
 """
 
 from __future__ import annotations

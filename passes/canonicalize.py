@@ -78,7 +78,8 @@ def _permute(node: Node) -> Any:
     dims = _permutation(dialect.op_name(node), node.args, rank)
     if dims == list(range(rank)):
         return source
-    if dialect.op_name(node) == "aten.permute.default" and dims == list(node.args[1]):  # type: ignore[call-overload]
+    given: Any = node.args[1] if len(node.args) > 1 else None
+    if dialect.op_name(node) == "aten.permute.default" and dims == list(given):
         return None
     return aten.permute.default, (source, dims)
 
@@ -128,6 +129,10 @@ def _expand_as(node: Node) -> Any:
     return aten.expand.default, (node.args[0], [int(s) for s in want])
 
 
+def _operand(node: Node) -> Any:
+    return node.args[0]
+
+
 def _squeeze(node: Node) -> Any:
     return node.args[0] if len(_shape(node)) == len(_shape(node.args[0])) else None
 
@@ -166,6 +171,6 @@ _RULES: dict[str, _Rule] = {
     "aten.to.dtype": _cast,
     "aten.to.dtype_layout": _cast,
     "aten.type_as.default": _cast,
-    "aten.clone.default": lambda node: node.args[0],  # type: ignore[dict-item]
-    "aten.contiguous.default": lambda node: node.args[0],  # type: ignore[dict-item]
+    "aten.clone.default": _operand,
+    "aten.contiguous.default": _operand,
 }  # fmt: skip

@@ -8,8 +8,8 @@ Before → after::
 Equation: with ``s = gamma / sqrt(var + eps)``, ``W' = s · W`` (per output channel) and ``b' = s · (b − mean) + beta``,
 computed in float64 and cast once.
 
-Does not apply when: the convolution's output has another reader; the weight is not a stored tensor; the batch norm runs in
-train mode; the producer is no convolution or linear (a reshape between them moves the channel axis).
+Does not apply when: the convolution's output has another reader; the weight is not a stored tensor; the batch norm runs
+in train mode; the producer is no convolution or linear (a reshape between them moves the channel axis).
 
 Numerical effect: exact up to rounding of the weights. Source: Jacob et al. 2018, arXiv 1712.05877, section 3.2.
 """

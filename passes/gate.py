@@ -1,11 +1,11 @@
 """The numeric gate: after every pass the Program is run, and a pass that changed the result is named.
 
-The metric is, per output, ``max|a−b| / max|b|`` with equal non-finite masks; integer and boolean outputs must be equal. The
-previous pass's outputs are kept, so N passes cost N + 1 runs.
+The metric is, per output, ``max|a−b| / max|b|`` with equal non-finite masks; integer and boolean outputs must be equal.
+The previous pass's outputs are kept, so N passes cost N + 1 runs.
 
-An exact pass whose metric exceeds :data:`FLOAT32_BOUND` is applied again to a float64 copy of its input Program and both run
-in float64: equal to :data:`FLOAT64_BOUND` means that only rounding was seen; else the pass is the culprit, and the first
-node whose value differs is named.
+An exact pass whose metric exceeds :data:`FLOAT32_BOUND` is applied again to a float64 copy of its input Program and
+both run in float64: equal to :data:`FLOAT64_BOUND` means that only rounding was seen; else the pass is the culprit, and
+the first node whose value differs is named.
 """
 
 from __future__ import annotations

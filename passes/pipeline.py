@@ -1,7 +1,7 @@
 """The runner: passes in an order that is data, checked before and after, with hooks.
 
-After every pass: ``modified`` is true iff the fingerprint (text and weights) changed, the dialect check holds, the facts the
-pass claims hold, and the numeric gate agrees.
+After every pass: ``modified`` is true iff the fingerprint (text and weights) changed, the dialect check holds, the
+facts the pass claims hold, and the numeric gate agrees.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Probes: the inputs on which a Program is run before and after every pass.
 
-At most four, of at most eight images in all: the saved example, one calibration sample, a seeded draw with every dynamic dim
-at its smallest size, and one with every dim at its largest (or three above the smallest, when it has no bound).
+At most four, of at most eight images in all: the saved example, one calibration sample, a seeded draw with every
+dynamic dim at its smallest size, and one with every dim at its largest (or three above the smallest, when it has no
+bound).
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ def require_sight(outputs: Sequence[tuple[torch.Tensor, ...]]) -> None:
     for values in outputs:
         for kept, value in zip(rows, values, strict=True):
             kept.extend(value if value.ndim else [value])
-    for values in rows:
-        if any(v.shape != values[0].shape or not torch.equal(v, values[0]) for v in values[1:]):
+    for seen in rows:
+        if any(v.shape != seen[0].shape or not torch.equal(v, seen[0]) for v in seen[1:]):
             return
     raise CapabilityError(
         "VLX0402",

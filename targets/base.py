@@ -72,7 +72,7 @@ class Target(abc.ABC):
 
     @abc.abstractmethod
     def lower_naive(self, program: Program, folder: Path) -> Artifact:
-        """The plain path of a user without vlexport, from the same captured graph: what speed-ups are measured against."""
+        """The plain path of a user without vlexport, from the same captured graph: the denominator of speed-ups."""
 
     def program_passes(self) -> Sequence[Pass[Program]]:
         """Passes that spell the Program as this target wants it, run last."""

@@ -1,7 +1,7 @@
 """Program → ONNX through torch's dynamo exporter, with metadata that names a machine or torch's internals taken out.
 
-One file up to :data:`EXTERNAL_ABOVE_BYTES` of weights; above it the weights lie in ``weights.bin`` beside the graph, where a
-runtime maps them instead of parsing them.
+One file up to :data:`EXTERNAL_ABOVE_BYTES` of weights; above it the weights lie in ``weights.bin`` beside the graph,
+where a runtime maps them instead of parsing them.
 """
 
 from __future__ import annotations

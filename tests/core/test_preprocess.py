@@ -12,13 +12,8 @@ from PIL import Image
 
 from vlexport.core.artifact import TensorSpec
 from vlexport.core.errors import DataError
-from vlexport.core.preprocess import (
-    Preprocess,
-    guess_spec,
-    preprocess_from_spec,
-    preprocess_from_timm_config,
-    preprocess_from_transformers_config,
-)
+from vlexport.core.preprocess import Preprocess, guess_spec, preprocess_from_spec
+from vlexport.core.preprocess_configs import preprocess_from_timm_config, preprocess_from_transformers_config
 
 STEP = 1 / 255  # one level of an 8-bit pixel: the promised parity
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "transformers_pixels.json").read_text())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -43,7 +43,8 @@ def run(
         stacked = {name: np.stack([values[name] for _, values in found]) for name in found[0][1]}
         np.savez(output, **stacked)  # type: ignore[arg-type]
         return Outcome([f"{len(found)} samples written to {output}"], {"samples": len(found), "output": str(output)})
-    lines, payload = [], []
+    lines: list[str] = []
+    payload: list[dict[str, Any]] = []
     for name, values in found:
         first = next(iter(values.values()))
         if first.ndim == 1 and first.dtype.kind == "f" and first.size > 1:

@@ -1,6 +1,7 @@
 """Entry point: parses, runs a command, and turns every end into an exit code and one clear message.
 
-``--json`` prints one object on stdout also on failure; C++ runtimes print to file descriptor 1, so it is redirected first.
+``--json`` prints one object on stdout also on failure; C++ runtimes print to file descriptor 1, so it is redirected
+first.
 """
 
 from __future__ import annotations

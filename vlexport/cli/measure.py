@@ -79,7 +79,8 @@ def profile(
             f"size {size_phrase(found.baseline_size_bytes or 0)}"
         )
     lines.append(
-        f"{report.machine.cpu}, {', '.join(report.machine.instruction_set)}; {found.rounds} rounds, {found.repeated} repeated"
+        f"{report.machine.cpu}, {', '.join(report.machine.instruction_set)}; "
+        f"{found.rounds} rounds, {found.repeated} repeated"
     )
     outcome = _outcome(lines, report)
     if outcome.exit_code == 0 and found.verdict == "too noisy to tell":

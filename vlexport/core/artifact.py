@@ -9,11 +9,14 @@ import abc
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Array = npt.NDArray[Any]
 Timing = Literal["real", "emulated", "none"]
@@ -122,7 +125,7 @@ class Session(abc.ABC):
     def close(self) -> None:
         """Free the runtime's memory; calling it twice is harmless."""
 
-    def __enter__(self) -> Session:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -1,7 +1,7 @@
 """What lies in a bundle and in its reports, as typed data. Schema v1; no torch.
 
-Readers accept earlier versions and refuse later ones in words. ``artifact/``, ``golden/``, ``bundle.json`` and the recipe
-hold no time, host, path or measurement; measurements live in ``measured/``.
+Readers accept earlier versions and refuse later ones in words. ``artifact/``, ``golden/``, ``bundle.json`` and the
+recipe hold no time, host, path or measurement; measurements live in ``measured/``.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class PassRecord(Frozen):
 
 
 class CostRecord(Frozen):
-    """MACs at opt dims and batch 1, parameters and bytes of the graph that was lowered; ``opaque`` ops count nothing."""
+    """MACs with dims at their opt, parameters and bytes of the lowered graph; ``opaque`` ops count nothing."""
 
     macs: int
     parameters: int
@@ -239,7 +239,8 @@ class LatencyResult(Frozen):
         ratio_low: Lower bound of the ratio's 95 % interval (of its range, where there are too few rounds for one).
         rounds: Rounds whose control held.
         repeated: Rounds thrown away because the baseline drifted by more than 5 %.
-        verdict: ``faster``, ``slower``, ``no difference shown``, ``too noisy to tell``, ``quick`` (too few rounds for an
+        verdict: ``faster``, ``slower``, ``no difference shown``, ``too noisy to tell``, ``quick`` (too few rounds for
+        an
             interval) or ``alone`` (nothing to compare with).
     """
 

@@ -1,9 +1,9 @@
 """Sessions in a child process: a runtime that aborts takes down a child, not the build.
 
 The child is started with ``subprocess`` (a user's ten-line script has no ``__main__`` guard, which ``multiprocessing``
-needs) and opens one session from an entry point ``module:function(folder, artifact, threads) -> Session``. Frames on its
-pipes are a JSON header and raw array bytes, never pickle. C++ runtimes print to file descriptor 1, so the child moves its
-own channel away from it first. Timing loops run inside the child: no figure contains this channel.
+needs) and opens one session from an entry point ``module:function(folder, artifact, threads) -> Session``. Frames on
+its pipes are a JSON header and raw array bytes, never pickle. C++ runtimes print to file descriptor 1, so the child
+moves its own channel away from it first. Timing loops run inside the child: no figure contains this channel.
 """
 
 from __future__ import annotations

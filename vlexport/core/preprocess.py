@@ -25,7 +25,6 @@ Numbers of several channels are separated by `:`, since `|` and `;` mean somethi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -36,15 +35,12 @@ from pydantic import ValidationError, model_validator
 from vlexport.core.artifact import Array, Frozen, TensorSpec
 from vlexport.core.errors import DataError, nearest
 from vlexport.core.image_steps import RESAMPLING, Edge, Interpolation, cropped, resized, resized_size
-from vlexport.core.preprocess_configs import (
-    EXAMPLE,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    fields_from_timm_config,
-    fields_from_transformers_config,
-)
 
 Color = Literal["rgb", "bgr", "gray"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+EXAMPLE = "resize=256:bicubic,crop=224,scale=1/255,mean=imagenet,std=imagenet"
 
 
 class Preprocess(Frozen):
@@ -224,20 +220,14 @@ def preprocess_from_spec(text: str) -> Preprocess:
             values.update(_READERS[key](key, value))
         except ValueError as error:
             raise _misread(text, str(error)) from error
-    return _checked(values, where=f"--preprocess {text}")
+    try:
+        return Preprocess.model_validate(values)
+    except ValidationError as error:
+        raise _misread(text, str(error.errors()[0]["msg"]).removeprefix("Value error, ")) from error
 
 
 def _misread(text: str, message: str) -> DataError:
     return DataError("VLX0207", message, where=f"--preprocess {text}", hint=f'write for example "{EXAMPLE}"')
-
-
-def _checked(fields: dict[str, Any], *, where: str) -> Preprocess:
-    try:
-        return Preprocess.model_validate(fields)
-    except ValidationError as error:
-        message = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
-        hint = f'write for example --preprocess "{EXAMPLE}"'
-        raise DataError("VLX0207", message, where=where, hint=hint) from error
 
 
 def _size(key: str, text: str) -> tuple[int, ...]:
@@ -337,38 +327,3 @@ def guess_spec(spec: TensorSpec) -> str:
     if spec.shape[1] == 1:
         return f"color=gray,{size},scale=1/255"
     return f"{size},scale=1/255,mean=imagenet,std=imagenet"
-
-
-def preprocess_from_timm_config(cfg: Mapping[str, Any]) -> Preprocess:
-    """What ``timm.data.create_transform(**resolve_data_config(cfg))`` does when evaluating.
-
-    Args:
-        cfg: A model's ``pretrained_cfg``, or a ``config.json`` that holds one. ``input_size`` (C, H, W), ``crop_pct``,
-            ``crop_mode``, ``interpolation``, ``mean`` and ``std`` count; what is missing gets timm's default.
-
-    Raises:
-        DataError: VLX0207 when a value is one that timm does not know or that cannot be expressed.
-
-    Source:
-        timm.data.config.resolve_data_config, timm.data.transforms_factory.transforms_imagenet_eval.
-    """
-    return _checked(fields_from_timm_config(cfg), where="timm config")
-
-
-def preprocess_from_transformers_config(cfg: Mapping[str, Any]) -> Preprocess:
-    """What the image processor described by a ``preprocessor_config.json`` does.
-
-    Resizing is pillow's; the torchvision backend of newer processors resamples tensors and may differ by one step of
-    256. An odd rest is cropped as transformers crops it.
-
-    Args:
-        cfg: The content of the file.
-
-    Raises:
-        DataError: VLX0207 when it asks for steps that cannot be expressed (padding to a multiple, splitting, several
-            sizes), or leaves open what ``size`` or ``resample`` means.
-
-    Source:
-        transformers.image_processing_backends and the processors of CLIP, ConvNeXT, LeViT, PoolFormer, EfficientNet.
-    """
-    return _checked(fields_from_transformers_config(cfg), where="preprocessor_config.json")

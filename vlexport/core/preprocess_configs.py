@@ -6,16 +6,26 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
 from vlexport.core.errors import DataError, nearest
 from vlexport.core.image_steps import RESAMPLING
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-EXAMPLE = "resize=256:bicubic,crop=224,scale=1/255,mean=imagenet,std=imagenet"
+from vlexport.core.preprocess import EXAMPLE, IMAGENET_MEAN, IMAGENET_STD, Preprocess
 
 
-def fields_from_timm_config(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a Preprocess from a ``pretrained_cfg``; see ``preprocess_from_timm_config``."""
+def preprocess_from_timm_config(cfg: Mapping[str, Any]) -> Preprocess:
+    """What ``timm.data.create_transform(**resolve_data_config(cfg))`` does when evaluating.
+
+    Args:
+        cfg: A model's ``pretrained_cfg``, or a ``config.json`` that holds one. ``input_size`` (C, H, W), ``crop_pct``,
+            ``crop_mode``, ``interpolation``, ``mean`` and ``std`` count; what is missing gets timm's default.
+
+    Raises:
+        DataError: VLX0207 when a value is one that timm does not know or that cannot be expressed.
+
+    Source:
+        timm.data.config.resolve_data_config, timm.data.transforms_factory.transforms_imagenet_eval.
+    """
     what = "timm config"
     cfg = cfg.get("pretrained_cfg") or cfg
     size = tuple(cfg.get("input_size") or (3, 224, 224))
@@ -38,7 +48,7 @@ def fields_from_timm_config(cfg: Mapping[str, Any]) -> dict[str, Any]:
     }
     if mode == "border":
         fields["pad"] = tuple(round(255 * value) for value in mean)
-    return fields
+    return _checked(what, fields)
 
 
 _SHORT_EDGE = (
@@ -61,8 +71,22 @@ _INEXPRESSIBLE = (
 )
 
 
-def fields_from_transformers_config(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a Preprocess from a ``preprocessor_config.json``; see ``preprocess_from_transformers_config``."""
+def preprocess_from_transformers_config(cfg: Mapping[str, Any]) -> Preprocess:
+    """What the image processor described by a ``preprocessor_config.json`` does.
+
+    Resizing is pillow's; the torchvision backend of newer processors resamples tensors and may differ by one step of
+    256. An odd rest is cropped as transformers crops it.
+
+    Args:
+        cfg: The content of the file.
+
+    Raises:
+        DataError: VLX0207 when it asks for steps that cannot be expressed (padding to a multiple, splitting, several
+            sizes), or leaves open what ``size`` or ``resample`` means.
+
+    Source:
+        transformers.image_processing_backends and the processors of CLIP, ConvNeXT, LeViT, PoolFormer, EfficientNet.
+    """
     what = "preprocessor_config.json"
     cfg = cfg.get("image_processor") or cfg
     kind = str(cfg.get("image_processor_type") or cfg.get("feature_extractor_type") or "")
@@ -81,7 +105,7 @@ def fields_from_transformers_config(cfg: Mapping[str, Any]) -> dict[str, Any]:
     if cfg.get("do_flip_channel_order", family == "MobileViT"):
         fields["color"] = "bgr"
     fields["scale"] = float(cfg.get("rescale_factor", 1 / 255)) if cfg.get("do_rescale", True) else 1.0
-    return {**fields, **_normalize_fields(what, cfg, family)}
+    return _checked(what, {**fields, **_normalize_fields(what, cfg, family)})
 
 
 def _resize_fields(what: str, cfg: Mapping[str, Any], family: str) -> dict[str, Any]:
@@ -152,3 +176,10 @@ def _interpolation(what: str, name: str) -> str:
 
 def _refused(what: str, message: str) -> DataError:
     return DataError("VLX0207", message, where=what, hint=f'write it yourself, for example --preprocess "{EXAMPLE}"')
+
+
+def _checked(what: str, fields: dict[str, Any]) -> Preprocess:
+    try:
+        return Preprocess.model_validate(fields)
+    except ValidationError as error:
+        raise _refused(what, str(error.errors()[0]["msg"]).removeprefix("Value error, ")) from error

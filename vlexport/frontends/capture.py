@@ -114,7 +114,7 @@ def _require_eval(model: nn.Module) -> None:
         if module.training and (not name or isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.Dropout))):
             raise CaptureError(
                 "VLX0301",
-                f"{'the model' if not name else name} is in train mode",
+                f"{name or 'the model'} is in train mode",
                 where=name,
                 hint="call model.eval() before saving or building",
             )
@@ -336,7 +336,7 @@ def _agree(program: Program, reference: nn.Module, arguments: _Arguments, varian
                     "VLX0304",
                     f"output {spec.name} of the captured graph differs from the model by {worst:.1e} at input {sizes}",
                     where=spec.name,
-                    hint="the model may cache shapes or hold randomness; save with dynamic=False to see whether it helps",
+                    hint="the model may cache shapes or hold randomness; dynamic=False shows whether it does",
                 )
 
 

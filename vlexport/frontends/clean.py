@@ -1,8 +1,8 @@
 """From a fresh ``torch.export`` graph to a functional one.
 
-A fresh graph still holds in-place operators (``relu_``, ``add_``) and notes of the tracer. In-place operators whose base is
-a fresh value that nothing aliases are renamed, which costs milliseconds and no error; everything else goes through
-``run_decompositions({})``, which interprets the graph twice.
+A fresh graph still holds in-place operators (``relu_``, ``add_``) and notes of the tracer. In-place operators whose
+base is a fresh value that nothing aliases are renamed, which costs milliseconds and no error; everything else goes
+through ``run_decompositions({})``, which interprets the graph twice.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def functional(exported: ExportedProgram) -> ExportedProgram:
         for node in nodes:
             _rename(node)
         return exported
-    return exported.run_decompositions({})
+    decomposed: ExportedProgram = exported.run_decompositions({})
+    return decomposed
 
 
 def clean(program: Program) -> None:
@@ -85,7 +86,8 @@ def _can_rename(node: Node) -> bool:
     base = node.args[0] if node.args else None
     if not isinstance(base, Node) or _aliases(base) or _twin(node.target) is None:
         return False
-    written = [a for a in node.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    target: Any = node.target
+    written = [a for a in target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     return len(written) == 1 and not any(_aliases(u) for u in base.users if u is not node and u.op != "output")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import pickle
 import struct
@@ -61,17 +62,20 @@ def load_program(archive: bytes) -> ExportedProgram:
 
 
 def declare_torchvision_operators() -> None:
-    """Declare the two operators that torchvision's Python part expects from its binary, where that binary is missing.
+    """Declare the two operators that torchvision's Python part expects from its binary, where that binary does not load.
 
-    timm imports torchvision; beside a CPU build of torch from elsewhere its binary does not load, and the import fails
-    at ``register_fake``. The operators stay without a kernel.
+    timm imports torchvision; beside a CPU build of torch from elsewhere its binary is silently missing, and the import
+    fails at ``register_fake``. The declared operators stay without a kernel. A working torchvision is left alone.
     """
-    if hasattr(torch.ops.torchvision, "nms"):
+    try:
+        importlib.import_module("torchvision")
+    except ImportError:
         return
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _LIBRARIES.append(library)
+    except RuntimeError:  # "operator torchvision::nms does not exist"
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _LIBRARIES.append(library)
 
 
 _LIBRARIES: list[torch.library.Library] = []

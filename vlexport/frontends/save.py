@@ -34,7 +34,8 @@ def save(
     Args:
         model: A module in eval mode; it is not changed.
         path: File to write, usually ``model.pt``.
-        inputs: Example inputs: a tensor, tensors in ``forward``'s order, or by argument name. Floating tensors are taken
+        inputs: Example inputs: a tensor, tensors in ``forward``'s order, or by argument name. Floating tensors are
+        taken
             as float32; dim 0 is the batch.
         preprocess: How an image becomes the input: a SPEC (``resize=256:bicubic,crop=224,…`` or ``timm:NAME``), or one
             per input name.

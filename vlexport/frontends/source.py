@@ -92,7 +92,7 @@ def open_archive(path: Path) -> Source:
         raise ModelFileError(
             "VLX0105", f"vlexport.json inside the file is wrong: {str(error).splitlines()[0]}", where=path.name,
             hint="save the model again",
-        )  # fmt: skip
+        ) from error  # fmt: skip
     exported = archive.exported_program()
     user_inputs = exported.graph_signature.user_inputs
     if len(user_inputs) != len(signature.inputs) or len(exported.graph_signature.user_outputs) != len(

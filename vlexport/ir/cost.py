@@ -1,12 +1,12 @@
 """What a Program costs: multiply-accumulates, parameters and bytes.
 
-One MAC is one multiplication with its addition, as papers and timm count them; elementwise work, norms and softmax count
-nothing. Opaque ops are listed, never guessed.
+One MAC is one multiplication with its addition, as papers and timm count them; elementwise work, norms and softmax
+count nothing. Opaque ops are listed, never guessed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +49,7 @@ def node_macs(program: Program, node: Node, dims: Mapping[str, int]) -> int:
     row = dialect.info(node)
     if row is None or row.macs is None:
         return 0
-    operands = [
+    operands: list[Sequence[int]] = [
         program.sizes(a.meta["val"].shape, dims)
         for a in node.args
         if isinstance(a, Node) and isinstance(a.meta.get("val"), torch.Tensor)

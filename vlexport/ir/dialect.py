@@ -1,7 +1,7 @@
 """What an op is: the closed table of functional ATen overloads that make the vlexport dialect.
 
-An operator outside the table is *opaque*: nothing matches across it, its MACs are unknown, and a target may refuse it by
-name and source line. In-place and out-variant operators are never part of a Program.
+An operator outside the table is *opaque*: nothing matches across it, its MACs are unknown, and a target may refuse it
+by name and source line. In-place and out-variant operators are never part of a Program.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Seeded input values for a Program: probes of the gate, golden vectors, the example inside a saved file.
 
-Floats are standard normal (what normalised images look like), ids stay inside the vocabulary of the embedding that reads
-them, booleans are all true (a mask that hides nothing).
+Floats are standard normal (what normalised images look like), ids stay inside the vocabulary of the embedding that
+reads them, booleans are all true (a mask that hides nothing).
 """
 
 from __future__ import annotations

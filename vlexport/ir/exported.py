@@ -89,8 +89,8 @@ def program_from_exported(exported: ExportedProgram, signature: Signature) -> Pr
 def exported_from_program(program: Program) -> ExportedProgram:
     """Lift a Program; the reverse of :func:`program_from_exported`.
 
-    Node names are made from the operator and the last origin (``conv2d_12``), so that names in an artifact do not depend
-    on FX's own counters.
+    Node names are made from the operator and the last origin (``conv2d_12``), so that names in an artifact do not
+    depend on FX's own counters.
     """
     graph = Graph()
     mapping: dict[Node, Node] = {}

@@ -1,8 +1,8 @@
 """Program: the one graph that every pass reads and writes.
 
-A functional ``torch.fx.Graph`` in the vlexport dialect, its named tensors, and its public signature. Placeholders are the
-user's inputs, ``get_attr`` nodes name entries of ``tensors``. It runs in PyTorch at every moment, so that each pass can be
-checked by executing it.
+A functional ``torch.fx.Graph`` in the vlexport dialect, its named tensors, and its public signature. Placeholders are
+the user's inputs, ``get_attr`` nodes name entries of ``tensors``. It runs in PyTorch at every moment, so that each pass
+can be checked by executing it.
 
 Tensors are never edited: a pass adds a new one, untouched ones are shared between copies, so keeping "before" costs
 nothing.
@@ -65,7 +65,8 @@ class Program:
     @property
     def output(self) -> Node:
         """The output node."""
-        return next(n for n in reversed(self.graph.nodes) if n.op == "output")
+        found: Node = next(n for n in reversed(self.graph.nodes) if n.op == "output")
+        return found
 
     @property
     def results(self) -> tuple[Node, ...]:

@@ -26,7 +26,7 @@ def text(program: Program) -> str:
     """The Program as text: one line an op, ending in a newline."""
     names = program.symbol_names()
     ids: dict[Node, str] = {}
-    lines = []
+    lines: list[str] = []
     inputs = []
     for node, spec in zip(program.placeholders, program.signature.inputs, strict=True):
         ids[node] = spec.name
@@ -65,7 +65,7 @@ def tensor_digest(tensor: torch.Tensor, *, fresh: bool = False) -> str:
         return kept[1]
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else tensor.new_empty(0)
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    digest.update(memoryview(flat.numpy()) if tensor.numel() else b"")
+    digest.update(flat.numpy().tobytes() if tensor.numel() else b"")
     tensor._vlexport_digest = (version, digest.hexdigest())  # type: ignore[attr-defined]
     return digest.hexdigest()
 

@@ -2,7 +2,8 @@
 
 ::
 
-    model.pt ─ frontend ─▶ Program ─ passes ─▶ Program ─ lower ─▶ artifact ─▶ golden check ─▶ validate ─▶ profile ─▶ bundle
+    model.pt ─ frontend ─▶ Program ─ passes ─▶ Program ─ lower ─▶ artifact ─▶ golden check ─▶ validate ─▶ profile ─▶
+    bundle
 """
 
 from __future__ import annotations

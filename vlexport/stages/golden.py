@@ -42,7 +42,9 @@ def check_golden(
     error, output = worst_error(session, inputs, outputs)
     if not error <= tolerance:
         raise GateError(
-            code, f"output {output} of the artifact differs from the source program by {error:.1e} (bound {tolerance:.0e})",
-            where=output, hint="another version of the runtime may help; please report it with `vlexport --version`",
-        )  # fmt: skip
+            code,
+            f"output {output} of the artifact differs from the source program by {error:.1e} (bound {tolerance:.0e})",
+            where=output,
+            hint="another version of the runtime may help; please report it with `vlexport --version`",
+        )
     return error

@@ -68,6 +68,8 @@ def _require_same(path: str, wanted: tuple[list[str], list[str]], found: tuple[l
     for kind, a, b in zip(("inputs", "outputs"), wanted, found, strict=True):
         if a != b:
             raise InputError(
-                "VLX0507", f"the reference's {kind} are {', '.join(b)}, the bundle's are {', '.join(a)}", where="--reference",
+                "VLX0507",
+                f"the reference's {kind} are {', '.join(b)}, the bundle's are {', '.join(a)}",
+                where="--reference",
                 hint="give the model that the bundle was built from",
-            )  # fmt: skip
+            )

@@ -1,7 +1,7 @@
 """validate: accuracy on labelled samples and fidelity to a reference, streaming, with 95 % intervals. No torch.
 
-The reference is a callable on the same inputs; `vlexport validate --reference MODEL` opens it with torch, or another bundle
-without.
+The reference is a callable on the same inputs; `vlexport validate --reference MODEL` opens it with torch, or another
+bundle without.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ def validate(config: ValidateConfig, *, reporter: Reporter | None = None) -> Rep
     dataset = open_data(
         config.data, inputs=component.artifact.inputs, preprocess=component.preprocess, labels=component.labels or None
     )
-    with open_reference(config.reference, bundle) as reference:
-        with target.open(config.bundle / ARTIFACT_FOLDER, component.artifact, threads=config.threads) as session:
-            found = measure_accuracy(session, dataset, component, reference=reference, reporter=reporter)
+    opened = target.open(config.bundle / ARTIFACT_FOLDER, component.artifact, threads=config.threads)
+    with opened as session, open_reference(config.reference, bundle) as reference:
+        found = measure_accuracy(session, dataset, component, reference=reference, reporter=reporter)
     report = new_report(bundle).model_copy(update=found)
     if reference is not None:
         report = report.model_copy(update={"reference": reference.name})
@@ -288,7 +288,8 @@ def _guessing(accuracy: AccuracyResult | None, tally: _Tally) -> list[str]:
         )  # fmt: skip
     if 100 * low <= accuracy.majority:
         return [
-            f"{said}, not clearly above the commonest class ({accuracy.majority:.1f} %): check preprocessing and label order"
+            f"{said}, not clearly above the commonest class ({accuracy.majority:.1f} %): "
+            "check preprocessing and label order"
         ]
     return []
 

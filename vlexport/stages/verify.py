@@ -36,9 +36,7 @@ def verify(folder: Path, *, threads: int = 0, reporter: Reporter | None = None) 
     errors = {}
     for name, component in bundle.components.items():
         inputs, outputs = read_golden(folder, component)
-        with target.open(folder / ARTIFACT_FOLDER, component.artifact, threads=threads) as session:
-            with reporter.stage(f"golden check of {name}"):
-                errors[name] = check_golden(
-                    session, inputs, outputs, tolerance=component.golden.tolerance, code="VLX0606"
-                )
+        opened = target.open(folder / ARTIFACT_FOLDER, component.artifact, threads=threads)
+        with opened as session, reporter.stage(f"golden check of {name}"):
+            errors[name] = check_golden(session, inputs, outputs, tolerance=component.golden.tolerance, code="VLX0606")
     return Verified(bundle, errors)

@@ -1,4 +1,4 @@
-"""Writing a bundle: into a temporary sibling, flushed to disk, renamed in one step. Nothing half-written is ever seen."""
+"""Writing a bundle: into a temporary sibling, flushed to disk, renamed in one step. Nothing is seen half-written."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def require_free(output: Path, *, force: bool) -> None:
     """Refuse an output that exists, before any work is done.
 
     Raises:
-        BundleError: VLX0604, also with ``force`` when what stands there is no bundle; VLX0607 when the folder above does
+        BundleError: VLX0604, also with ``force`` when what stands there is no bundle; VLX0607 when the folder above
+        does
             not exist or cannot be written.
     """
     if output.exists() or output.is_symlink():
@@ -58,7 +59,7 @@ def require_free(output: Path, *, force: bool) -> None:
 
 @contextlib.contextmanager
 def staging(output: Path) -> Iterator[Path]:
-    """A temporary sibling of ``output`` that takes its place when the block ends well, and vanishes when it does not."""
+    """A temporary sibling of ``output`` that takes its place when the block ends well, and vanishes otherwise."""
     output = output.absolute()
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
