@@ -43,7 +43,7 @@ class Canonicalize(Pass[Program]):
 
     def apply(self, ir: Program, match: Match) -> Change:
         node = match.node
-        was = dialect.op_name(node).removeprefix("aten.")
+        was = _plain_name(node)
         where = (provenance.module_path(node),)
         rewritten = _rewritten(node)
         if isinstance(rewritten, Node):
@@ -52,7 +52,12 @@ class Canonicalize(Pass[Program]):
         target, args = rewritten
         new = ir.add_call(target, args, before=node, value_of=node)
         ir.replace(node, new)
-        return Change(what=f"{was} spelled as {dialect.op_name(new).removeprefix('aten.')}", where=where)
+        now = _plain_name(new)
+        return Change(what=f"{was} spelled as {now}" if now != was else f"sizes of {was} made plain", where=where)
+
+
+def _plain_name(node: Node) -> str:
+    return dialect.op_name(node).removeprefix("aten.").partition(".")[0]
 
 
 def _rewritten(node: Node) -> Any:

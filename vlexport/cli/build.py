@@ -10,6 +10,7 @@ import typer
 
 from vlexport.cli.console import make_reporter
 from vlexport.cli.outcome import Outcome
+from vlexport.core.bundle_schema import plain_json
 from vlexport.core.config import PRECISIONS, BuildConfig, config_from, flags_of, options_from_text
 from vlexport.core.errors import UsageError, nearest
 from vlexport.core.verdict import exit_code
@@ -44,7 +45,7 @@ def build(**values: Any) -> Outcome:
     payload = {
         "bundle": str(result.output),
         "digest": result.bundle.digest,
-        "report": result.report.model_dump(mode="json"),
+        "report": plain_json(result.report),
         "report_file": str(result.output / MEASURED_FOLDER / "local-1" / "report.html"),
         "seconds": {name: round(spent, 3) for name, spent in result.seconds.items()},
         "use_it": lines[lines.index("Use it:") + 1 :],

@@ -9,7 +9,7 @@ import typer
 
 from vlexport.cli.console import make_reporter
 from vlexport.cli.outcome import Outcome
-from vlexport.core.bundle_schema import Report
+from vlexport.core.bundle_schema import Report, plain_json
 from vlexport.core.verdict import exit_code, gate_from_text
 
 BundleArgument = Annotated[
@@ -42,7 +42,7 @@ def validate(
         agreement = f", same top-1 on {found.agreements} of {found.samples}" if found.agreements is not None else ""
         lines.append(
             f"{name} against the {report.reference}: cosine {found.cosine_mean:.6f} (least {found.cosine_min:.6f}), "
-            f"SQNR {found.sqnr_db:.1f} dB, max|a−b|/max|b| {found.relative_error_max:.1e}{agreement}"
+            f"SQNR {found.sqnr_db:.1f} dB, max|a−b|/max|b| {found.relative_error:.1e}{agreement}"
         )
     for each in report.disagreements:
         close = ", within rounding" if each.close else ""
@@ -90,4 +90,4 @@ def profile(
 
 def _outcome(lines: list[str], report: Report) -> Outcome:
     lines = [*lines, *(f"gate {verdict}" for verdict in report.verdicts), *(f"note: {note}" for note in report.notes)]
-    return Outcome(lines, {"report": report.model_dump(mode="json")}, exit_code(report.verdicts))
+    return Outcome(lines, {"report": plain_json(report)}, exit_code(report.verdicts))

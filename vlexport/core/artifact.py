@@ -25,7 +25,8 @@ Timing = Literal["real", "emulated", "none"]
 class Frozen(BaseModel):
     """Base of all typed data that passes between stages: immutable, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # Strict JSON has no infinity: a perfect SQNR is written as the string "Infinity" and read back as a float.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class TensorSpec(Frozen):

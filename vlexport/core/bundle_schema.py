@@ -291,6 +291,11 @@ class Report(Frozen):
     notes: tuple[str, ...] = ()
 
 
+def plain_json(value: Frozen) -> Any:
+    """Typed data as strict JSON values; infinities and NaN become strings."""
+    return json.loads(value.model_dump_json())
+
+
 def canonical_json(value: Any) -> str:
     """The one spelling of a JSON value: sorted keys, no spaces, no NaN, a final newline is not part of it."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
@@ -298,7 +303,7 @@ def canonical_json(value: Any) -> str:
 
 def digest_of(bundle: Bundle) -> str:
     """SHA-256 of the canonical JSON without the ``digest`` field."""
-    payload = bundle.model_dump(mode="json", exclude={"digest"})
+    payload = {key: value for key, value in plain_json(bundle).items() if key != "digest"}
     return hashlib.sha256(canonical_json(payload).encode()).hexdigest()
 
 
@@ -323,4 +328,5 @@ __all__ = [
     "TensorSpec",
     "canonical_json",
     "digest_of",
+    "plain_json",
 ]

@@ -94,7 +94,7 @@ def config_from(values: Mapping[str, Any], *, recipe: Path | None = None) -> Bui
     """A config from plain values laid over a recipe.
 
     Args:
-        values: Field → value; those that are None or empty leave the recipe's.
+        values: Field → value; those that are None or empty leave the recipe's. Options are merged name by name.
         recipe: TOML file.
 
     Raises:
@@ -102,6 +102,11 @@ def config_from(values: Mapping[str, Any], *, recipe: Path | None = None) -> Bui
     """
     base = read_recipe(recipe) if recipe is not None else {}
     merged = {**base, **{k: v for k, v in values.items() if v not in (None, (), {})}}
+    for key in merged:
+        if key not in BuildConfig.model_fields:
+            raise UsageError("VLX0703", f"a build has no option '{key}'{nearest(key, BuildConfig.model_fields)}")
+    if isinstance(base.get("options"), dict) and isinstance(merged["options"], dict):
+        merged["options"] = {**base["options"], **merged["options"]}
     try:
         return BuildConfig.model_validate(merged)
     except ValidationError as error:

@@ -64,7 +64,6 @@ CODES: dict[str, str] = {
     "VLX0304": "the captured graph does not agree with the model",
     "VLX0305": "the model changes its own buffers or inputs",
     "VLX0306": "the model's outputs are not tensors",
-    "VLX0307": "the wished input shape does not fit the captured one",
     # 04: passes and the numeric gate
     "VLX0401": "a pass changed what the model computes",
     "VLX0402": "the gate's probes are blind",
@@ -93,11 +92,8 @@ CODES: dict[str, str] = {
     "VLX0701": "no such target",
     "VLX0702": "a gate is not understood",
     "VLX0703": "an option is not understood",
-    "VLX0704": "code was named without --allow-code",
     "VLX0705": "a recipe is not understood",
     # 08: judging and measuring
-    "VLX0801": "a gate failed",
-    "VLX0802": "too few samples to decide a gate",
     "VLX0803": "too noisy to tell",
     "VLX0804": "a gate needs something that was not measured",
     # 09: our bugs

@@ -128,7 +128,8 @@ class OutputFidelity(Frozen):
         cosine_mean: Mean of the samples' cosines.
         cosine_min: Their minimum.
         sqnr_db: Signal to noise of all values together, in decibels.
-        relative_error_max: Largest relative error of a sample.
+        relative_error: ``max|a−b| / max|b|``, both over the values of all samples: one sample whose scores are all near
+            zero says nothing about the output's scale.
         agreements: Samples whose highest score has the same index; None unless a sample is one vector of ≥ 2 floats.
     """
 
@@ -136,7 +137,7 @@ class OutputFidelity(Frozen):
     cosine_mean: float
     cosine_min: float
     sqnr_db: float
-    relative_error_max: float
+    relative_error: float
     agreements: int | None
 
 
@@ -150,6 +151,7 @@ class _Running:
         self.signal = 0.0
         self.noise = 0.0
         self.error_max = 0.0
+        self.scale_max = 0.0
         self.agreements: int | None = 0
 
     def add(self, ours: Array, reference: Array) -> None:
@@ -157,11 +159,12 @@ class _Running:
         self.samples += 1
         self.cosine_sum += value
         self.cosine_min = min(self.cosine_min, value)
-        self.error_max = max(self.error_max, relative_error(ours, reference))
         pair = _finite_pair(ours, reference)
         if pair is None:
-            self.noise = math.inf
+            self.noise = self.error_max = math.inf
         else:
+            self.error_max = max(self.error_max, float(np.abs(pair[0] - pair[1]).max(initial=0.0)))
+            self.scale_max = max(self.scale_max, float(np.abs(pair[1]).max(initial=0.0)))
             self.signal += float(pair[1] @ pair[1])
             self.noise += float((pair[0] - pair[1]) @ (pair[0] - pair[1]))
         if reference.ndim != 1 or reference.size < 2 or reference.dtype.kind != "f":
@@ -175,7 +178,7 @@ class _Running:
             cosine_mean=self.cosine_sum / self.samples,
             cosine_min=self.cosine_min,
             sqnr_db=-math.inf if math.isinf(self.noise) else _decibels(self.signal, self.noise),
-            relative_error_max=self.error_max,
+            relative_error=self.error_max / (self.scale_max or 1.0),
             agreements=self.agreements,
         )
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -52,11 +55,19 @@ def factory_from_text(text: str) -> Architecture:
     )  # fmt: skip
 
 
+def architecture_identity(text: str) -> bytes:
+    """What ``--arch`` names, for a content hash: timm's name, or the factory's name and its file's content."""
+    file, separator, factory = text.rpartition(":")
+    if separator and file.endswith(".py"):
+        return factory.encode() + b"\0" + hashlib.sha256(Path(file).read_bytes()).digest()
+    return text.encode() + b"\0"
+
+
 def preprocess_from_timm(name: str) -> Preprocess:
     """Preprocessing recorded in timm for a model."""
     timm = _timm()
     _known(timm, name)
-    return preprocess_from_timm_config(timm.get_pretrained_cfg(name).to_dict())
+    return preprocess_from_timm_config(_pretrained_config(timm, name))
 
 
 def _timm() -> Any:
@@ -76,11 +87,26 @@ def _known(timm: Any, name: str) -> None:
         )  # fmt: skip
 
 
+def _pretrained_config(timm: Any, name: str) -> dict[str, Any]:
+    """What timm records about a model, empty when it records nothing."""
+    try:
+        found = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:  # timm's answer to an unknown tag
+        base, _, tag = name.partition(".")
+        known = [each.partition(".")[2] for each in timm.list_pretrained(f"{base}.*")]
+        raise ModelFileError(
+            "VLX0110", f"timm's model '{base}' has no weights '{tag}'{nearest(tag, known)}", where=f"--arch timm:{name}",
+            hint=f"known: {', '.join(known) or 'none'}",
+        ) from error  # fmt: skip
+    return dict(found.to_dict()) if found is not None else {}
+
+
 def _from_timm(name: str) -> Architecture:
     timm = _timm()
     _known(timm, name)
+    recorded = _pretrained_config(timm, name)
     module = timm.create_model(name, pretrained=False)
-    config = {**timm.get_pretrained_cfg(name).to_dict(), **getattr(module, "pretrained_cfg", {})}
+    config = {**recorded, **getattr(module, "pretrained_cfg", {})}
     size = tuple(config.get("input_size") or (3, 224, 224))
     example = torch.randn((1, *size), generator=torch.Generator().manual_seed(0))
     return Architecture(module, example, preprocess_from_timm_config(config))
@@ -91,23 +117,46 @@ def _from_file(file: Path, factory: str) -> Architecture:
     where = f"--arch {file}:{factory}"
     if not file.is_file():
         raise ModelFileError("VLX0110", "the architecture's file does not exist", where=where, hint="check the path")
-    spec = importlib.util.spec_from_file_location(f"vlexport_architecture_{file.stem}", file)
-    assert spec is not None
-    assert spec.loader is not None
-    namespace = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(namespace)
-        made = getattr(namespace, factory)()
-    except AttributeError as error:
-        names = [n for n in vars(namespace) if not n.startswith("_")]
+        module = _imported(file)
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
         raise ModelFileError(
-            "VLX0110", f"{file.name} has no '{factory}'{nearest(factory, names)}", where=where
-        ) from error
-    except Exception as error:  # the user's own code may raise anything
+            "VLX0110", f"importing {file.name} fails: {type(error).__name__}: {error}", where=where,
+            hint="the file is imported as a script is: modules beside it can be imported by it",
+        ) from error  # fmt: skip
+    found = getattr(module, factory, None)
+    if not callable(found):
+        names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
+        raise ModelFileError(
+            "VLX0110", f"{file.name} has no function '{factory}'{nearest(factory, names)}", where=where,
+            hint=f"functions: {', '.join(names) or 'none'}",
+        )  # fmt: skip
+    try:
+        made = found()
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
         raise ModelFileError(
             "VLX0110", f"{factory} fails: {type(error).__name__}: {error}", where=where,
             hint="the factory is called without arguments and returns an nn.Module",
         ) from error  # fmt: skip
     if not isinstance(made, nn.Module):
-        raise ModelFileError("VLX0110", f"{factory} returns a {type(made).__name__}, not an nn.Module", where=where)
+        raise ModelFileError(
+            "VLX0110", f"{factory} returns a {type(made).__name__}, not an nn.Module", where=where,
+            hint="the factory is called without arguments and returns an nn.Module",
+        )  # fmt: skip
     return Architecture(made, getattr(made, "example_inputs", None))
+
+
+def _imported(file: Path) -> ModuleType:
+    path = file.resolve()
+    name = "vlexport_architecture_" + hashlib.sha256(str(path).encode()).hexdigest()[:12]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError("it is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look a class's module up there
+    sys.path.insert(0, str(path.parent))  # as for a script: modules beside it
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
+    return module

@@ -35,8 +35,7 @@ def save(
         model: A module in eval mode; it is not changed.
         path: File to write, usually ``model.pt``.
         inputs: Example inputs: a tensor, tensors in ``forward``'s order, or by argument name. Floating tensors are
-        taken
-            as float32; dim 0 is the batch.
+            taken as float32; dim 0 is the batch.
         preprocess: How an image becomes the input: a SPEC (``resize=256:bicubic,crop=224,…`` or ``timm:NAME``), or one
             per input name.
         labels: Class names by index of the first output.
@@ -53,20 +52,20 @@ def save(
         DataError: VLX0207, VLX0208.
         BundleError: VLX0607 when the file cannot be written.
     """
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise BundleError("VLX0607", "the folder does not exist", where=str(target.parent), hint="create it first")
     captured = capture(model, inputs, dynamic=dynamic)
     program = captured.program
-    specs = {name: spec.to_spec() for name, spec in _preprocess(preprocess, program).items()}
+    steps = _preprocess(preprocess, program)
     _check_labels(labels, program)
     if not keep_example:
         sizes = {name: max(2, r.min) for name, r in program.signature.dims.items()}
         program.example = draw(program, torch.Generator().manual_seed(seed), sizes)
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise BundleError("VLX0607", "the folder does not exist", where=str(target.parent), hint="create it first")
     metadata = {
         "signature": program.signature.model_dump(mode="json"),
-        "preprocess": {n: p.model_dump(mode="json") for n, p in _preprocess(preprocess, program).items()},
-        "preprocess_spec": specs,
+        "preprocess": {name: each.model_dump(mode="json") for name, each in steps.items()},
+        "preprocess_spec": {name: each.to_spec() for name, each in steps.items()},
         "labels": list(labels or ()),
     }
     write_archive(exported_from_program(program), metadata, target)
@@ -78,18 +77,9 @@ def _preprocess(given: str | Mapping[str, str] | None, program: Program) -> dict
         return {}
     if isinstance(given, str):
         return preprocess_of(given, program.signature)
-    known = {spec.name for spec in program.signature.inputs}
-    found = {}
-    for name, spec in given.items():
-        if name not in known:
-            raise DataError(
-                "VLX0207",
-                f"preprocess names '{name}', which is no input",
-                where="preprocess",
-                hint=f"inputs: {', '.join(sorted(known))}",
-            )
-        found[name] = next(iter(preprocess_of(spec, program.signature).values()))
-    return found
+    return {
+        name: only for key, spec in given.items() for name, only in preprocess_of(spec, program.signature, key).items()
+    }
 
 
 def _check_labels(labels: Sequence[str] | None, program: Program) -> None:

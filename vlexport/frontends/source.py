@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from vlexport.core.artifact import Array, Signature
+from vlexport.core.artifact import Array, Signature, TensorSpec
 from vlexport.core.config import BuildConfig
 from vlexport.core.errors import DataError, ModelFileError, UsageError, nearest
-from vlexport.core.preprocess import Preprocess, preprocess_from_spec
-from vlexport.frontends.architecture import factory_from_text, preprocess_from_timm
+from vlexport.core.preprocess import Preprocess, guess_spec, preprocess_from_spec
+from vlexport.frontends.architecture import architecture_identity, factory_from_text, preprocess_from_timm
 from vlexport.frontends.archive import read_archive
 from vlexport.frontends.capture import capture
 from vlexport.frontends.checkpoint import fit_state_dict, read_state_dict
@@ -31,7 +31,8 @@ class Source:
         program: The captured graph.
         preprocess: Input name → how an image becomes that input.
         labels: Class names of the first output, if known.
-        source_hash: SHA-256 of the content of the model file (and of the architecture's name).
+        source_hash: SHA-256 of the content of the model file; with --arch, of the weights and of timm's name or the
+            factory's file and name. Never of a path.
         notes: What the user should know.
     """
 
@@ -58,6 +59,13 @@ def open_source(config: BuildConfig) -> Source:
     """
     path = Path(config.model)
     kind = kind_of(path)
+    if config.input and config.arch is None:
+        raise UsageError(
+            "VLX0703",
+            "--input goes with --arch; a saved model has its own inputs",
+            where="--input",
+            hint="leave it out",
+        )
     if config.arch is not None:
         source = _from_architecture(path, config)
     elif kind == "vlexport-archive":
@@ -107,19 +115,39 @@ def open_archive(path: Path) -> Source:
     return Source(program_from_exported(exported, signature), preprocess, labels, archive.source_hash)
 
 
-def preprocess_of(spec: str, signature: Signature) -> dict[str, Preprocess]:
-    """Preprocessing from ``SPEC`` or ``INPUT:SPEC`` for the model's image input.
+def preprocess_of(spec: str, signature: Signature, name: str | None = None) -> dict[str, Preprocess]:
+    """Preprocessing from ``SPEC`` for the image input ``name``, by default the model's first.
 
     Raises:
-        DataError: VLX0207 when the spec is not understood or there is no image input.
+        DataError: VLX0207 when the spec is not understood, does not make what the input takes, or there is no such
+            image input.
     """
-    images = [s.name for s in signature.inputs if len(s.shape) == 4 and s.dtype == "float32"]
+    images = {s.name: s for s in signature.inputs if len(s.shape) == 4 and s.dtype == "float32"}
+    if name is not None and name not in images:
+        known = {s.name for s in signature.inputs}
+        what = "takes no image (float32, N×C×H×W)" if name in known else f"is no input{nearest(name, known)}"
+        raise DataError(
+            "VLX0207", f"preprocess names '{name}', which {what}", where="preprocess",
+            hint=f"image inputs: {', '.join(images) or 'none'}",
+        )  # fmt: skip
     if not images:
         raise DataError(
             "VLX0207", "the model has no image input (float32, N×C×H×W) to preprocess", where="--preprocess"
         )
     made = preprocess_from_timm(spec.removeprefix("timm:")) if spec.startswith("timm:") else preprocess_from_spec(spec)
-    return {images[0]: made}
+    chosen = images[name] if name is not None else next(iter(images.values()))
+    if problem := _mismatch(made, chosen):
+        raise DataError("VLX0207", problem, where=f"--preprocess {spec}", hint=f'perhaps "{guess_spec(chosen)}"')
+    return {chosen.name: made}
+
+
+def _mismatch(made: Preprocess, spec: TensorSpec) -> str:
+    """Why what ``made`` gives cannot be this input, or an empty string."""
+    pairs = zip(made.output_shape, spec.shape[1:], strict=True)
+    if all(a == b for a, b in pairs if isinstance(a, int) and isinstance(b, int)):
+        return ""
+    gives, takes = ("×".join(map(str, shape)) for shape in (made.output_shape, spec.shape[1:]))
+    return f"the preprocessing makes {gives}, input '{spec.name}' is {takes}"
 
 
 def input_specs(texts: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -136,7 +164,7 @@ def input_specs(texts: Sequence[str]) -> dict[str, torch.Tensor]:
         shape_text, _, dtype_name = rest.partition(":")
         dtype_name = dtype_name or "float32"
         sizes = shape_text.replace(",", "x").split("x")
-        if not name or not all(s.isdigit() and int(s) > 0 for s in sizes):
+        if not name or not all(s.isascii() and s.isdecimal() and int(s) > 0 for s in sizes):
             raise UsageError(
                 "VLX0703",
                 f"--input {text} is not NAME=SHAPE[:dtype]",
@@ -147,6 +175,8 @@ def input_specs(texts: Sequence[str]) -> dict[str, torch.Tensor]:
             raise UsageError(
                 "VLX0703", f"--input {text}: no dtype '{dtype_name}'{nearest(dtype_name, dtypes)}", where="--input"
             )
+        if name in found:
+            raise UsageError("VLX0703", f"--input {name} is given twice", where="--input", hint="give each input once")
         shape = tuple(map(int, sizes))
         dtype = dtypes[dtype_name]
         value = torch.randn(shape, generator=generator) if dtype is torch.float32 else torch.zeros(shape, dtype=dtype)
@@ -159,7 +189,9 @@ def _from_architecture(path: Path, config: BuildConfig) -> Source:
     state = read_state_dict(path)
     made = factory_from_text(config.arch)
     fitted, notes = fit_state_dict(state, made.module.state_dict())
-    made.module.load_state_dict(fitted)
+    if any(value.is_floating_point() and value.dtype is not torch.float32 for value in fitted.values()):
+        notes += ("half- or double-precision weights were loaded as float32",)
+    made.module.float().load_state_dict(fitted)
     made.module.eval()
     given = input_specs(config.input)
     inputs: Any = given or made.inputs
@@ -168,6 +200,13 @@ def _from_architecture(path: Path, config: BuildConfig) -> Source:
             "VLX0703", "the input's shape is not known", where="--input", hint="give it, as --input image=1x3x224x224"
         )
     captured = capture(made.module, inputs)
-    preprocess = {captured.program.signature.inputs[0].name: made.preprocess} if made.preprocess else {}
-    digest = hashlib.sha256(path.read_bytes() + config.arch.encode()).hexdigest()
-    return Source(captured.program, preprocess, made.labels, digest, (*notes, *captured.notes))
+    preprocess: dict[str, Preprocess] = {}
+    if made.preprocess is not None:
+        spec = captured.program.signature.inputs[0]
+        if problem := _mismatch(made.preprocess, spec):
+            notes += (f"{problem}: none is recorded, give --preprocess",)
+        else:
+            preprocess[spec.name] = made.preprocess
+    digest = hashlib.sha256(architecture_identity(config.arch))
+    digest.update(path.read_bytes())
+    return Source(captured.program, preprocess, made.labels, digest.hexdigest(), (*notes, *captured.notes))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import vlexport
 from vlexport.core.bundle import MEASURED_FOLDER, size_bytes
-from vlexport.core.bundle_schema import Bundle, Report
+from vlexport.core.bundle_schema import Bundle, Report, plain_json
 from vlexport.core.devices import this_machine
 from vlexport.report.html import html_from_report
 
@@ -44,7 +44,7 @@ def write_report(folder: Path, bundle: Bundle, report: Report) -> Path:
             break
         except FileExistsError:
             number += 1
-    payload = json.dumps(report.model_dump(mode="json"), indent=1, sort_keys=True, allow_nan=False)
+    payload = json.dumps(plain_json(report), indent=1, sort_keys=True, allow_nan=False)
     (place / "report.json").write_text(payload + "\n", encoding="utf-8")
     (place / "report.html").write_text(html_from_report(report, bundle), encoding="utf-8")
     names = sorted((p.name for p in measured.iterdir() if p.is_dir()), key=lambda n: (len(n), n))

@@ -13,7 +13,7 @@ import numpy as np
 
 from vlexport.core.artifact import Array
 from vlexport.core.bundle import BUNDLE_FILE, GOLDEN_FOLDER, RECIPE_FILE, recorded_files
-from vlexport.core.bundle_schema import Bundle, Golden, canonical_json, digest_of
+from vlexport.core.bundle_schema import Bundle, Golden, canonical_json, digest_of, plain_json
 from vlexport.core.errors import BundleError
 
 GOLDEN_TOLERANCE = 1e-4
@@ -96,9 +96,7 @@ def write_bundle(folder: Path, bundle: Bundle, recipe: str) -> Bundle:
     (folder / RECIPE_FILE).write_text(recipe, encoding="utf-8", newline="\n")
     bundle = bundle.model_copy(update={"files": dict(recorded_files(folder))})
     bundle = bundle.model_copy(update={"digest": digest_of(bundle)})
-    (folder / BUNDLE_FILE).write_text(
-        canonical_json(bundle.model_dump(mode="json")) + "\n", encoding="utf-8", newline="\n"
-    )
+    (folder / BUNDLE_FILE).write_text(canonical_json(plain_json(bundle)) + "\n", encoding="utf-8", newline="\n")
     return bundle
 
 
