@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 OUT ?= out
 
-.PHONY: demo test lint format zoo bench clean
+.PHONY: demo test lint format resolve-device zoo bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit('vlexport builds with Python 3.10 to 3.13, this is %s' % sys.version.split()[0] if not (3, 10) <= sys.version_info < (3, 14) else 0)"
@@ -33,6 +33,13 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The half that runs on a device must install on Python 3.10. Resolved, not run: no such interpreter is asked for here.
+resolve-device: $(STAMP)
+	rm -rf $(OUT)/wheel
+	$(BIN)/python -m pip wheel --quiet --no-deps -w $(OUT)/wheel .
+	$(BIN)/python -m pip install --quiet --dry-run --target $(OUT)/wheel/none --python-version 3.10 \
+		--only-binary=:all: "$$(ls $(OUT)/wheel/*.whl)[onnxruntime]"
 
 zoo: $(STAMP)
 	$(BIN)/python -m pytest -m zoo

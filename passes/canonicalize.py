@@ -6,16 +6,18 @@ Before → after::
     view, flatten, unflatten, view_as        →  reshape
     expand_as                                →  expand
     reshape [%batch, 197, 192]               →  reshape [-1, 197, 192]   (one symbolic entry)
+    flatten, view_as … to two or more symbolic entries  →  reshape [sym_size, -1, 192]
     permute by the identity, reshape to the same shape, squeeze of a dim ≠ 1, cast to the same dtype  →  gone
 
-Does not apply when: a reshape has two or more symbolic entries (they stay as they are), or a dim's size is not known.
+Does not apply when: a reshape already has −1 or two or more symbolic entries (they stay as they are).
 Numerical effect: none, bit for bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
 
 import torch
 from torch.fx import Node
@@ -25,6 +27,17 @@ from vlexport.ir.program import Program
 from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
 
 aten = torch.ops.aten
+_UNKNOWN = -1
+
+
+@dataclass(frozen=True)
+class _SizeOf:
+    """Stands, in the operands of a call to be made, for a size that is read when the graph runs."""
+
+    node: Node
+    dim: int
+
+
 _Rule = Callable[[Node], "tuple[Any, tuple[Any, ...]] | Node | None"]
 
 
@@ -47,13 +60,22 @@ class Canonicalize(Pass[Program]):
         where = (provenance.module_path(node),)
         rewritten = _rewritten(node)
         if isinstance(rewritten, Node):
-            ir.replace(node, rewritten)
-            return Change(what=f"{was} without effect removed", where=where, saved_nodes=1)
-        target, args = rewritten
-        new = ir.add_call(target, args, before=node, value_of=node)
-        ir.replace(node, new)
+            saved = ir.replace(node, rewritten)
+            return Change(what=f"{was} without effect removed", where=where, saved_nodes=saved)
+        target, (source, entries) = rewritten
+        sizes = [_read(ir, entry, node) for entry in entries]
+        made = 1 + sum(isinstance(entry, _SizeOf) for entry in entries)
+        new = ir.add_call(target, (source, sizes), before=node, value_of=node)
+        saved = ir.replace(node, new) - made
         now = _plain_name(new)
-        return Change(what=f"{was} spelled as {now}" if now != was else f"sizes of {was} made plain", where=where)
+        what = f"{was} spelled as {now}" if now != was else f"sizes of {was} made plain"
+        return Change(what=what, where=where, saved_nodes=saved)
+
+
+def _read(ir: Program, entry: Any, node: Node) -> Any:
+    if not isinstance(entry, _SizeOf):
+        return entry
+    return ir.add_call(aten.sym_size.int, (entry.node, entry.dim), before=node, value_of=node)
 
 
 def _plain_name(node: Node) -> str:
@@ -115,23 +137,49 @@ def _reshape(node: Node) -> Any:
         return source
     name = dialect.op_name(node)
     if name == "aten.reshape.default":
-        sizes: list[Any] = list(node.args[1])  # type: ignore[arg-type]
-        symbolic = [i for i, s in enumerate(sizes) if isinstance(s, Node)]
-        if len(symbolic) != 1 or -1 in sizes:
+        given: list[Any] = list(node.args[1])  # type: ignore[arg-type]
+        if sum(isinstance(s, Node) for s in given) != 1 or -1 in given or 0 in given:  # 0 leaves −1 undefined
             return None
-        sizes[symbolic[0]] = -1
-        return aten.reshape.default, (source, sizes)
-    symbolic = [i for i, s in enumerate(want) if isinstance(s, torch.SymInt)]
-    if len(symbolic) > 1:
-        return None
-    return aten.reshape.default, (source, [-1 if i in symbolic else int(s) for i, s in enumerate(want)])
+        return aten.reshape.default, (source, [-1 if isinstance(s, Node) else s for s in given])
+    entries = [e if isinstance(s, torch.SymInt) else int(s) for e, s in zip(_entries(node), want, strict=True)]
+    symbolic = [i for i, e in enumerate(entries) if not isinstance(e, int) or e == _UNKNOWN]
+    if symbolic and 0 not in entries:
+        open_entry = next((i for i in symbolic if entries[i] == _UNKNOWN), symbolic[0])
+        entries[open_entry] = _UNKNOWN
+    return aten.reshape.default, (source, entries)
+
+
+def _entries(node: Node) -> list[Any]:
+    """For each dim of the result of a second spelling of reshape: where its size is read; −1 for a product."""
+    source: Any = node.args[0]
+    name = dialect.op_name(node)
+    own = [_SizeOf(source, i) for i in range(len(_shape(source)))]
+    if name in ("aten.view_as.default", "aten.reshape_as.default"):
+        return [_SizeOf(node.args[1], i) for i in range(len(_shape(node)))]  # type: ignore[arg-type]
+    if name == "aten.flatten.using_ints":
+        given: list[Any] = [*node.args[1:], *(0, -1)[len(node.args) - 1 :]]
+        first, last = (a % max(len(own), 1) for a in given)
+        return [*own[:first], _UNKNOWN, *own[last + 1 :]]
+    if name == "aten.unflatten.int":
+        dim, sizes = cast("tuple[int, list[Any]]", node.args[1:3])
+        dim %= len(own)
+        return [*own[:dim], *sizes, *own[dim + 1 :]]
+    return list(node.args[1])  # type: ignore[arg-type]
 
 
 def _expand_as(node: Node) -> Any:
-    want = _shape(node)
-    if any(isinstance(s, torch.SymInt) for s in want):
-        return None
-    return aten.expand.default, (node.args[0], [int(s) for s in want])
+    source, other = node.args[:2]
+    want, have = _shape(node), _shape(source)
+    new = len(want) - len(have)
+    sizes: list[Any] = []
+    for i, size in enumerate(want):
+        if not isinstance(size, torch.SymInt):
+            sizes.append(int(size))
+        elif i >= new and _known_equal(size, have[i - new]):
+            sizes.append(-1)
+        else:
+            sizes.append(_SizeOf(other, i))  # type: ignore[arg-type]
+    return aten.expand.default, (source, sizes)
 
 
 def _operand(node: Node) -> Any:
@@ -147,7 +195,7 @@ def _cast(node: Node) -> Any:
     if any(
         value is not None
         for key, value in node.kwargs.items()
-        if key not in ("dtype", "device", "non_blocking", "copy")
+        if key not in ("dtype", "device", "layout", "pin_memory", "non_blocking", "copy")
     ):
         return None
     return source if source.meta["val"].dtype == node.meta["val"].dtype else None

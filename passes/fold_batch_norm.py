@@ -9,7 +9,8 @@ Equation: with ``s = gamma / sqrt(var + eps)``, ``W' = s · W`` (per output chan
 computed in float64 and cast once.
 
 Does not apply when: the convolution's output has another reader; the weight is not a stored tensor; the batch norm runs
-in train mode; the producer is no convolution or linear (a reshape between them moves the channel axis).
+in train mode; the producer is no convolution or linear (a reshape between them moves the channel axis); a
+linear's output has a token axis; a convolution's input has no batch axis.
 
 Numerical effect: exact up to rounding of the weights. Source: Jacob et al. 2018, arXiv 1712.05877, section 3.2.
 """
@@ -30,6 +31,7 @@ from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
 
 _CONVOLUTIONS = (
     "aten.conv1d.default", "aten.conv2d.default", "aten.conv3d.default", "aten.conv1d.padding", "aten.conv2d.padding",
+    "aten.conv3d.padding",
 )  # fmt: skip
 _TRANSPOSED = ("aten.conv_transpose1d.default", "aten.conv_transpose2d.input", "aten.conv_transpose3d.input")
 _GROUPS_ARGUMENT = 6
@@ -69,6 +71,7 @@ class FoldBatchNorm(Pass[Program]):
         producer: Node = found.producer
         weight, bias = _folded(found, dialect.op_name(producer) in _TRANSPOSED, _groups(producer))
         name = str(producer.args[1].target)  # type: ignore[union-attr]
+        had = _elements(ir)
         stem = name.removesuffix(".weight")
         new_weight = ir.add_tensor(f"{stem}.folded.weight", weight, before=producer)
         new_bias = ir.add_tensor(f"{stem}.folded.bias", bias, before=producer)
@@ -76,17 +79,21 @@ class FoldBatchNorm(Pass[Program]):
         kwargs = {k: v for k, v in producer.kwargs.items() if k not in ("weight", "bias")}
         new = ir.add_call(producer.target, args, kwargs, before=node, value_of=node, merges=(producer,))  # type: ignore[arg-type]
         where = (provenance.module_path(producer), provenance.module_path(node))
-        ir.replace(node, new)
-        saved = sum(t.numel() for t in (found.gamma, found.beta, found.mean, found.variance) if t is not None)
-        saved -= bias.numel() if found.bias is None else 0
+        saved_nodes = ir.replace(node, new) - 1
+        saved = had - _elements(ir)  # less than nothing where another convolution shares the weight
         what = f"batch norm folded into {dialect.op_name(new).removeprefix('aten.').split('.')[0]}"
-        return Change(what=what, where=where, saved_nodes=1, saved_parameters=saved)
+        return Change(what=what, where=where, saved_nodes=saved_nodes, saved_parameters=saved)
+
+
+def _elements(ir: Program) -> int:
+    return sum(t.numel() for t in ir.tensors.values())
 
 
 def _groups(producer: Node) -> int:
     if dialect.op_name(producer) not in _TRANSPOSED:
         return 1
-    return int(producer.args[_GROUPS_ARGUMENT]) if len(producer.args) > _GROUPS_ARGUMENT else 1  # type: ignore[arg-type]
+    given: Any = producer.args[_GROUPS_ARGUMENT] if len(producer.args) > _GROUPS_ARGUMENT else None
+    return int(producer.kwargs.get("groups", 1) if given is None else given)  # type: ignore[arg-type]
 
 
 def _examine(ir: Program, node: Node) -> _Found | str:
@@ -113,6 +120,8 @@ def _examine(ir: Program, node: Node) -> _Found | str:
     bias = ir.tensor_of(bias_node)
     if weight is None or (bias_node is not None and bias is None):
         return "the convolution's weight or bias is computed, not stored"
+    if producer.meta["val"].ndim != weight.ndim:
+        return "the convolution's input has no batch axis, so batch norm takes another axis for its channels"
     return _Found(producer, weight, bias, gamma, beta, mean, variance, float(node.args[7]))  # type: ignore[arg-type]
 
 

@@ -10,12 +10,14 @@ the first node whose value differs is named.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
 from torch.fx import Node
 
-from vlexport.core.bundle_schema import GateRecord
+from vlexport.core.bundle_schema import Change, GateRecord
 from vlexport.core.errors import GateError
 from vlexport.core.numerics import relative_error
 from vlexport.ir import provenance
@@ -99,13 +101,21 @@ class NumericGate:
             raise _culprit(applied, before, after, probe, worst)
         doubled = before.double()
         reapplied = doubled.copy()
-        applied.run(reapplied)
+        wanted, _ = applied.run(before.copy())
+        changes, _ = applied.run(reapplied)
+        if Counter(map(_deed, wanted)) - Counter(map(_deed, changes)):  # what was not done again proves nothing
+            raise _culprit(applied, before, after, probe, worst)
         for each in self.probes:
-            values = tuple(v.double() if v.is_floating_point() else v for v in each.values)
-            error = _worst(reapplied.run(*values), doubled.run(*values))
+            doubled_probe = Probe(each.name, tuple(v.double() if v.is_floating_point() else v for v in each.values))
+            error = _worst(_run(applied, reapplied, doubled_probe), doubled.run(*doubled_probe.values))
             if not error <= FLOAT64_BOUND:
-                raise _culprit(applied, doubled, reapplied, Probe(each.name, values), error)
-        return GateRecord(worst=one_digit(worst), proof="float64", probes=count)
+                raise _culprit(applied, doubled, reapplied, doubled_probe, error)
+        # an integer output that rounding tipped over is infinitely far off, and equal in float64: no figure for that
+        return GateRecord(worst=one_digit(worst) if math.isfinite(worst) else 1.0, proof="float64", probes=count)
+
+
+def _deed(change: Change) -> tuple[str, tuple[str, ...]]:
+    return change.what, change.where
 
 
 def one_digit(value: float) -> float:

@@ -62,12 +62,12 @@ class DumpHook:
         """Write the source once."""
         if self._count == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "00-source.txt").write_text(text(program))
+            (self.folder / "00-source.txt").write_text(text(program), encoding="utf-8")
 
     def after_pass(self, applied: Pass[Program], program: Program, record: PassRecord) -> None:
         """Write the result of a pass."""
         self._count += 1
-        (self.folder / f"{self._count:02}-{applied.name}.txt").write_text(text(program))
+        (self.folder / f"{self._count:02}-{applied.name}.txt").write_text(text(program), encoding="utf-8")
 
 
 def check_order(passes: Sequence[Pass[Any]]) -> None:
@@ -131,6 +131,8 @@ def run_pass(applied: Pass[Program], before: Program, *, gate: NumericGate | Non
     if gate is not None:
         gate.require_untouched(applied)
     verify(after, made_by=applied.name)
+    if _face(after) != _face(before):
+        raise InternalError("VLX0403", f"pass {applied.name} changed the names or dtypes of inputs or outputs")
     modified = fingerprint(after) != fingerprint(before)
     if modified != bool(changes):
         said = f"{len(changes)} changes" if changes else "no change"
@@ -179,6 +181,11 @@ def verify(program: Program, *, made_by: str) -> None:
         seen.add(node)
     if len(program.results) != len(program.signature.outputs):
         raise InternalError("VLX0403", f"pass {made_by} changed the number of outputs")
+
+
+def _face(program: Program) -> list[tuple[str, str]]:
+    """What a user of the graph addresses: names and dtypes of inputs and outputs, in order."""
+    return [(spec.name, spec.dtype) for spec in (*program.signature.inputs, *program.signature.outputs)]
 
 
 def _near_miss(miss: NearMiss) -> NearMissRecord:

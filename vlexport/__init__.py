@@ -22,6 +22,8 @@ _PUBLIC = {
     "validate": "vlexport.stages.validate",
     "verify": "vlexport.stages.verify",
 }
+_NEED_BUILD = ("build", "save")
+"""Names of the half that is installed by the extra ``build``."""
 
 __all__ = [
     "BuildConfig",
@@ -50,7 +52,14 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
-        return getattr(importlib.import_module(_PUBLIC[name]), name)
+        try:
+            return getattr(importlib.import_module(_PUBLIC[name]), name)
+        except ModuleNotFoundError as error:
+            missing = (error.name or "vlexport").partition(".")[0]
+            if name not in _NEED_BUILD or missing == "vlexport":
+                raise
+            message = f"vlexport.{name} needs {missing}, which is not installed: pip install 'vlexport[build]'"
+            raise ImportError(message) from error
     raise AttributeError(f"module 'vlexport' has no attribute '{name}'")
 
 

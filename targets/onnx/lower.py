@@ -15,6 +15,7 @@ from pathlib import Path
 
 import onnx_ir
 import torch
+from torch.fx import Node
 
 from vlexport.core.artifact import Signature
 from vlexport.core.errors import CapabilityError
@@ -40,7 +41,7 @@ def onnx_from_program(program: Program, *, opset: int) -> onnx_ir.Model:
         CapabilityError: VLX0503 naming the operator, its module path and source line.
     """
     signature = program.signature
-    exported = exported_from_program(program)
+    exported = exported_from_program(_with_copies(program))
     with _quiet():
         try:
             made = torch.onnx.export(
@@ -48,7 +49,7 @@ def onnx_from_program(program: Program, *, opset: int) -> onnx_ir.Model:
                 dynamo=True,
                 opset_version=opset,
                 input_names=[s.name for s in signature.inputs],
-                output_names=[s.name for s in signature.outputs],
+                output_names=_output_names(signature),
                 dynamic_shapes=_dynamic_shapes(signature),
                 external_data=False,
                 verbose=False,
@@ -68,7 +69,7 @@ def write_plain_export(program: Program, folder: Path) -> Path:
             exported_from_program(program),
             dynamo=True,
             input_names=[s.name for s in signature.inputs],
-            output_names=[s.name for s in signature.outputs],
+            output_names=_output_names(signature),
             dynamic_shapes=_dynamic_shapes(signature),
             verbose=False,
         )
@@ -84,6 +85,38 @@ def write_onnx(model: onnx_ir.Model, folder: Path) -> Path:
     external = WEIGHTS_FILE if size > EXTERNAL_ABOVE_BYTES else None
     onnx_ir.save(model, folder / MAIN_FILE, external_data=external)
     return folder / MAIN_FILE
+
+
+def _with_copies(program: Program) -> Program:
+    """A copy of the Program in which every reshape reads a contiguous copy.
+
+    The exporter turns reshape into view by the strides of one trace and runs the result with those of another: without
+    the copy, which becomes nothing in ONNX, it stops at a view that the second layout cannot express.
+    """
+    spelled = program.copy()
+    for node in spelled.calls("aten.reshape.default"):
+        source = node.args[0]
+        assert isinstance(source, Node)
+        contiguous = {"memory_format": torch.contiguous_format}
+        copied = spelled.add_call(torch.ops.aten.clone.default, (source,), contiguous, before=node, value_of=source)
+        node.replace_input_with(source, copied)
+    return spelled
+
+
+def _output_names(signature: Signature) -> list[str]:
+    """Public names, but ONNX wants no two values of one name: an output called as an input gets a suffix.
+
+    Sessions read outputs by their order.
+    """
+    taken = {spec.name for spec in signature.inputs}
+    names = []
+    for spec in signature.outputs:
+        name = spec.name
+        while name in taken:
+            name += ".out"
+        taken.add(name)
+        names.append(name)
+    return names
 
 
 def _dynamic_shapes(signature: Signature) -> tuple[dict[int, str], ...]:

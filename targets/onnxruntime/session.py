@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 
 from vlexport.core.artifact import Array, Artifact, Session, artifact_file
@@ -43,15 +44,18 @@ class OnnxRuntimeSession(Session):
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run once."""
+        if self._session is None:
+            raise CapabilityError("VLX0506", "the session is closed")
         known = {spec.name: spec for spec in self.inputs}
-        for name in inputs:
+        arrays = {name: np.asarray(value) for name, value in inputs.items()}
+        for name in arrays:
             if name not in known:
                 raise InputError("VLX0507", f"no input '{name}'{nearest(name, known)}", where=name)
         for name, spec in known.items():
-            problem = spec.problem(inputs[name]) if name in inputs else "it is missing"
+            problem = spec.problem(arrays[name]) if name in arrays else "it is missing"
             if problem:
                 raise InputError("VLX0507", f"input {name}: {problem}", where=name)
-        return dict(zip(self._names, self._session.run(self._names, dict(inputs)), strict=True))
+        return dict(zip(self._names, self._session.run(None, arrays), strict=True))
 
     def close(self) -> None:
         """Drop the session; ONNX Runtime frees its memory with it."""

@@ -34,14 +34,13 @@ def run(
     import numpy as np
 
     from vlexport.core.bundle import read_bundle
-    from vlexport.stages.run import ranked
+    from vlexport.stages.run import ranked, write_outputs
     from vlexport.stages.run import run as stage
 
     labels = read_bundle(bundle).main.labels
     found = stage(bundle, data, threads=threads)
     if output is not None:
-        stacked = {name: np.stack([values[name] for _, values in found]) for name in found[0][1]}
-        np.savez(output, **stacked)  # type: ignore[arg-type]
+        write_outputs(output, found)
         return Outcome([f"{len(found)} samples written to {output}"], {"samples": len(found), "output": str(output)})
     lines: list[str] = []
     payload: list[dict[str, Any]] = []
@@ -50,7 +49,7 @@ def run(
         if first.ndim == 1 and first.dtype.kind == "f" and first.size > 1:
             best = ranked(first.astype(np.float64), labels, top=top)
             lines.append(f"{name}: " + ", ".join(f"{label} {share:.3f}" for label, share in best))
-            payload.append({"sample": name, "classes": [{"label": label, "share": share} for label, share in best]})
+            payload.append({"sample": name, "classes": [{"label": label, "share": share if np.isfinite(share) else None} for label, share in best]})
         else:
             shapes = {key: list(value.shape) for key, value in values.items()}
             lines.append(

@@ -23,12 +23,12 @@ def inert(text: str) -> str:
 
 def error_lines(error: VlexportError) -> list[str]:
     """An error as it is shown: what, where, what to do."""
-    lines = [f"error {error.code}: {inert(error.message)}"]
+    lines = [f"error {error.code}: {error.message}"]
     if error.where:
-        lines.append(f"  where: {inert(error.where)}")
+        lines.append(f"  where: {error.where}")
     if error.hint:
-        lines.append(f"  do:    {inert(error.hint)}")
-    return lines
+        lines.append(f"  do:    {error.hint}")
+    return [inert(line).replace("\n", "\n         ") for line in lines]
 
 
 class PlainReporter:

@@ -12,18 +12,20 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, cast
 
-import click
 import typer
 
 import vlexport
 from vlexport.cli import build, bundle, catalogue, measure
 from vlexport.cli.console import error_lines, inert
 from vlexport.cli.outcome import Outcome
-from vlexport.core.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_USAGE, VlexportError
+from vlexport.core.errors import EXIT_INPUT, EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_USAGE, VlexportError
 
 OUTPUT_SCHEMA = 1
+_BadUsage: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")
+"""What typer raises on a wrong command line: click's class, or that of the copy of click which typer carries."""
 
 app = typer.Typer(
     name="vlexport",
@@ -62,7 +64,13 @@ def _root(
 
 def entry() -> None:
     """The console script."""
-    sys.exit(main(sys.argv[1:]))
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = EXIT_INPUT
+    sys.exit(code)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -71,17 +79,19 @@ def main(arguments: Sequence[str]) -> int:
     real_stdout = _aside() if as_json else None
     try:
         found = app(list(arguments), standalone_mode=False)
+        if found == EXIT_INTERRUPTED:  # typer turns Ctrl-C into this number
+            raise KeyboardInterrupt
         outcome = found if isinstance(found, Outcome) else Outcome(exit_code=found if isinstance(found, int) else 0)
         error: dict[str, str] | None = None
     except VlexportError as problem:
         outcome, error = Outcome(exit_code=problem.exit_code), problem.as_dict()
         _complain(error_lines(problem))
-    except click.UsageError as problem:
-        message = problem.format_message()
+    except _BadUsage as problem:
+        message = cast("Any", problem).format_message() or "no command was given"
         outcome = Outcome(exit_code=EXIT_USAGE)
         error = {"code": "VLX0703", "message": message, "where": "command line", "hint": "see `vlexport --help`"}
         _complain([f"error VLX0703: {inert(message)}", "  do:    see `vlexport --help`"])
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         outcome = Outcome(exit_code=EXIT_INTERRUPTED)
         error = {"code": "", "message": "interrupted", "where": "", "hint": ""}
         _complain(["interrupted: nothing was written"])
@@ -91,7 +101,7 @@ def main(arguments: Sequence[str]) -> int:
         _print_json(real_stdout, outcome, error)
     elif error is None:
         for line in outcome.lines:
-            typer.echo(inert(line))
+            typer.echo(inert(line).replace("\n", "\\n"))
     return outcome.exit_code
 
 
@@ -107,7 +117,9 @@ def _print_json(descriptor: int, outcome: Outcome, error: dict[str, str] | None)
     whole: dict[str, Any] = {"schema": OUTPUT_SCHEMA, "ok": outcome.exit_code == 0, "exit": outcome.exit_code}
     whole.update(outcome.payload if error is None else {"error": error})
     sys.stdout.flush()
-    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+    os.dup2(descriptor, 1)
+    os.close(descriptor)
+    with open(1, "w", encoding="utf-8", closefd=False) as stream:
         stream.write(json.dumps(whole, allow_nan=False) + "\n")
 
 
@@ -119,12 +131,13 @@ def _complain(lines: Sequence[str]) -> None:
 def _crash(problem: Exception) -> dict[str, str]:
     """Write a crash file without paths of this machine, and say where it is."""
     frames = traceback.extract_tb(problem.__traceback__)
-    text = [f"vlexport {vlexport.__version__}: {type(problem).__name__}: {problem}"]
+    said = f"{type(problem).__name__}: {problem}".replace(str(Path.cwd()), ".").replace(str(Path.home()), "~")
+    text = [f"vlexport {vlexport.__version__}: {said}"]
     text += [f"  {os.path.basename(f.filename)}:{f.lineno} in {f.name}" for f in frames]
     with tempfile.NamedTemporaryFile(
         "w", prefix="vlexport-crash-", suffix=".txt", delete=False, encoding="utf-8"
     ) as file:
         file.write("\n".join(text) + "\n")
-    message = f"vlexport broke: {type(problem).__name__}: {problem}"
+    message = f"vlexport broke: {said}"
     _complain([f"error VLX0901: {inert(message)}", f"  do:    please report it with {file.name}"])
     return {"code": "VLX0901", "message": message, "where": file.name, "hint": "please report it with that file"}

@@ -16,7 +16,7 @@ BundleArgument = Annotated[
     Path, typer.Argument(help="Folder that `vlexport build` wrote.", metavar="BUNDLE", show_default=False)
 ]
 GateOption = Annotated[list[str] | None, typer.Option("--gate", help='Repeatable "METRIC OP VALUE"; judges only.')]
-ThreadsOption = Annotated[int, typer.Option("--threads", help="Threads for the runtime; 0 means all cores.", min=0)]
+ThreadsOption = Annotated[int, typer.Option("--threads", help="Threads for the runtime; 0 means all cores.", min=0, max=1024)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 

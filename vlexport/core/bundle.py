@@ -29,7 +29,7 @@ def read_bundle(folder: Path) -> Bundle:
         GateError: VLX0602 when ``bundle.json`` does not fit its own digest.
     """
     file = folder / BUNDLE_FILE
-    if not file.is_file():
+    if not _is_file(file):
         raise BundleError(
             "VLX0601",
             "this is no bundle: it has no bundle.json",
@@ -60,14 +60,27 @@ def read_bundle(folder: Path) -> Bundle:
         raise BundleError(
             "VLX0601", f"bundle.json is wrong at {name}: {first['msg'].lower()}", where=str(folder)
         ) from error
-    if digest_of(bundle) != bundle.digest:
+    try:
+        digest = digest_of(bundle)
+    except ValueError as error:  # NaN, or text that is no Unicode: written by something else
+        raise BundleError("VLX0601", "bundle.json holds a value that JSON cannot", where=str(folder)) from error
+    if digest != bundle.digest:
         raise _altered(folder, "bundle.json does not fit its digest")
+    if not bundle.components:
+        raise BundleError("VLX0601", "bundle.json has no component", where=str(folder), hint="build it again")
     paths = [*bundle.files]
     for component in bundle.components.values():
         paths += [f"{ARTIFACT_FOLDER}/{component.artifact.path}", component.golden.inputs, component.golden.outputs]
     for path in paths:
         inside(folder, path)
     return bundle
+
+
+def _is_file(file: Path) -> bool:
+    try:
+        return file.is_file()
+    except (OSError, ValueError):  # a name that is too long, or no name
+        return False
 
 
 def inside(folder: Path, path: str) -> Path:
@@ -102,7 +115,7 @@ def check_files(folder: Path, bundle: Bundle) -> None:
     for part in (ARTIFACT_FOLDER, GOLDEN_FOLDER):
         for file in sorted((folder / part).rglob("*")):
             name = file.relative_to(folder).as_posix()
-            if not file.is_dir() and name not in bundle.files:
+            if (file.is_symlink() or not file.is_dir()) and name not in bundle.files:
                 raise _altered(folder, f"{name} is not recorded in bundle.json")
 
 

@@ -61,8 +61,8 @@ class BuildConfig(BaseModel):
     options: dict[str, str] = _option({}, "Repeatable SCOPE.NAME=VALUE: any option of a pass or target.", "--set")
     numeric_gate: bool = _option(True, "Check the numbers after every pass.", "--numeric-gate/--no-gate")
     profile: bool = _option(True, "Measure latency quickly after the build.", "--profile/--no-profile", recipe=False)
-    threads: int = _option(0, "Threads for every runtime; 0 means all cores.", "--threads", ge=0, recipe=False)
-    seed: int = _option(0, "Seed of probes and golden vectors.", "--seed", ge=0)
+    threads: int = _option(0, "Threads for every runtime; 0 means all cores.", "--threads", ge=0, le=1024, recipe=False)
+    seed: int = _option(0, "Seed of probes and golden vectors.", "--seed", ge=0, le=2**32 - 1)
     force: bool = _option(False, "Replace an existing bundle.", "--force", recipe=False)
 
     def recipe(self) -> str:

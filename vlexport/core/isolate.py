@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -29,6 +30,8 @@ from vlexport.core.errors import CODES, CapabilityError, InputError, VlexportErr
 _LENGTH = struct.Struct("<Q")
 _STDERR_TAIL = 2000
 _CLOSE_SECONDS = 5.0
+_CHILD = "import sys; sys.path[:] = filter(None, sys.path); from vlexport.core.isolate import serve; serve()"
+"""Without the working directory on its path: a `json.py` that lies beside a bundle must not run."""
 
 
 class IsolatedSession(Session):
@@ -51,21 +54,24 @@ class IsolatedSession(Session):
         environment = dict(os.environ)
         environment["PYTHONPATH"] = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
         self._child: subprocess.Popen[bytes] | None = subprocess.Popen(
-            [sys.executable, "-m", "vlexport.core.isolate"],
+            [sys.executable, "-c", _CHILD],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             env=environment,
         )
-        reply, _ = self._ask(
-            {
-                "do": "open",
-                "entry": entry,
-                "folder": str(folder),
-                "artifact": artifact.model_dump(mode="json"),
-                "threads": threads,
-            }
-        )
+        request = {
+            "do": "open",
+            "entry": entry,
+            "folder": str(folder),
+            "artifact": artifact.model_dump(mode="json"),
+            "threads": threads,
+        }
+        try:
+            reply, _ = self._ask(request)
+        except BaseException:
+            self.close()
+            raise
         self.timing = cast("Timing", reply["timing"])
         self.load_ms = float(reply["load_ms"])
 
@@ -121,7 +127,11 @@ class IsolatedSession(Session):
     def _died(self) -> CapabilityError:
         child = self._child
         assert child is not None
-        code = child.wait()
+        try:
+            code = child.wait(_CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:  # it closed its channel and goes on
+            child.kill()
+            code = child.wait()
         self._stderr.seek(0)
         tail = self._stderr.read().decode(errors="replace")[-_STDERR_TAIL:].strip()
         self.close()
@@ -166,8 +176,9 @@ def _rebuilt(about: dict[str, Any]) -> VlexportError:
     return kind(about["code"], about["message"], where=about["where"], hint=about["hint"])
 
 
-def _serve() -> None:
+def serve() -> None:
     """The child's loop: one session, one request at a time, until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides
     channel_in = os.fdopen(os.dup(0), "rb")
     channel_out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
@@ -218,7 +229,3 @@ def _timed(session: Session, inputs: Mapping[str, Array], warmup: int, runs: int
         session.run(inputs)
         times.append((time.perf_counter() - started) * 1e3)
     return times
-
-
-if __name__ == "__main__":
-    _serve()

@@ -95,7 +95,7 @@ def _pretrained_config(timm: Any, name: str) -> dict[str, Any]:
         base, _, tag = name.partition(".")
         known = [each.partition(".")[2] for each in timm.list_pretrained(f"{base}.*")]
         raise ModelFileError(
-            "VLX0110", f"timm's model '{base}' has no weights '{tag}'{nearest(tag, known)}", where=f"--arch timm:{name}",
+            "VLX0110", f"timm has no weights '{tag}' for '{base}'{nearest(tag, known)}", where=f"--arch timm:{name}",
             hint=f"known: {', '.join(known) or 'none'}",
         ) from error  # fmt: skip
     return dict(found.to_dict()) if found is not None else {}

@@ -5,15 +5,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 import logging
-import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePath
 from typing import Any, Literal
 
 import torch
@@ -21,11 +18,13 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from vlexport.core.artifact import DimRange, Signature, TensorSpec
-from vlexport.core.errors import CaptureError, VlexportError
+from vlexport.core.errors import CaptureError, VlexportError, nearest
 from vlexport.core.numerics import relative_error
 from vlexport.frontends.clean import clean, functional
+from vlexport.frontends.inline import inline_regions
+from vlexport.frontends.user_lines import parting_line, user_line, watch_guards
 from vlexport.ir import compat, provenance
-from vlexport.ir.exported import program_from_exported
+from vlexport.ir.exported import program_from_exported, require_no_mutation
 from vlexport.ir.program import Program
 from vlexport.ir.text import size_text
 
@@ -72,34 +71,42 @@ def capture(model: nn.Module, inputs: Inputs, *, dynamic: Dynamic = "auto") -> C
         model: A module in eval mode. It is not changed; a deep copy is exported.
         inputs: One tensor, a sequence in ``forward``'s order, or tensors by argument name.
         dynamic: ``"auto"`` makes dim 0 of every input the dynamic dim ``batch`` if the model allows it, and falls back
-            to the example's sizes naming the line that forbids it; False keeps all sizes; a mapping
-            ``{input: {axis: name | (name, min, max)}}`` asks for certain dims and fails if they cannot be had.
+            to the example's sizes naming the line that forbids it; True fails instead of falling back; False keeps all
+            sizes; a mapping ``{input: {axis: name | (name, min, max)}}`` asks for certain dims and fails if they cannot
+            be had.
 
     Raises:
         CaptureError: VLX0301 train mode, VLX0302 inputs that do not fit, VLX0303 not exportable, VLX0304 the graph
             disagrees with the eager model, VLX0305 mutation, VLX0306 outputs that are no tensors.
     """
     _require_eval(model)
-    twin = copy.deepcopy(model)
+    twin = _copied(model)
     notes: list[str] = []
     if any(t.is_floating_point() and t.dtype is not torch.float32 for t in twin.state_dict().values()):
         notes.append("half- or double-precision weights were loaded as float32")
-    twin = twin.to(device="cpu", dtype=torch.float32)
-    reference = model if not notes and _on_cpu(model) else copy.deepcopy(twin)
+    twin = twin.cpu().float()  # unlike to(float32), leaves complex buffers whole
+    reference = copy.deepcopy(twin)  # the user's own module never runs: a forward may write to its state
     arguments = _bind(twin, inputs)
+    if isinstance(dynamic, Mapping):
+        _require_axes(dynamic, arguments)
     before = _eager(reference, arguments, arguments.flat)
 
     program: Program | None = None
-    batch = _auto_batch(arguments) if dynamic == "auto" else None
+    batch = None if dynamic is False or isinstance(dynamic, Mapping) else _auto_batch(arguments)
     if batch is not None:
         lines: list[str] = []
         try:
-            with _watch_guards(lines):
+            with watch_guards(lines):
                 program = _checked(twin, reference, arguments, batch)
         except CaptureError as error:
-            where = lines[-1] if lines else error.where
-            reason = f"{where} depends on it" if where else error.message
-            notes.append(f"the batch is fixed at {arguments.flat[0].shape[0]}: {reason}")
+            if dynamic is True or error.code in ("VLX0305", "VLX0306"):
+                raise
+            notes.append(_why_fixed(error, lines, reference, arguments))
+    elif dynamic is True or (dynamic == "auto" and len(arguments.flat) > 1):
+        reason = "the inputs do not share their first size"
+        if dynamic is True:
+            raise CaptureError("VLX0302", f"the batch cannot be dynamic: {reason}", hint="name the dims with dynamic=")
+        notes.append(f"all sizes are fixed: {reason}")
     if program is None:
         program = _checked(twin, reference, arguments, dynamic if isinstance(dynamic, Mapping) else {})
     if not _equal(before, _eager(reference, arguments, arguments.flat)):
@@ -111,7 +118,9 @@ def capture(model: nn.Module, inputs: Inputs, *, dynamic: Dynamic = "auto") -> C
 
 def _require_eval(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if module.training and (not name or isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.Dropout))):
+        if module.training and (
+            not name or isinstance(module, (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd))
+        ):
             raise CaptureError(
                 "VLX0301",
                 f"{name or 'the model'} is in train mode",
@@ -120,8 +129,32 @@ def _require_eval(model: nn.Module) -> None:
             )
 
 
-def _on_cpu(model: nn.Module) -> bool:
-    return all(t.device.type == "cpu" for t in model.state_dict().values())
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        raise CaptureError(
+            "VLX0303",
+            f"the model cannot be copied: {_first_line(error)}",
+            where=type(model).__name__,
+            hint="delete cached tensors and open handles from the model's attributes, or save a freshly loaded model",
+        ) from error
+
+
+def _require_axes(dynamic: Mapping[str, Mapping[int, DimChoice]], arguments: _Arguments) -> None:
+    known = dict(zip(arguments.names, arguments.flat, strict=True))
+    for name, axes in dynamic.items():
+        if name not in known:
+            raise CaptureError(
+                "VLX0302", f"dynamic= names '{name}', which is no input{nearest(name, known)}", where="dynamic",
+                hint=f"inputs: {', '.join(known)}",
+            )  # fmt: skip
+        for axis in axes:
+            if not 0 <= axis < known[name].ndim:
+                raise CaptureError(
+                    "VLX0302", f"dynamic= names axis {axis} of {name}, which has {known[name].ndim}", where="dynamic",
+                    hint="axes count from 0",
+                )  # fmt: skip
 
 
 def _bind(model: nn.Module, inputs: Inputs) -> _Arguments:
@@ -140,6 +173,9 @@ def _bind(model: nn.Module, inputs: Inputs) -> _Arguments:
             hint="give one tensor per argument, or a dict keyed by argument names",
         ) from error
     result = _Arguments((), {}, {})
+    passed = list(bound.arguments)
+    gap = next((n for n, each in zip(signature.parameters, passed, strict=False) if n != each), None)
+    after_gap = set(list(signature.parameters)[list(signature.parameters).index(gap) :]) if gap is not None else set()
     for name, value in bound.arguments.items():
         kind = signature.parameters[name].kind
         if kind is inspect.Parameter.VAR_POSITIONAL:
@@ -160,7 +196,7 @@ def _bind(model: nn.Module, inputs: Inputs) -> _Arguments:
         moved = {k: t.detach().cpu() for k, t in values.items()}
         moved = {k: t.float() if t.is_floating_point() else t for k, t in moved.items()}
         by_keyword = kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
-        if by_keyword or (isinstance(inputs, Mapping) and result.keyword):
+        if by_keyword or name in after_gap:
             result.keyword.update(moved)
         else:
             result.positional += tuple(moved.values())
@@ -179,7 +215,7 @@ def _eager(model: nn.Module, arguments: _Arguments, values: Sequence[Tensor]) ->
         raise CaptureError(
             "VLX0302",
             f"forward fails on the example inputs: {type(error).__name__}: {_first_line(error)}",
-            where=_user_line(error),
+            where=user_line(error),
             hint="check the shapes and dtypes of inputs= (or --input NAME=SHAPE:dtype)",
         ) from error
 
@@ -223,12 +259,16 @@ def _export(twin: nn.Module, arguments: _Arguments, chosen: Mapping[str, Mapping
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about attributes that the deep copy alone gets
-            return torch.export.export(twin, positional, keyword, dynamic_shapes=shapes if dims else None, strict=False)
+            shaped = shapes if dims else None
+            exported = torch.export.export(twin, positional, keyword, dynamic_shapes=shaped, strict=False)
+            return functional(inline_regions(exported))
+    except CaptureError:
+        raise
     except Exception as error:  # torch.export raises many private kinds
         raise CaptureError(
             "VLX0303",
             f"torch.export refuses the model: {_first_line(error)}",
-            where=_user_line(error),
+            where=user_line(error),
             hint="rewrite that line without branches on tensor values, or save with dynamic=False",
         ) from error
 
@@ -249,8 +289,10 @@ def _variants(arguments: _Arguments, chosen: Mapping[str, Mapping[int, DimChoice
     batched = {name for name, axes in chosen.items() if set(axes) == {0}}
     if not chosen or batched != set(chosen):
         return [arguments.flat]
+    ranges = [axes[0] if isinstance(axes[0], tuple) else (axes[0], 1, None) for axes in chosen.values()]
+    low, high = max(r[1] for r in ranges), min((r[2] for r in ranges if r[2] is not None), default=None)
     variants = []
-    for size in _CHECKED_BATCHES:
+    for size in sorted({max(low, s if high is None else min(s, high)) for s in _CHECKED_BATCHES}):
         values = []
         for name, value in zip(arguments.names, arguments.flat, strict=True):
             repeats = -(-size // value.shape[0]) if name in batched else 1
@@ -263,7 +305,7 @@ def _variants(arguments: _Arguments, chosen: Mapping[str, Mapping[int, DimChoice
 def _program(
     exported: ExportedProgram, arguments: _Arguments, chosen: Mapping[str, Mapping[int, DimChoice]]
 ) -> Program:
-    exported = functional(exported)
+    require_no_mutation(exported)
     symbols: dict[Any, str] = {}
     dims: dict[str, DimRange] = {}
     by_name = {n.name: n for n in exported.graph.nodes if n.op == "placeholder"}
@@ -305,7 +347,7 @@ def _output_specs(exported: ExportedProgram, symbols: Mapping[Any, str]) -> tupl
         if not isinstance(fake, Tensor):
             raise CaptureError(
                 "VLX0306",
-                f"output {'.'.join(path) or position} of forward is a {type(fake).__name__}, not a tensor",
+                f"output {'.'.join(path) or position} of forward is no tensor, but of type {type(fake).__name__}",
                 hint="return tensors, or tuples and dicts of tensors",
             )
         named = any(not part.isdigit() for part in path)
@@ -329,8 +371,8 @@ def _agree(program: Program, reference: nn.Module, arguments: _Arguments, varian
                 "VLX0304", f"the captured graph does not run: {_first_line(error)}", hint="save with dynamic=False"
             ) from error
         for spec, a, b in zip(program.signature.outputs, found, expected, strict=True):
-            worst = relative_error(a.numpy(), b.numpy())
-            if worst > TOLERANCE:
+            worst = relative_error(_array(a), _array(b))
+            if not worst <= TOLERANCE:
                 sizes = "×".join(str(s) for s in values[0].shape)
                 raise CaptureError(
                     "VLX0304",
@@ -341,56 +383,29 @@ def _agree(program: Program, reference: nn.Module, arguments: _Arguments, varian
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    leaves, _ = torch.utils._pytree.tree_flatten(value)
-    return [leaf for leaf in leaves if leaf is not None]
+    return [leaf for leaf in compat.leaves(value) if leaf is not None]
+
+
+def _array(tensor: Tensor) -> Any:
+    return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).detach().numpy()
 
 
 def _equal(a: Any, b: Any) -> bool:
-    return all(relative_error(x.numpy(), y.numpy()) <= TOLERANCE for x, y in zip(_tensors(a), _tensors(b), strict=True))
+    pairs = zip(_tensors(a), _tensors(b), strict=True)
+    return all(relative_error(_array(x), _array(y)) <= TOLERANCE for x, y in pairs if isinstance(x, Tensor))
+
+
+def _why_fixed(error: CaptureError, lines: Sequence[str], reference: nn.Module, arguments: _Arguments) -> str:
+    """Why the batch could not be made dynamic, naming the user's line if there is one."""
+    line = lines[-1] if lines else parting_line(lambda size: _eager(reference, arguments, _batched(arguments, size)))
+    reason = f"{line} depends on it" if line else error.message
+    return f"the batch is fixed at {arguments.flat[0].shape[0]}: {reason}"
+
+
+def _batched(arguments: _Arguments, size: int) -> list[Tensor]:
+    return [torch.cat([v] * size)[:size] for v in arguments.flat]
 
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return text[0] if text else type(error).__name__
-
-
-def _user_line(error: BaseException) -> str:
-    """``file.py:LINE`` of the last frame outside torch in the error's traceback."""
-    found = ""
-    trace = error.__traceback__
-    while trace is not None:
-        file = PurePath(trace.tb_frame.f_code.co_filename)
-        if not {"torch", "vlexport"} & set(file.parts) and "frontends" not in file.parts:
-            found = f"{file.name}:{trace.tb_lineno}"
-        trace = trace.tb_next
-    return found
-
-
-@contextlib.contextmanager
-def _watch_guards(lines: list[str]) -> Iterator[None]:
-    """Collect the user's ``forward`` lines at which torch decides something about a symbolic size."""
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            frame = sys._getframe()
-            while frame is not None:
-                file = PurePath(frame.f_code.co_filename)
-                if frame.f_code.co_name == "forward" and "torch" not in file.parts:
-                    line = f"{file.name}:{frame.f_lineno}"
-                    if not lines or lines[-1] != line:
-                        lines.append(line)
-                    return
-                frame = frame.f_back  # type: ignore[assignment]
-
-    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-    handler = Handler(level=logging.INFO)
-    level, propagate, handlers = logger.level, logger.propagate, logger.handlers
-    logger.handlers = [handler]
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    try:
-        yield
-    finally:
-        logger.handlers = handlers
-        logger.setLevel(level)
-        logger.propagate = propagate

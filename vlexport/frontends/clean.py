@@ -20,7 +20,7 @@ _SAME_VALUE = {
     "aten.alias.default", "aten.detach.default", "aten.detach_.default", "aten.lift_fresh.default",
     "aten.lift_fresh_copy.default", "aten.clone.default", "aten.contiguous.default", "aten.dropout.default",
     "aten.feature_dropout.default", "aten.alpha_dropout.default", "aten.dropout_.default", "aten.lift.default",
-    "aten.native_dropout.default", "aten.positive.default",
+    "aten.positive.default",
 }  # fmt: skip
 """Ops that return their first operand's value at inference."""
 _NOTES = {"aten._assert_tensor_metadata.default"}
@@ -88,7 +88,14 @@ def _can_rename(node: Node) -> bool:
         return False
     target: Any = node.target
     written = [a for a in target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    if any(_dtype(other) not in (None, _dtype(base)) for other in node.all_input_nodes):
+        return False  # in place, the base keeps its dtype; the functional operator would promote it
     return len(written) == 1 and not any(_aliases(u) for u in base.users if u is not node and u.op != "output")
+
+
+def _dtype(node: Node) -> torch.dtype | None:
+    value = node.meta.get("val")
+    return value.dtype if isinstance(value, torch.Tensor) else None
 
 
 def _rename(node: Node) -> None:

@@ -62,7 +62,7 @@ def load_program(archive: bytes) -> ExportedProgram:
 
 
 def declare_torchvision_operators() -> None:
-    """Declare the two operators that torchvision's Python part expects from its binary, where that binary does not load.
+    """Declare the two operators that torchvision expects from its binary, where that binary does not load.
 
     timm imports torchvision; beside a CPU build of torch from elsewhere its binary is silently missing, and the import
     fails at ``register_fake``. The declared operators stay without a kernel. A working torchvision is left alone.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.export import ExportedProgram
 
 from vlexport.core.artifact import Array, Signature, TensorSpec
 from vlexport.core.config import BuildConfig
@@ -102,10 +103,7 @@ def open_archive(path: Path) -> Source:
             hint="save the model again",
         ) from error  # fmt: skip
     exported = archive.exported_program()
-    user_inputs = exported.graph_signature.user_inputs
-    if len(user_inputs) != len(signature.inputs) or len(exported.graph_signature.user_outputs) != len(
-        signature.outputs
-    ):
+    if not _fits(exported, signature) or not set(preprocess) <= {spec.name for spec in signature.inputs}:
         raise ModelFileError(
             "VLX0105",
             "vlexport.json inside the file does not fit its graph",
@@ -113,6 +111,23 @@ def open_archive(path: Path) -> Source:
             hint="save the model again",
         )
     return Source(program_from_exported(exported, signature), preprocess, labels, archive.source_hash)
+
+
+def _fits(exported: ExportedProgram, signature: Signature) -> bool:
+    """Whether names, dtypes and shapes that ``vlexport.json`` claims are those of the graph beside it."""
+    names, results = exported.graph_signature.user_inputs, exported.graph_signature.user_outputs
+    if len(names) != len(signature.inputs) or len(results) != len(signature.outputs):
+        return False
+    values = {node.name: node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder"}
+    for spec, name in zip(signature.inputs, names, strict=True):
+        value = values[str(name)]
+        if str(value.dtype) != f"torch.{spec.dtype}" or value.ndim != len(spec.shape):
+            return False
+        for size, claimed in zip(value.shape, spec.shape, strict=True):
+            dynamic = isinstance(size, torch.SymInt)
+            if dynamic != isinstance(claimed, str) or (claimed not in signature.dims if dynamic else claimed != size):
+                return False
+    return True
 
 
 def preprocess_of(spec: str, signature: Signature, name: str | None = None) -> dict[str, Preprocess]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import sympy
 import torch
 from torch._export.verifier import Verifier
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
@@ -29,14 +30,27 @@ def fake_from(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def quiet_fake(mode: FakeTensorMode) -> Iterator[None]:
-    """Run operators on fakes; new guards are not recorded (the capture has settled them)."""
+    """Run operators on fakes; new guards are not recorded (the capture has settled them).
+
+    Without the Python dispatcher, operators made of others (``pad``) would turn a symbolic size into the hint's number.
+    """
     shape_env = mode.shape_env
-    with mode:
+    with mode, enable_python_dispatcher():
         if shape_env is None:
             yield
         else:
             with shape_env.suppress_guards():
                 yield
+
+
+def map_tensors(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    """``value`` with every tensor in it, however nested, replaced by ``change(tensor)``."""
+    return pytree.tree_map_only(torch.Tensor, change, value)
+
+
+def leaves(value: Any) -> list[Any]:
+    """The leaves of nested tuples, lists and dicts, in order."""
+    return list(pytree.tree_leaves(value))
 
 
 def flat_call_spec(inputs: int, outputs: int) -> tuple[pytree.TreeSpec, pytree.TreeSpec]:

@@ -69,7 +69,9 @@ def _row(category: Category, names: str, macs: MacsRule | None = None) -> dict[s
 
 
 OPS: dict[str, OpInfo] = {
-    **_row("affine", "conv1d.default conv2d.default conv3d.default conv2d.padding conv1d.padding", _conv),
+    **_row(
+        "affine", "conv1d.default conv2d.default conv3d.default conv1d.padding conv2d.padding conv3d.padding", _conv
+    ),
     **_row("affine", "conv_transpose1d.default conv_transpose2d.input conv_transpose3d.input", _conv_transpose),
     **_row("affine", "linear.default", _linear),
     **_row("affine", "matmul.default mm.default bmm.default", _matmul),

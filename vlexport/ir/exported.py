@@ -46,14 +46,7 @@ def program_from_exported(exported: ExportedProgram, signature: Signature) -> Pr
     Raises:
         CaptureError: VLX0305 when the graph mutates a buffer or an input, VLX0306 when an output is no tensor.
     """
-    mutated = [o for o in exported.graph_signature.output_specs if o.kind is not OutputKind.USER_OUTPUT]
-    if mutated:
-        raise CaptureError(
-            "VLX0305",
-            f"forward changes {mutated[0].target or 'one of its inputs'}",
-            where=str(mutated[0].target or ""),
-            hint="return the new value instead of writing to it; caches are set up before saving",
-        )
+    require_no_mutation(exported)
     graph = Graph()
     tensors: dict[str, torch.Tensor] = {}
     kinds: dict[str, Kind] = {}
@@ -84,6 +77,22 @@ def program_from_exported(exported: ExportedProgram, signature: Signature) -> Pr
     for node in [n for n in graph.nodes if n.op == "get_attr" and not n.users]:
         program.erase_dead(node)
     return program
+
+
+def require_no_mutation(exported: ExportedProgram) -> None:
+    """Refuse a graph that writes to a buffer or an input.
+
+    Raises:
+        CaptureError: VLX0305.
+    """
+    mutated = [o for o in exported.graph_signature.output_specs if o.kind is not OutputKind.USER_OUTPUT]
+    if mutated:
+        raise CaptureError(
+            "VLX0305",
+            f"forward changes {mutated[0].target or 'one of its inputs'}",
+            where=str(mutated[0].target or ""),
+            hint="return the new value instead of writing to it; caches are set up before saving",
+        )
 
 
 def exported_from_program(program: Program) -> ExportedProgram:

@@ -6,8 +6,9 @@ A fact without a predicate does not exist; the runner evaluates what a pass clai
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-import torch
+from torch.fx import Node
 
 from vlexport.ir import dialect
 from vlexport.ir.program import Program
@@ -28,18 +29,30 @@ def canonical(program: Program) -> bool:
     return not program.calls(*_SPELLINGS)
 
 
+_BEFORE_BATCH_NORM = (
+    "aten.conv1d.default", "aten.conv2d.default", "aten.conv3d.default", "aten.conv1d.padding", "aten.conv2d.padding",
+    "aten.conv3d.padding", "aten.conv_transpose1d.default", "aten.conv_transpose2d.input",
+    "aten.conv_transpose3d.input", "aten.linear.default",
+)  # fmt: skip
+
+
 def no_foldable_batch_norm(program: Program) -> bool:
-    """No batch norm reads the only use of a convolution or linear."""
-    for node in program.calls("aten.batch_norm.default"):
-        producer = node.args[0]
-        if (
-            isinstance(producer, torch.fx.Node)
-            and dialect.op_name(producer) in ("aten.conv1d.default", "aten.conv2d.default", "aten.conv3d.default")
-            and len(producer.users) == 1
-            and all(program.tensor_of(a) is not None for a in producer.args[1:2])
-        ):
-            return False
-    return True
+    """No inference batch norm with stored statistics is the only reader of a convolution or linear with stored weights.
+
+    The channels of that convolution or linear are axis 1, as batch norm takes them.
+    """
+    return not any(_is_foldable(program, node) for node in program.calls("aten.batch_norm.default"))
+
+
+def _is_foldable(program: Program, node: Node) -> bool:
+    producer: Any = node.args[0]
+    if dialect.op_name(producer) not in _BEFORE_BATCH_NORM or len(producer.users) != 1 or len(producer.args) < 2:
+        return False
+    weight, mean, variance = map(program.tensor_of, (producer.args[1], node.args[3], node.args[4]))
+    if weight is None or mean is None or variance is None or producer.meta["val"].ndim != weight.ndim:
+        return False
+    optional = (*node.args[1:3], *producer.args[2:3], producer.kwargs.get("bias"))
+    return not node.args[5] and all(a is None or program.tensor_of(a) is not None for a in optional)
 
 
 FACTS: dict[str, Predicate] = {

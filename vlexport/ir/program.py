@@ -10,6 +10,7 @@ nothing.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -25,6 +26,21 @@ from vlexport.ir import compat, dialect, provenance
 Kind = Literal["parameter", "buffer", "constant"]
 Observer = Callable[[Node, Any], None]
 _DOUBLED = {torch.float32: torch.float64, torch.float16: torch.float64, torch.bfloat16: torch.float64}
+
+
+def _doubled(value: Tensor) -> Tensor:
+    return value.to(_DOUBLED.get(value.dtype, value.dtype))
+
+
+def _made_dtype(node: Node) -> dict[str, torch.dtype]:
+    """The dtype to write at an op that makes floats (``full``, ``eye``) and leaves theirs to torch's default."""
+    row = dialect.info(node)
+    if row is None or row.category != "make" or not isinstance(node.target, torch._ops.OpOverload):
+        return {}
+    takes = any(a.name == "dtype" and a.kwarg_only for a in node.target._schema.arguments)
+    value = node.meta.get("val")
+    silent = node.kwargs.get("dtype") is None and isinstance(value, Tensor) and value.dtype is torch.float64
+    return {"dtype": torch.float64} if takes and silent else {}
 
 
 class Program:
@@ -173,12 +189,16 @@ class Program:
         """A float64 copy: every floating tensor, and every dtype argument that names a floating type."""
         twin = self.copy()
         twin.tensors = {k: t.double() if t.is_floating_point() else t for k, t in self.tensors.items()}
-        for node in twin.graph.nodes:
-            if node.op == "call_function":
-                swap = {k: _DOUBLED.get(v, v) if isinstance(v, torch.dtype) else v for k, v in node.kwargs.items()}
-                node.kwargs = swap
-                node.args = tuple(_DOUBLED.get(a, a) if isinstance(a, torch.dtype) else a for a in node.args)
         twin.example = tuple(t.double() if t.is_floating_point() else t for t in self.example)
+        mode = compat.fake_mode_of([n.meta["val"] for n in self.placeholders])
+        with compat.quiet_fake(mode) if mode is not None else contextlib.nullcontext():
+            for node in twin.graph.nodes:
+                if "val" in node.meta:  # a pass that runs on the twin computes new shapes from these
+                    node.meta["val"] = compat.map_tensors(_doubled, node.meta["val"])
+                if node.op == "call_function":
+                    swap = {k: _DOUBLED.get(v, v) if isinstance(v, torch.dtype) else v for k, v in node.kwargs.items()}
+                    node.kwargs = {**swap, **_made_dtype(node)}
+                    node.args = tuple(_DOUBLED.get(a, a) if isinstance(a, torch.dtype) else a for a in node.args)
         return twin
 
     # -- writing (for passes) ------------------------------------------------------------------------------------
@@ -228,19 +248,29 @@ class Program:
         provenance.inherit(node, value_of=value_of, merges=merges)
         return node
 
-    def replace(self, old: Node, new: Node) -> None:
-        """Let every reader of ``old`` read ``new``, then erase what nobody reads any more, upwards from ``old``."""
-        old.replace_all_uses_with(new)
-        self.erase_dead(old)
+    def replace(self, old: Node, new: Node) -> int:
+        """Let every reader of ``old`` read ``new``, then erase what nobody reads any more, upwards from ``old``.
 
-    def erase_dead(self, node: Node) -> None:
-        """Erase ``node`` if nobody reads it, then its operands likewise. Inputs and outputs stay."""
+        Returns:
+            How many calls were erased.
+        """
+        old.replace_all_uses_with(new)
+        return self.erase_dead(old)
+
+    def erase_dead(self, node: Node) -> int:
+        """Erase ``node`` if nobody reads it, then its operands likewise. Inputs and outputs stay.
+
+        Returns:
+            How many calls were erased.
+        """
         pending = [node]
+        erased: set[Node] = set()  # an operand of two dead nodes is met twice
         while pending:
             current = pending.pop()
-            if current.users or current.op in ("placeholder", "output"):
+            if current in erased or current.users or current.op in ("placeholder", "output"):
                 continue
             operands = current.all_input_nodes
+            erased.add(current)
             self.graph.erase_node(current)
             if current.op == "get_attr" and not any(
                 n.op == "get_attr" and n.target == current.target for n in self.graph.nodes
@@ -248,3 +278,4 @@ class Program:
                 del self.tensors[str(current.target)]
                 del self.kinds[str(current.target)]
             pending.extend(operands)
+        return sum(n.op == "call_function" for n in erased)

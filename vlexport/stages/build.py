@@ -40,7 +40,7 @@ from vlexport.passes.probes import make_probes
 from vlexport.report.write import new_report, write_report
 from vlexport.stages.golden import check_golden
 from vlexport.stages.profile import QUICK, Measurable, measure_latency
-from vlexport.stages.validate import judge_gates, measure_accuracy
+from vlexport.stages.validate import TIMED, judge_gates, measure_accuracy, require_measured
 from vlexport.stages.write_bundle import require_free, staging, write_bundle, write_golden
 from vlexport.targets import CATALOGUE as TARGETS
 from vlexport.targets import open_target
@@ -90,6 +90,8 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
     with clock.stage("open the model"):
         source = open_source(config)
     dataset = _dataset(config.data, source)
+    if dataset is not None:
+        require_measured([g for g in gates if g.metric not in TIMED], dataset, referenced=True)
     calibration = _calibration(config.calib, source)
 
     timing = TimingHook()
@@ -128,7 +130,8 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
             if dataset is not None:
                 with clock.stage("validate"):
                     judged = measure_accuracy(session, dataset, bundle.main, reference=source.run, reporter=reporter)
-                report = report.model_copy(update={**judged, "reference": "source program"})
+                notes = (*source.notes, *judged.pop("notes"))
+                report = report.model_copy(update={**judged, "notes": notes, "reference": "source program"})
         if config.profile:
             with clock.stage("profile"), tempfile.TemporaryDirectory(prefix="vlexport-") as scratch:
                 naive = Measurable("naive", target, Path(scratch), target.lower_naive(source.program, Path(scratch)))
@@ -153,8 +156,8 @@ def gates_of(config: BuildConfig) -> tuple[Gate, ...]:
     texts = [*config.gate, *([f"drop<={config.max_drop:g}"] if config.max_drop is not None else [])]
     gates = tuple(gate_from_text(text) for text in texts)
     for gate in gates:
-        needs_data = gate.metric not in ("p50_ms", "load_ms", "size_mb")
-        if (needs_data and config.data is None) or (gate.metric in ("p50_ms", "load_ms") and not config.profile):
+        needs_data = gate.metric not in (*TIMED, "size_mb")
+        if (needs_data and config.data is None) or (gate.metric in TIMED and not config.profile):
             flag = "--data DATA" if needs_data else "--profile"
             raise UsageError(
                 "VLX0804",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,16 +11,26 @@ import numpy as np
 from vlexport.core.artifact import Array, Session
 from vlexport.core.bundle import inside
 from vlexport.core.bundle_schema import Component
-from vlexport.core.errors import GateError
+from vlexport.core.errors import BundleError, GateError
 from vlexport.core.numerics import relative_error
 
 
 def read_golden(folder: Path, component: Component) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Golden inputs and outputs, by public name."""
+    """Golden inputs and outputs, by public name.
+
+    Raises:
+        BundleError: VLX0601 when they are no arrays, or not those of the component.
+    """
     found = []
-    for name in (component.golden.inputs, component.golden.outputs):
-        with np.load(inside(folder, name), allow_pickle=False) as file:
-            found.append({key: file[key] for key in file.files})
+    specs = (component.artifact.inputs, component.artifact.outputs)
+    for name, wanted in zip((component.golden.inputs, component.golden.outputs), specs, strict=True):
+        try:
+            with np.load(inside(folder, name), allow_pickle=False) as file:
+                found.append({spec.name: file[spec.name] for spec in wanted})
+        except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+            raise BundleError(
+                "VLX0601", f"{name} does not hold the golden vectors", where=str(folder), hint="build it again"
+            ) from error
     return found[0], found[1]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +20,13 @@ from vlexport.core.artifact import Array, Artifact, DimRange
 from vlexport.core.bundle import ARTIFACT_FOLDER, check_files, file_record, read_bundle
 from vlexport.core.bundle_schema import LatencyResult, Report
 from vlexport.core.devices import available_cores
+from vlexport.core.errors import UsageError
 from vlexport.core.isolate import IsolatedSession
 from vlexport.core.progress import Reporter, Silent
 from vlexport.core.verdict import Gate
-from vlexport.report.write import new_report, write_report
+from vlexport.report.write import new_report, require_writable, write_report
 from vlexport.stages.golden import read_golden
-from vlexport.stages.validate import judge_gates
+from vlexport.stages.validate import TIMED, judge_gates
 from vlexport.targets import open_target
 from vlexport.targets.base import Target
 
@@ -95,6 +96,8 @@ def profile(config: ProfileConfig, *, reporter: Reporter | None = None) -> Repor
     reporter = reporter or Silent()
     bundle = read_bundle(config.bundle)
     check_files(config.bundle, bundle)
+    require_writable(config.bundle)
+    _require_timed(config.gates)
     target = open_target(bundle.target)
     target.require()
     ours = Measurable("artifact", target, config.bundle / ARTIFACT_FOLDER, bundle.main.artifact)
@@ -137,6 +140,15 @@ def measure_latency(
         with baseline.target.open(baseline.folder, baseline.artifact, threads=threads) as other:
             result = _interleaved(session, other, inputs, plan, threads, reporter)
     return result.model_copy(update={"baseline": baseline.name, "baseline_size_bytes": baseline.size_bytes()})
+
+
+def _require_timed(gates: Sequence[Gate]) -> None:
+    for gate in gates:
+        if gate.metric not in (*TIMED, "size_mb"):
+            raise UsageError(
+                "VLX0804", f"gate {gate} needs samples, which profile does not look at", where=f"--gate {gate}",
+                hint="give it to `vlexport validate`",
+            )  # fmt: skip
 
 
 def _alone(
@@ -244,4 +256,4 @@ def _baseline(config: ProfileConfig, reporter: Reporter) -> Iterator[Measurable 
         other = Path(config.against)
         bundle = read_bundle(other)
         check_files(other, bundle)
-        yield Measurable(other.name, open_target(bundle.target), other / ARTIFACT_FOLDER, bundle.main.artifact)
+        yield Measurable(other.resolve().name or "other bundle", open_target(bundle.target), other / ARTIFACT_FOLDER, bundle.main.artifact)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +13,12 @@ from PIL import Image
 
 from vlexport.core.artifact import Array, Session
 from vlexport.core.bundle import ARTIFACT_FOLDER, check_files, read_bundle
-from vlexport.core.errors import DataError
+from vlexport.core.errors import BundleError, DataError, InputError
 from vlexport.core.samples import open_data
+from vlexport.stages.write_bundle import write_npz
 from vlexport.targets import open_target
 
-_UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 class LoadedBundle:
@@ -57,9 +61,16 @@ class LoadedBundle:
             top: How many.
 
         Raises:
-            DataError: VLX0203 when the file is no image, VLX0206 when the bundle records no preprocessing.
+            DataError: VLX0203 when the file is no image, VLX0206 when the bundle records no preprocessing, VLX0208
+                when its first output is no score per class.
         """
-        scores = next(iter(self.run(self.prepare(image)).values()))[0].astype(np.float64)
+        first = self.bundle.main.artifact.outputs[0]
+        if len(first.shape) != 2 or not first.dtype.startswith("float"):
+            raise DataError(
+                "VLX0208", f"output {first.name} is no score per class", where=first.name,
+                hint="call run(prepare(image)) for the arrays",
+            )  # fmt: skip
+        scores = self.run(self.prepare(image))[first.name][0].astype(np.float64)
         return ranked(scores, self.bundle.main.labels, top=top)
 
     def prepare(self, image: str | Path | Image.Image) -> dict[str, Array]:
@@ -83,8 +94,13 @@ class LoadedBundle:
                     pixels = preprocess.apply(opened)
             except _UNREADABLE as error:
                 raise DataError("VLX0203", "the image cannot be read", where=str(image), hint=str(error)) from error
-        batch = main.artifact.inputs[0].shape[0]
-        return {name: np.repeat(pixels[None], batch if isinstance(batch, int) else 1, axis=0)}
+        return self.batched({name: pixels})
+
+    def batched(self, sample: Mapping[str, Array]) -> dict[str, Array]:
+        """One sample with batch dim, repeated where the artifact takes a fixed batch."""
+        sizes = {spec.name: spec.shape[0] for spec in self.bundle.main.artifact.inputs if spec.shape}
+        repeats = {name: size if isinstance(size, int) else 1 for name, size in sizes.items()}
+        return {name: np.repeat(value[None], repeats.get(name, 1), axis=0) for name, value in sample.items()}
 
     def close(self) -> None:
         """Free the runtime's memory."""
@@ -107,7 +123,37 @@ def ranked(scores: Array, labels: tuple[str, ...], *, top: int) -> list[tuple[st
     shifted = np.exp(scores - scores.max())
     shares = shifted / shifted.sum()
     order = np.argsort(-shares, kind="stable")[:top]
-    return [(labels[i] if labels else str(i), float(shares[i])) for i in order]
+    return [(labels[i] if i < len(labels) else str(i), float(shares[i])) for i in order]
+
+
+def write_outputs(file: Path, found: Sequence[tuple[str, Mapping[str, Array]]]) -> None:
+    """All samples' outputs as one ``.npz``: output name → array with a leading dim of samples.
+
+    Raises:
+        BundleError: VLX0607 when the file cannot be written.
+        InputError: VLX0507 when an output's shape differs between samples.
+    """
+    try:
+        stacked = {name: np.stack([values[name] for _, values in found]) for name in found[0][1]}
+    except ValueError as error:
+        raise InputError(
+            "VLX0507", "outputs of the samples differ in shape, so one array cannot hold them", where=str(file),
+            hint="run the samples one by one",
+        ) from error  # fmt: skip
+    made = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        write_npz(made, stacked)
+        made.replace(file)
+    except OSError as error:
+        raise _unwritable(file, error) from error
+    finally:
+        made.unlink(missing_ok=True)
+
+
+def _unwritable(file: Path, error: OSError) -> BundleError:
+    return BundleError(
+        "VLX0607", f"the output cannot be written: {error.strerror}", where=str(file), hint="choose another --output"
+    )
 
 
 def run(folder: Path, data: str, *, threads: int = 0) -> list[tuple[str, dict[str, Array]]]:
@@ -123,8 +169,7 @@ def run(folder: Path, data: str, *, threads: int = 0) -> list[tuple[str, dict[st
         dataset = open_data(data, inputs=main.artifact.inputs, preprocess=main.preprocess, labels=main.labels or None)
         found = []
         for sample in dataset:
-            inputs = {name: array[None] for name, array in sample.inputs.items()}
-            found.append((sample.id, _first_rows(loaded.run(inputs))))
+            found.append((sample.id, _first_rows(loaded.run(loaded.batched(sample.inputs)))))
         return found
 
 

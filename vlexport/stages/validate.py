@@ -24,7 +24,7 @@ from vlexport.core.numerics import Accuracy, Fidelity, OutputFidelity, PairedAcc
 from vlexport.core.progress import Reporter, Silent
 from vlexport.core.samples import open_data
 from vlexport.core.verdict import Gate, Measured, judge, measured_drop, measured_rate
-from vlexport.report.write import new_report, write_report
+from vlexport.report.write import new_report, require_writable, write_report
 from vlexport.stages.reference import Reference, open_reference
 from vlexport.stages.write_bundle import GOLDEN_TOLERANCE
 from vlexport.targets import open_target
@@ -32,6 +32,8 @@ from vlexport.targets import open_target
 Run = Callable[[Mapping[str, Array]], dict[str, Array]]
 CLOSE_MARGIN = 10 * GOLDEN_TOLERANCE
 """A top-1 that differs on a smaller relative margin may be rounding; it is listed as close."""
+TIMED = ("p50_ms", "load_ms")
+"""Metrics of gates that profile measures, and validate does not."""
 _MAX_LISTED = 100
 _TOP5_FROM = 6
 
@@ -64,11 +66,13 @@ def validate(config: ValidateConfig, *, reporter: Reporter | None = None) -> Rep
     reporter = reporter or Silent()
     bundle = read_bundle(config.bundle)
     check_files(config.bundle, bundle)
+    require_writable(config.bundle)
     component = bundle.main
     target = open_target(bundle.target)
     dataset = open_data(
         config.data, inputs=component.artifact.inputs, preprocess=component.preprocess, labels=component.labels or None
     )
+    require_measured(config.gates, dataset, referenced=bool(config.reference))
     opened = target.open(config.bundle / ARTIFACT_FOLDER, component.artifact, threads=config.threads)
     with opened as session, open_reference(config.reference, bundle) as reference:
         found = measure_accuracy(session, dataset, component, reference=reference, reporter=reporter)
@@ -200,9 +204,14 @@ def _count(
                 margin = _margin(reference)
                 tally.disagreements.append(
                     Disagreement(
-                        sample=sample.id, reference=best, ours=first, margin=margin, close=margin <= CLOSE_MARGIN
+                        sample=_unicode(sample.id), reference=best, ours=first, margin=margin, close=margin <= CLOSE_MARGIN
                     )
                 )
+
+
+def _unicode(name: str) -> str:
+    """A file name that is no Unicode, as Linux allows, in a spelling that JSON and HTML can hold."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _labels(batch: Sequence[Sample], scores: Array) -> Array | None:
@@ -261,8 +270,7 @@ def _measured(tally: _Tally, accuracy: AccuracyResult | None, output: str) -> It
     if fidelity is None:
         return
     yield Measured(metric="cosine", value=fidelity.cosine_mean, samples=fidelity.samples)
-    if np.isfinite(fidelity.sqnr_db):
-        yield Measured(metric="sqnr", value=fidelity.sqnr_db, samples=fidelity.samples, unit="dB")
+    yield Measured(metric="sqnr", value=fidelity.sqnr_db, samples=fidelity.samples, unit="dB")
     if fidelity.agreements is not None:
         yield measured_rate("agreement", fidelity.agreements, fidelity.samples)
 
@@ -294,17 +302,23 @@ def _guessing(accuracy: AccuracyResult | None, tally: _Tally) -> list[str]:
     return []
 
 
-def require_labels(gates: Sequence[Gate], dataset: Dataset) -> None:
-    """Refuse gates on accuracy before an unlabelled run.
+def require_measured(gates: Sequence[Gate], dataset: Dataset, *, referenced: bool) -> None:
+    """Refuse gates on what a run will not measure, before it.
 
     Raises:
         UsageError: VLX0804.
     """
     for gate in gates:
-        if gate.metric in ("drop", "top1", "top5") and not dataset.labelled:
-            raise UsageError(
-                "VLX0804",
-                f"gate {gate} needs labelled samples",
-                where="--gate",
-                hint="give class folders, or .npz with `label`",
-            )
+        lacks = _lacks(gate.metric, labelled=dataset.labelled, referenced=referenced)
+        if lacks:
+            raise UsageError("VLX0804", f"gate {gate} needs {lacks[0]}", where=f"--gate {gate}", hint=lacks[1])
+
+
+def _lacks(metric: str, *, labelled: bool, referenced: bool) -> tuple[str, str] | None:
+    if metric in TIMED:
+        return "a latency, which validate does not measure", "give it to `vlexport profile`"
+    if metric in ("drop", "top1", "top5") and not labelled:
+        return "labelled samples", "give class folders, or .npz with `label`"
+    if metric in ("drop", "agreement", "cosine", "sqnr") and not referenced:
+        return "a reference to compare with", "add --reference MODEL"
+    return None

@@ -1,0 +1,264 @@
+"""The statistics of profile on scripted times, and its plumbing on a real bundle with times made up."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from vlexport.cli.main import main
+from vlexport.core.bundle_schema import LatencyResult, Report
+from vlexport.core.errors import VlexportError
+from vlexport.core.isolate import IsolatedSession
+from vlexport.core.progress import Silent
+from vlexport.stages.profile import (
+    DRIFT,
+    FULL,
+    MAX_REPEATS,
+    QUICK,
+    Measurable,
+    Plan,
+    ProfileConfig,
+    measure_latency,
+    median_interval,
+    profile,
+)
+
+# Rank of the lower end of the exact interval for a median with at least 95 % (two-sided sign test, e.g. Conover,
+# Practical Nonparametric Statistics, table A3); the upper end lies as far from the other side.
+LOWER_RANK = {6: 1, 7: 1, 8: 1, 9: 2, 10: 2, 11: 2, 12: 3, 13: 3, 14: 3, 15: 4, 16: 4, 17: 5, 20: 6, 25: 8, 30: 10}
+
+
+@pytest.mark.parametrize(("n", "rank"), LOWER_RANK.items())
+def test_median_interval_equals_the_table_when_there_are_enough_values(n: int, rank: int) -> None:
+    values = [float(v) for v in np.random.default_rng(n).permutation(n) + 1]  # the value is its rank
+    assert median_interval(values) == (rank, n + 1 - rank)
+    outside = 2 * sum(math.comb(n, i) for i in range(rank)) / 2**n
+    assert outside <= 0.05 < outside + 2 * math.comb(n, rank) / 2**n  # and it is the narrowest such
+
+
+def test_median_interval_is_the_whole_range_when_values_are_few() -> None:
+    assert median_interval([3.0, 1.0, 2.0]) == (1, 3)
+    assert median_interval([4.0]) == (4, 4)
+    assert all(map(math.isnan, median_interval([])))
+    assert 1 - 2 / 2**7 == pytest.approx(0.984, abs=5e-4)  # what seven rounds give
+
+
+class Scripted:
+    """A session whose blocks of runs take the times of a script, one entry a block."""
+
+    timing = "real"
+    load_ms = 3.0
+
+    def __init__(self, script: Sequence[float] | Iterator[float]) -> None:
+        self.script = iter(script)
+        self.asked: list[tuple[int, int]] = []
+
+    def time_ms(self, inputs: object, *, warmup: int, runs: int) -> list[float]:
+        self.asked.append((warmup, runs))
+        return [next(self.script)] * runs
+
+
+class ScriptedTarget:
+    def __init__(self, session: Scripted) -> None:
+        self.session = session
+
+    @contextlib.contextmanager
+    def open(self, *_: object, **__: object) -> Iterator[Scripted]:
+        yield self.session
+
+
+def measured(ours: Scripted, baseline: Scripted | None, tmp_path: Path, plan: Plan = FULL) -> LatencyResult:
+    def measurable(name: str, session: Scripted) -> Measurable:
+        return Measurable(name, cast("Any", ScriptedTarget(session)), tmp_path, cast("Any", SimpleNamespace()))
+
+    other = None if baseline is None else measurable("other", baseline)
+    return measure_latency(measurable("ours", ours), {}, baseline=other, plan=plan, threads=1, reporter=Silent())
+
+
+def warm(first: float, *rest: float) -> list[float]:
+    """The block that finds the number of runs comes first."""
+    return [first, *rest]
+
+
+def test_latency_is_a_median_without_ratio_when_measured_alone(tmp_path: Path) -> None:
+    session = Scripted(warm(1.0, 2.0, 9.0, 3.0))
+    found = measured(session, None, tmp_path, QUICK)
+    assert (found.p50_ms, found.ratio, found.verdict, found.rounds) == (3.0, None, "alone", 3)
+    assert session.asked == [(3, 3), (1, 200), (1, 200), (1, 200)]  # 0.7 s of 1 ms runs, at most 200
+
+
+@pytest.mark.parametrize(("once_ms", "runs"), [(1.0, 200), (10.0, 150), (400.0, 5), (1e-9, 200)])
+def test_blocks_fill_their_seconds_when_a_run_is_long_or_short(once_ms: float, runs: int, tmp_path: Path) -> None:
+    session = Scripted(itertools.repeat(once_ms))
+    measured(session, None, tmp_path)
+    assert session.asked[1:] == [(1, runs)] * FULL.rounds
+
+
+@pytest.mark.parametrize(
+    ("ours", "verdict"),
+    [
+        ([5, 5, 5, 5, 5, 5, 5], "faster"),
+        ([5, 9, 9.9, 5, 8, 7, 5], "faster"),
+        ([5, 5, 5, 5, 5, 5, 10.1], "no difference shown"),  # seven rounds: the whole range counts
+        ([9, 9, 9, 10, 9, 9, 9], "no difference shown"),
+        ([11, 12, 13, 10.5, 11, 11, 20], "slower"),
+    ],
+)
+def test_verdict_follows_the_interval_when_all_rounds_hold(ours: list[float], verdict: str, tmp_path: Path) -> None:
+    found = measured(Scripted(warm(5, *ours)), Scripted(itertools.repeat(10.0)), tmp_path)
+    ratios = sorted(10 / v for v in ours)
+    assert (found.verdict, found.rounds, found.repeated) == (verdict, 7, 0)
+    assert found.ratio == pytest.approx(ratios[3])
+    assert (found.ratio_low, found.ratio_high) == pytest.approx((ratios[0], ratios[-1]))
+    assert (found.baseline, found.baseline_p50_ms, found.p50_ms) == ("other", 10, pytest.approx(np.median(ours)))
+
+
+def test_ratio_cancels_a_machine_that_slows_down_when_both_slow_alike(tmp_path: Path) -> None:
+    pace = [1.0, 1.5, 2.0, 3.0, 3.0, 2.0, 1.0]
+    baseline = [v for p in pace for v in (10 * p, 10 * p)]
+    found = measured(Scripted(warm(5, *(5 * p for p in pace))), Scripted(warm(10, *baseline)), tmp_path)
+    assert (found.ratio, found.ratio_low, found.ratio_high) == (2, 2, 2)
+
+
+def test_verdict_is_quick_when_rounds_are_few(tmp_path: Path) -> None:
+    found = measured(Scripted(itertools.repeat(5.0)), Scripted(itertools.repeat(10.0)), tmp_path, QUICK)
+    assert (found.verdict, found.ratio, found.rounds) == ("quick", 2, 3)
+
+
+def test_round_is_repeated_when_the_baseline_drifts(tmp_path: Path) -> None:
+    steady, drifted = [10.0, 10.0], [10.0, 10 * (1 + 2 * DRIFT)]
+    blocks = [steady, drifted, steady, drifted, *[steady] * 5]
+    ours = [5, 1, 5, 1, 5, 5, 5, 5, 5]  # the 1s belong to rounds that are thrown away
+    found = measured(Scripted(warm(5, *ours)), Scripted(warm(10, *itertools.chain(*blocks))), tmp_path)
+    assert (found.rounds, found.repeated, found.verdict) == (7, 2, "faster")
+    assert (found.ratio_low, found.ratio_high) == (2, 2)
+
+
+@pytest.mark.parametrize(("share", "repeated"), [(0.9, 0), (1.1, MAX_REPEATS + 1)])
+def test_drift_bound_is_five_percent_when_compared(share: float, repeated: int, tmp_path: Path) -> None:
+    script = itertools.cycle([10.0 * (1 + share * DRIFT), 10.0])
+    baseline = Scripted(itertools.chain([10.0], script))
+    found = measured(Scripted(itertools.repeat(5.0)), baseline, tmp_path)
+    assert found.repeated == repeated
+
+
+def test_verdict_is_too_noisy_when_the_control_never_holds(tmp_path: Path) -> None:
+    growing = (10 * 1.2**i for i in itertools.count())
+    found = measured(Scripted(itertools.repeat(5.0)), Scripted(growing), tmp_path)
+    assert (found.verdict, found.rounds, found.repeated) == ("too noisy to tell", 0, MAX_REPEATS + 1)
+    assert (found.ratio, found.ratio_low, found.ratio_high) == (None, None, None)
+
+
+# On a real bundle
+
+
+@pytest.fixture
+def paced(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], float]], None]:
+    """Sessions really run once a block; the times reported are made up, one a block."""
+
+    def install(time_of: Callable[[int], float]) -> None:
+        count = itertools.count()
+
+        def time_ms(self: IsolatedSession, inputs: Any, *, warmup: int, runs: int) -> list[float]:
+            self.run(inputs)
+            return [time_of(next(count))] * runs
+
+        monkeypatch.setattr(IsolatedSession, "time_ms", time_ms)
+
+    return install
+
+
+def test_profile_writes_a_report_when_alone(bundle: Path, capfd: Any) -> None:
+    assert main(["profile", "bundle", "--quick", "--threads", "1", "--gate", "p50_ms<=10000"]) == 0
+    out = capfd.readouterr().out
+    assert "at 1 thread" in out
+    assert "gate p50_ms<=10000: pass" in out
+    report = Report.model_validate_json((bundle / "measured/local-2/report.json").read_text())
+    assert report.latency is not None
+    assert report.latency.p50_ms > 0
+    assert report.latency.load_ms > 0
+    assert (report.latency.verdict, report.latency.threads, report.latency.baseline) == ("alone", 1, "")
+    assert report.accuracy is None
+    assert json.loads((bundle / "measured/index.json").read_text())["reports"] == ["local-1", "local-2"]
+
+
+def test_profile_exits_3_when_a_latency_gate_fails(bundle: Path) -> None:
+    assert main(["profile", "bundle", "--quick", "--gate", "p50_ms<=0.0000001"]) == 3
+
+
+def test_profile_names_the_other_bundle_when_against_one(
+    bundle: Path, other_bundle: Path, paced: Any, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paced(lambda block: 2.0)
+    assert main(["profile", "bundle", "--against", "other"]) == 0
+    out = capfd.readouterr().out
+    assert "1.00× against other (95 %: 1.00 to 1.00, no difference shown)" in out
+    monkeypatch.chdir(other_bundle)
+    assert main(["profile", str(bundle), "--against", "."]) == 0
+    assert "against other" in capfd.readouterr().out
+
+
+def test_profile_exits_5_without_a_ratio_when_it_is_too_noisy(
+    bundle: Path, other_bundle: Path, paced: Any, capfd: Any
+) -> None:
+    paced(lambda block: 1.2**block)
+    assert main(["profile", "bundle", "--against", "other"]) == 5
+    out = capfd.readouterr().out
+    assert "too noisy to tell (8 rounds drifted)" in out
+    assert "×" not in out
+
+
+def test_profile_makes_the_plain_export_when_against_naive(
+    bundle: Path, other_model: Path, model_file: Path, paced: Any, capfd: Any
+) -> None:
+    paced(lambda block: 2.0)
+    assert main(["profile", "bundle", "--against", "naive", "--reference", str(model_file)]) == 0
+    assert "against naive" in capfd.readouterr().out
+    for reference, said in (("", "add --reference MODEL"), (str(other_model), "not the model that")):
+        assert main(["profile", "bundle", "--against", "naive", "--reference", reference]) == 2
+        err = capfd.readouterr().err
+        assert "error VLX0804" in err
+        assert said in err
+
+
+def test_profile_refuses_a_session_when_its_timing_is_not_real(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    (tmp_path / "emulator.py").write_text(
+        "from vlexport.targets.onnxruntime.session import OnnxRuntimeSession\n"
+        "class Emulated(OnnxRuntimeSession):\n    timing = 'emulated'\n"
+        "def open_session(folder, artifact, threads):\n    return Emulated(folder, artifact, threads)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr("vlexport.targets.onnxruntime.OnnxRuntimeTarget.session_entry", "emulator:open_session")
+    before = sorted(str(p) for p in bundle.rglob("*"))
+    assert main(["verify", "bundle"]) == 0  # its numbers are right
+    assert main(["profile", "bundle"]) == 4
+    assert "timing is emulated: not measured here" in capfd.readouterr().err
+    assert sorted(str(p) for p in bundle.rglob("*")) == before
+
+
+def test_profile_refuses_baseline_when_it_takes_other_inputs(bundle: Path, tmp_path: Path) -> None:
+    from torch import Tensor, nn, rand
+
+    import vlexport
+    from vlexport.core.config import BuildConfig
+
+    class Net(nn.Module):
+        def forward(self, picture: Tensor) -> Tensor:
+            return picture.mean(dim=(2, 3))
+
+    vlexport.save(Net().eval(), tmp_path / "n.pt", inputs=rand(1, 3, 8, 8))
+    vlexport.build(BuildConfig(model=str(tmp_path / "n.pt"), output=str(tmp_path / "n"), profile=False))
+    with pytest.raises(VlexportError) as caught:
+        profile(ProfileConfig(bundle, against=str(tmp_path / "n"), quick=True))
+    assert caught.value.code == "VLX0507"

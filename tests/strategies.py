@@ -1,0 +1,394 @@
+"""Random Programs for property tests.
+
+A Program grows by one operator at a time from a captured seed with a dynamic batch, so no example costs a capture.
+``OPERATORS`` maps a name to a builder ``(grower, node) -> node``; a builder returns None where it does not apply. To
+cover a new operator, write a builder and add its line.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import nn
+from torch.fx import Node
+
+from vlexport.core.artifact import Signature, TensorSpec
+from vlexport.frontends.capture import capture
+from vlexport.ir import provenance
+from vlexport.ir.program import Program
+from vlexport.ir.text import size_text
+
+aten = torch.ops.aten
+MAX_ELEMENTS = 600
+"""Elements of one sample beyond which no operator may grow the value further."""
+
+
+class _Seed(nn.Module):
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return torch.relu(image)
+
+
+@functools.cache
+def _seed_program(shape: tuple[int, ...]) -> Program:
+    return capture(_Seed().eval(), torch.zeros(2, *shape)).program
+
+
+@dataclass
+class Grower:
+    """A Program under construction, and the source of every choice."""
+
+    program: Program
+    draw: Callable[[st.SearchStrategy[Any]], Any]
+    generator: torch.Generator
+    count: int = 0
+
+    def pick(self, *options: Any) -> Any:
+        """One of the options."""
+        return self.draw(st.sampled_from(options))
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """Append a call."""
+        first = next(a for a in [*args, *(args[0] if isinstance(args[0], list) else [])] if isinstance(a, Node))
+        value_of = first if first.op == "call_function" else self.program.calls()[0]
+        return self.program.add_call(target, args, kwargs, before=self.program.output, value_of=value_of)
+
+    def tensor(self, *shape: int, positive: bool = False, kind: Any = "parameter") -> Node:
+        """Append a stored tensor: normal, or uniform in [0.3, 2]. Never all zero."""
+        value = torch.randn(shape, generator=self.generator)
+        if positive:
+            value = torch.rand(shape, generator=self.generator) * 1.7 + 0.3
+        self.count += 1
+        return self.program.add_tensor(f"t{self.count}", value, before=self.program.output, kind=kind)
+
+    @staticmethod
+    def shape(node: Node) -> list[Any]:
+        """Sizes without the batch."""
+        return list(node.meta["val"].shape[1:])
+
+    def small(self, node: Node) -> bool:
+        """Whether the value may still grow."""
+        elements = 1
+        for size in self.shape(node):
+            elements *= int(size)
+        return elements <= MAX_ELEMENTS // 2
+
+
+def _conv2d(g: Grower, x: Node) -> Node | None:
+    if len(g.shape(x)) != 3:
+        return None
+    channels, height, width = g.shape(x)
+    groups = g.pick(1, channels)
+    out = groups * g.pick(1, 2) if groups > 1 else g.pick(2, 3, 4)
+    kernel = g.pick(1, 3)
+    dilation = g.pick(1, 2)
+    reach = dilation * (kernel - 1) + 1
+    padding = g.pick(0, kernel // 2)
+    if min(height, width) + 2 * padding < reach or not g.small(x):
+        return None
+    weight = g.tensor(out, channels // groups, kernel, kernel)
+    bias = g.tensor(out) if g.pick(True, False) else None
+    if g.pick(False, False, True):
+        return g.call(aten.conv2d.padding, x, weight, bias, [1, 1], "same", [dilation, dilation], groups)
+    stride = g.pick(1, 2)
+    return g.call(
+        aten.conv2d.default, x, weight, bias, [stride, stride], [padding, padding], [dilation, dilation], groups
+    )
+
+
+def _conv_transpose2d(g: Grower, x: Node) -> Node | None:
+    if len(g.shape(x)) != 3 or not g.small(x) or max(g.shape(x)[1:]) > 8:
+        return None
+    channels = g.shape(x)[0]
+    groups = g.pick(1, 2) if channels % 2 == 0 else 1
+    per_group = g.pick(1, 2)
+    weight = g.tensor(channels, per_group, 2, 2)
+    bias = g.tensor(per_group * groups) if g.pick(True, False) else None
+    stride = g.pick(1, 2)
+    return g.call(aten.conv_transpose2d.input, x, weight, bias, [stride, stride], [0, 0], [0, 0], groups)
+
+
+def _batch_norm(g: Grower, x: Node) -> Node | None:
+    if len(g.shape(x)) not in (1, 2, 3):
+        return None
+    channels = g.shape(x)[0]
+    affine = g.pick(True, True, False)
+    gamma, beta = (g.tensor(channels), g.tensor(channels)) if affine else (None, None)
+    mean, variance = g.tensor(channels, kind="buffer"), g.tensor(channels, positive=True, kind="buffer")
+    return g.call(aten.batch_norm.default, x, gamma, beta, mean, variance, False, 0.1, g.pick(1e-5, 1e-3), False)
+
+
+def _then_batch_norm(first: Callable[[Grower, Node], Node | None]) -> Callable[[Grower, Node], Node | None]:
+    def build(g: Grower, x: Node) -> Node | None:
+        made = first(g, x)
+        return _batch_norm(g, made) if made is not None else None
+
+    return build
+
+
+def _read_twice_then_batch_norm(g: Grower, x: Node) -> Node | None:
+    made = _conv2d(g, x)
+    normed = _batch_norm(g, made) if made is not None else None
+    return g.call(aten.add.Tensor, normed, made) if normed is not None else None
+
+
+def _tied_weight(g: Grower, x: Node) -> Node | None:
+    """The same weight in two linears, each with its own batch norm."""
+    if len(g.shape(x)) != 1:
+        return None
+    width = g.shape(x)[-1]
+    weight = g.tensor(width, width)
+    left = _batch_norm(g, g.call(aten.linear.default, x, weight))
+    return _batch_norm(g, g.call(aten.linear.default, left, weight))
+
+
+def _linear(g: Grower, x: Node) -> Node | None:
+    out = g.pick(2, 3, 5)
+    bias = g.tensor(out) if g.pick(True, False) else None
+    return g.call(aten.linear.default, x, g.tensor(out, g.shape(x)[-1]), bias)
+
+
+def _layer_norm(g: Grower, x: Node) -> Node | None:
+    width = g.shape(x)[-1]
+    if width < 2:
+        return None  # one value normalises to its bias whatever it is
+    return g.call(aten.layer_norm.default, x, [width], g.tensor(width), g.tensor(width))
+
+
+def _unary(target: Any, **kwargs: Any) -> Callable[[Grower, Node], Node | None]:
+    return lambda g, x: g.call(target, x, **kwargs)
+
+
+def _with_parameter(target: Any) -> Callable[[Grower, Node], Node | None]:
+    def build(g: Grower, x: Node) -> Node | None:
+        sizes = g.shape(x)
+        parameter = g.tensor(*g.pick((sizes[-1],), (sizes[0], *[1] * (len(sizes) - 1))))
+        return g.call(target, x, parameter) if g.pick(True, False) else g.call(target, parameter, x)
+
+    return build
+
+
+def _residual(g: Grower, x: Node) -> Node | None:
+    return g.call(aten.add.Tensor, x, g.call(g.pick(aten.tanh.default, aten.neg.default), x))
+
+
+def _softmax(g: Grower, x: Node) -> Node | None:
+    return g.call(aten.softmax.int, x, -1) if g.shape(x)[-1] > 1 else None
+
+
+def _matmul(g: Grower, x: Node) -> Node | None:
+    if len(g.shape(x)) == 2 and g.pick(True, False) and g.small(x):
+        scores = g.call(aten.matmul.default, x, g.call(aten.transpose.int, x, -2, -1))
+        return g.call(aten.matmul.default, g.call(aten.softmax.int, scores, -1), x)
+    return g.call(aten.matmul.default, x, g.tensor(g.shape(x)[-1], g.pick(2, 4)))
+
+
+def _flatten(g: Grower, x: Node) -> Node | None:
+    if len(g.shape(x)) < 2:
+        return None
+    if g.pick(True, False):
+        return g.call(aten.flatten.using_ints, x, g.pick(1, len(g.shape(x)) - 1))
+    return g.call(aten.reshape.default, x, [g.call(aten.sym_size.int, x, 0), -1])
+
+
+def _split_axis(g: Grower, x: Node) -> Node | None:
+    sizes = g.shape(x)
+    if len(sizes) > 2 or sizes[-1] % 2 or sizes[-1] < 4:
+        return None
+    batch = g.call(aten.sym_size.int, x, 0)
+    halves = [*sizes[:-1], 2, sizes[-1] // 2]
+    spelling = g.pick("reshape", "view", "unflatten")
+    if spelling == "unflatten":
+        return g.call(aten.unflatten.int, x, -1, halves[-2:])
+    if spelling == "view" and x.meta["val"].is_contiguous():
+        return g.call(aten.view.default, x, [batch, *halves])
+    return g.call(aten.reshape.default, x, [batch, *halves])
+
+
+def _permute(g: Grower, x: Node) -> Node | None:
+    rank = len(g.shape(x)) + 1
+    if rank < 3:
+        return None
+    spelling = g.pick("transpose", "permute", "mT", "movedim", "swapaxes")
+    if spelling == "transpose":
+        return g.call(aten.transpose.int, x, -1, g.pick(-2, -1, 1))
+    if spelling == "mT":
+        return g.call(aten.mT.default, x)
+    if spelling == "movedim":
+        return g.call(aten.movedim.int, x, 1, -1)
+    if spelling == "swapaxes":
+        return g.call(aten.swapaxes.default, x, 1, rank - 1)
+    order = g.draw(st.permutations(list(range(1, rank))))
+    return g.call(aten.permute.default, x, [0, *(d - rank if g.pick(True, False) else d for d in order)])
+
+
+def _cat(g: Grower, x: Node) -> Node | None:
+    if not g.small(x):
+        return None
+    return g.call(aten.cat.default, [x, g.call(aten.abs.default, x)], g.pick(1, -1))
+
+
+def _split(g: Grower, x: Node) -> Node | None:
+    size = g.shape(x)[-1]
+    if size < 2:
+        return None
+    if g.pick(True, False):
+        pieces = g.call(aten.chunk.default, x, 2, -1)
+    else:
+        pieces = g.call(aten.split.Tensor, x, (size + 1) // 2, -1)
+    parts = [g.call(operator.getitem, pieces, i) for i in range(2)]
+    return g.call(aten.cat.default, parts[::-1], -1)
+
+
+def _mean(g: Grower, x: Node) -> Node | None:
+    if len(g.shape(x)) < 2:
+        return None
+    return g.call(aten.mean.dim, x, g.pick([-1], [1], [-2]), g.pick(True, False))
+
+
+def _pool(g: Grower, x: Node) -> Node | None:
+    if len(g.shape(x)) != 3 or min(g.shape(x)[1:]) < 2:
+        return None
+    return g.call(g.pick(aten.max_pool2d.default, aten.avg_pool2d.default), x, [2, 2], g.pick([1, 1], [2, 2]))
+
+
+def _pad(g: Grower, x: Node) -> Node | None:
+    if not g.small(x):
+        return None
+    return g.call(aten.pad.default, x, [g.pick(0, 1), 1], "constant", g.pick(0.0, 0.5))
+
+
+def _slice(g: Grower, x: Node) -> Node | None:
+    size = g.shape(x)[-1]
+    return g.call(aten.slice.Tensor, x, -1, g.pick(0, 1), size, g.pick(1, 2)) if size > 2 else None
+
+
+def _select(g: Grower, x: Node) -> Node | None:
+    return g.call(aten.select.int, x, g.pick(1, -1), g.pick(0, -1)) if len(g.shape(x)) > 1 else None
+
+
+def _unsqueeze(g: Grower, x: Node) -> Node | None:
+    if len(g.shape(x)) > 2:
+        return None
+    wide = g.call(aten.unsqueeze.default, x, g.pick(1, -1))
+    return g.call(aten.relu.default, wide) if g.pick(True, False) else wide
+
+
+def _squeeze(g: Grower, x: Node) -> Node | None:
+    return g.call(aten.squeeze.dim, x, g.pick(1, -1)) if len(g.shape(x)) > 1 else None
+
+
+def _expand(g: Grower, x: Node) -> Node | None:
+    if len(g.shape(x)) > 2 or not g.small(x):
+        return None
+    wide = g.call(aten.unsqueeze.default, x, 1)
+    if g.pick(True, False):
+        return g.call(aten.expand.default, wide, [-1, 2, *g.shape(x)])
+    return g.call(aten.expand_as.default, wide, g.call(aten.cat.default, [wide, wide], 1))
+
+
+def _upsample(g: Grower, x: Node) -> Node | None:
+    if len(g.shape(x)) != 3 or not g.small(x) or max(g.shape(x)[1:]) > 8:
+        return None
+    if g.pick(True, False):
+        return g.call(aten.upsample_nearest2d.vec, x, None, [2.0, 2.0])
+    return g.call(aten.upsample_bilinear2d.vec, x, None, False, [2.0, 2.0])
+
+
+def _no_op(g: Grower, x: Node) -> Node | None:
+    target = g.pick(aten.clone.default, aten.contiguous.default, aten.view_as.default, aten.type_as.default)
+    if target in (aten.view_as.default, aten.type_as.default):
+        return g.call(target, x, x)
+    return g.call(target, x)
+
+
+OPERATORS: dict[str, Callable[[Grower, Node], Node | None]] = {
+    "conv2d": _conv2d,
+    "conv_transpose2d": _conv_transpose2d,
+    "batch_norm": _batch_norm,
+    "conv2d, batch_norm": _then_batch_norm(_conv2d),
+    "conv_transpose2d, batch_norm": _then_batch_norm(_conv_transpose2d),
+    "linear, batch_norm": _then_batch_norm(_linear),
+    "conv2d read twice, batch_norm": _read_twice_then_batch_norm,
+    "tied linears": _tied_weight,
+    "linear": _linear,
+    "layer_norm": _layer_norm,
+    "relu": _unary(aten.relu.default),
+    "gelu": _unary(aten.gelu.default),
+    "gelu tanh": _unary(aten.gelu.default, approximate="tanh"),
+    "silu": _unary(aten.silu.default),
+    "sigmoid": _unary(aten.sigmoid.default),
+    "add": _with_parameter(aten.add.Tensor),
+    "sub": _with_parameter(aten.sub.Tensor),
+    "mul": _with_parameter(aten.mul.Tensor),
+    "residual": _residual,
+    "softmax": _softmax,
+    "matmul": _matmul,
+    "flatten": _flatten,
+    "split axis": _split_axis,
+    "permute": _permute,
+    "cat": _cat,
+    "split": _split,
+    "mean": _mean,
+    "pool": _pool,
+    "pad": _pad,
+    "slice": _slice,
+    "select": _select,
+    "unsqueeze": _unsqueeze,
+    "squeeze": _squeeze,
+    "expand": _expand,
+    "upsample": _upsample,
+    "no-op": _no_op,
+}
+"""Name → builder."""
+
+INPUT_SHAPES = ((3, 6, 6), (2, 5, 7), (4, 6), (8,))
+
+
+@st.composite
+def programs(draw: Any, *, most: int = 9, including: tuple[str, ...] = ()) -> Program:
+    """A random Program of at most ``most`` operators, one or two outputs and a dynamic batch.
+
+    Args:
+        draw: Hypothesis' own.
+        most: Operators at most.
+        including: Names that are drawn half of the time, so that the pass under test has something to do.
+    """
+    program = _seed_program(draw(st.sampled_from(INPUT_SHAPES))).copy()
+    grower = Grower(program, draw, torch.Generator().manual_seed(draw(st.integers(0, 2**16))))
+    value = program.calls()[0]
+    passed = [value]
+    everything = tuple(OPERATORS)
+    for _ in range(draw(st.integers(4, most))):
+        names = including if including and draw(st.booleans()) else everything
+        made = OPERATORS[draw(st.sampled_from(names))](grower, value)
+        if made is not None:
+            value = made
+            passed.append(made)
+    second = draw(st.sampled_from(passed)) if draw(st.integers(0, 3)) == 0 else None
+    return _finished(program, [value] if second in (None, value) else [value, second])
+
+
+def _finished(program: Program, results: list[Node]) -> Program:
+    program.output.args = (tuple(results),)
+    for node in reversed(list(program.graph.nodes)):
+        if node.op in ("call_function", "get_attr") and not node.users:
+            program.erase_dead(node)
+    names = program.symbol_names()
+    outputs = tuple(
+        TensorSpec(
+            name="output" if i == 0 else f"output_{i}",
+            dtype=str(node.meta["val"].dtype).removeprefix("torch."),
+            shape=tuple(s if isinstance(s, int) else size_text(s, names) for s in node.meta["val"].shape),
+        )
+        for i, node in enumerate(results)
+    )
+    provenance.stamp(program.graph)
+    old = program.signature
+    program.signature = Signature(inputs=old.inputs, outputs=outputs, dims=old.dims)
+    return program

@@ -1,0 +1,122 @@
+"""What importing loads, and what it must not: frameworks and runtimes are imported where they are used."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vlexport
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx", "coremltools", "timm")
+
+
+def loaded(script: str) -> set[str]:
+    """Top-level names of the heavy modules that a script leaves loaded, in a new interpreter."""
+    report = f"\nimport json, sys; print(json.dumps(sorted(set({HEAVY!r}) & set(sys.modules))), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", script + report], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stderr.splitlines()[-1]))
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "import vlexport",
+        "from vlexport import BuildConfig, VlexportError",
+        "from vlexport import ProfileConfig, ValidateConfig, load, profile, validate, verify",
+    ],
+)
+def test_nothing_heavy_is_loaded_when_imported(script: str) -> None:
+    assert loaded(script) == set()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["build", "--help"], ["verify", "--help"]], ids=" ".join
+)
+def test_nothing_heavy_is_loaded_when_help_is_shown(arguments: list[str]) -> None:
+    assert loaded(f"from vlexport.cli.main import main; assert main({arguments!r}) == 0") == set()
+
+
+def test_nothing_heavy_is_loaded_when_usage_is_wrong() -> None:
+    assert loaded("from vlexport.cli.main import main; assert main(['build', 'x', '--nope']) == 2") == set()
+
+
+def test_heavy_modules_are_seen_when_they_are_loaded() -> None:
+    assert loaded("import onnxruntime") == {"onnxruntime"}
+
+
+def test_public_functions_stay_functions_when_their_modules_are_imported() -> None:
+    for name in ("build", "load", "profile", "save", "validate", "verify"):
+        for _ in range(2):
+            importlib.import_module("vlexport.stages.build")
+            importlib.import_module("vlexport.cli.build")
+            space: dict[str, object] = {}
+            exec(f"from vlexport import {name} as found", space)
+            assert inspect.isfunction(space["found"]), name
+
+
+def test_every_public_name_resolves_when_asked_for() -> None:
+    assert set(vlexport.__all__) == set(dir(vlexport))
+    assert {"build", "save", "validate", "profile", "load"} <= set(vlexport.__all__)
+    for name in vlexport.__all__:
+        assert getattr(vlexport, name) is not None
+
+
+def test_unknown_name_is_refused_when_asked_for() -> None:
+    with pytest.raises(AttributeError) as caught:
+        vlexport.bild  # noqa: B018
+    assert "bild" in str(caught.value)
+
+
+def test_no_module_shadows_a_public_name_when_it_lies_in_the_package() -> None:
+    modules = {path.stem for path in (ROOT / "vlexport").iterdir()}
+    assert modules & set(vlexport.__all__) == set()
+
+
+# Other people's modules are imported once, then each of ours in a child of its own.
+_EACH_ALONE = """
+import importlib, json, os, sys, traceback
+others = "torch.export.pt2_archive._package pydantic.main typer rich.console PIL.Image jinja2 onnx_ir"
+for name in others.split():
+    importlib.import_module(name)
+failed = {}
+for name in json.loads(sys.argv[1]):
+    child = os.fork()
+    if child == 0:
+        try:
+            importlib.import_module(name)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        failed[name] = "fails"
+print(json.dumps(sorted(failed)))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_every_module_imports_alone_when_it_is_the_first() -> None:
+    files = [*(ROOT / "vlexport").rglob("*.py")]
+    names = {_dotted(file.relative_to(ROOT)) for file in files if "vlexport" in file.parts}
+    for part in ("calibration", "passes", "targets"):
+        names |= {_dotted("vlexport" / file.relative_to(ROOT)) for file in (ROOT / part).rglob("*.py")}
+    names.discard("vlexport.__main__")
+    assert {"vlexport.passes.gate", "vlexport.targets.onnx.lower", "vlexport.core.isolate"} <= names
+    done = subprocess.run(
+        [sys.executable, "-c", _EACH_ALONE, json.dumps(sorted(names))], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [], done.stderr
+
+
+def _dotted(path: Path) -> str:
+    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
