@@ -189,9 +189,7 @@ def _require_fixed_point(pass_: Pass[Program], after: Program) -> None:
     assert fingerprint(again) == fingerprint(after)
 
 
-def _require_equal_prefixes(
-    pass_: Pass[Program], before: Program, total: int, most: int, probes: list[Probe]
-) -> None:
+def _require_equal_prefixes(pass_: Pass[Program], before: Program, total: int, most: int, probes: list[Probe]) -> None:
     twin = before.double()
     expected = [twin.run(*doubled(probe)) for probe in probes]
     counts = sorted({round(i * total / most) for i in range(most + 1)}) if total > most else range(total + 1)

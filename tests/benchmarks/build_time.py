@@ -44,9 +44,7 @@ def timed_build(config: BuildConfig) -> tuple[float, BuildResult]:
 def main(name: str, rounds: int) -> int:
     """Measure and print; exit code 1 when a median ratio is above the limit."""
     machine = this_machine()
-    print(
-        f"{name}: {machine.cpu} ({', '.join(machine.instruction_set)}), {machine.cores} cores, torch {torch.__version__}"
-    )
+    print(f"{name}: {machine.cpu} ({', '.join(machine.instruction_set)}), {machine.cores} cores")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         for warm in ("resnet10t", name):
@@ -81,7 +79,8 @@ def main(name: str, rounds: int) -> int:
         median = statistics.median(values)
         worst = max(worst, median)
         print(
-            f"build {label}: {median:.2f}x a plain export (rounds {', '.join(f'{v:.2f}' for v in values)}; limit {LIMIT})"
+            f"build {label}: {median:.2f}x a plain export "
+            f"(rounds {', '.join(f'{v:.2f}' for v in values)}; limit {LIMIT})"
         )
     return int(worst > LIMIT)
 

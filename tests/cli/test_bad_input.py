@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import signal
@@ -219,9 +220,7 @@ def test_build_replaces_bundle_when_forced(cli: Any, here: Path) -> None:
     assert sorted(os.listdir()) == ["made", "model.pt"]
 
 
-def test_build_restores_old_bundle_when_the_rename_fails(
-    cli: Any, here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_build_restores_old_bundle_when_the_rename_fails(cli: Any, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli(*BUILD)[0] == 0
     (Path("made") / "old.txt").write_text("mine")
     real = os.rename
@@ -328,8 +327,22 @@ def _edit(bundle: Path, **changes: Any) -> None:
     (bundle / "bundle.json").write_text(json.dumps({**values, **changes}))
 
 
+def _with_nan(bundle: Path) -> dict[str, Any]:
+    components: dict[str, Any] = json.loads((bundle / "bundle.json").read_text())["components"]
+    components["main"]["golden"]["tolerance"] = math.nan
+    return components
+
+
 def _point(bundle: Path, path: str) -> None:
     redigested(bundle, lambda values: values["components"]["main"]["artifact"].update(path=path))
+
+
+def _golden_elsewhere(values: dict[str, Any]) -> None:
+    values["components"]["main"]["golden"]["inputs"] = "/etc/hostname"
+
+
+def _file_above(values: dict[str, Any]) -> None:
+    values["files"]["../x"] = values["files"]["recipe.toml"]
 
 
 def _swap_golden(bundle: Path) -> None:
@@ -355,7 +368,8 @@ TAMPERED: list[tuple[str, int, str, Callable[[Path], object]]] = [
     ("json-edited", 3, "VLX0602", lambda b: _edit(b, precision="int8")),
     ("json-unknown-key", 1, "VLX0601", lambda b: _edit(b, motto="hello")),
     ("json-cut", 1, "VLX0601", lambda b: (b / "bundle.json").write_bytes((b / "bundle.json").read_bytes()[:-9])),
-    ("json-nan", 3, "VLX0602", lambda b: _edit(b, schema_version=1, digest="0" * 64)),
+    ("json-digest", 3, "VLX0602", lambda b: _edit(b, digest="0" * 64)),
+    ("json-nan", 3, "VLX0602", lambda b: _edit(b, components=_with_nan(b))),
     ("json-list", 1, "VLX0601", lambda b: (b / "bundle.json").write_text("[1]")),
     ("json-deep", 1, "VLX0601", lambda b: (b / "bundle.json").write_text("[" * 100_000)),
     ("json-surrogate", 1, "VLX0601", lambda b: _edit(b, vlexport="\ud800")),
@@ -367,9 +381,9 @@ TAMPERED: list[tuple[str, int, str, Callable[[Path], object]]] = [
     ("extra-folder-link", 3, "VLX0602", lambda b: (b / "artifact/extra").symlink_to("/etc")),
     ("artifact-link", 1, "VLX0605", _linked),
     ("path-up", 1, "VLX0605", lambda b: _point(b, "../../model.onnx")),
-    ("path-absolute", 1, "VLX0605", lambda b: redigested(b, lambda v: v["components"]["main"]["golden"].update(inputs="/etc/hostname"))),
-    ("path-file", 1, "VLX0605", lambda b: redigested(b, lambda v: v["files"].update({"../x": next(iter(v["files"].values()))}))),
-]  # fmt: skip
+    ("path-absolute", 1, "VLX0605", lambda b: redigested(b, _golden_elsewhere)),
+    ("path-file", 1, "VLX0605", lambda b: redigested(b, _file_above)),
+]
 
 
 @pytest.mark.parametrize(("exit_code", "code", "tamper"), [t[1:] for t in TAMPERED], ids=[t[0] for t in TAMPERED])
@@ -573,7 +587,7 @@ def test_names_are_inert_in_terminal_and_report_when_labels_and_files_are_hostil
             Swapped(scale).eval(), f"{name}.pt", inputs=torch.rand(1, 3, 8, 8),
             preprocess="resize=8,crop=8,scale=1/255", labels=HOSTILE,
         )  # fmt: skip
-        code, out, err = cli("build", f"{name}.pt", "-o", f"{name}.bundle", "--no-profile")
+        code, _, err = cli("build", f"{name}.pt", "-o", f"{name}.bundle", "--no-profile")
         assert code == 0, err
     for label, colour in zip(HOSTILE, range(3), strict=True):
         for file in HOSTILE:
@@ -585,7 +599,7 @@ def test_names_are_inert_in_terminal_and_report_when_labels_and_files_are_hostil
     ]
     assert [code for code, _, _ in runs] == [0, 0, 1], runs
     shown = "".join(out + err for _, out, err in runs)
-    assert not {c for c in shown if ord(c) < 32 and c != "\n" or c == "\u202e"}
+    assert not {c for c in shown if (ord(c) < 32 and c != "\n") or c == "\u202e"}
     assert "\\x1b[31mred" in shown  # shown in a way that nothing obeys
     assert "[red]x[bold]" in shown  # and markup is text
     assert "\nerror VLX0000" not in shown
@@ -594,7 +608,9 @@ def test_names_are_inert_in_terminal_and_report_when_labels_and_files_are_hostil
     assert "<img" not in page
 
 
-def test_interface_survives_when_a_file_name_is_no_unicode(cli: Any, bundle: Path, other_bundle: Path, make: Any) -> None:
+def test_interface_survives_when_a_file_name_is_no_unicode(
+    cli: Any, bundle: Path, other_bundle: Path, make: Any
+) -> None:
     name = os.fsencode("photos/red/") + b"a\xff.png"
     make.photo(Path("photos/red/a.png"), 0).rename(os.fsdecode(name))
     code, out, err = cli("validate", "bundle", "--data", "photos", "--reference", "other")

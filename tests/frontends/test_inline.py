@@ -71,3 +71,20 @@ def test_capture_refuses_when_forward_switches_autocast_on() -> None:
         capture(Autocast().eval(), torch.randn(1, 4))
     assert caught.value.code == "VLX0303"
     assert caught.value.message.startswith("forward switches autocast on")
+
+
+class Moves(nn.Module):
+    """Moves and casts, as models do that follow their input's device."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = torch.arange(4).to(x.device)
+        return x + table.to(device=x.device, dtype=x.dtype) + table.to(x)
+
+
+def test_capture_leaves_casts_only_when_forward_moves_tensors() -> None:
+    program = capture(Moves().eval(), torch.randn(1, 4)).program
+    shown = text(program)
+    assert "to.device" not in shown
+    assert "to.other" not in shown
+    x = torch.randn(3, 4)
+    assert torch.equal(program.run(x)[0], Moves()(x))

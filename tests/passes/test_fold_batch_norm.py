@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from torch import Tensor, nn
 
@@ -62,7 +62,9 @@ def test_batch_norm_disappears_when_its_producer_is(case: str) -> None:
 
 
 def test_every_norm_is_folded_when_several_follow_each_other() -> None:
-    model = sequence(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2))
+    model = sequence(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2)
+    )
     checked = check_pass(FoldBatchNorm(), model, image(1, 3, 6, 6), expect_changes=3)
     assert len(checked.after.calls()) == 3
 
@@ -239,7 +241,7 @@ def test_text_is_golden_when_a_residual_block_is_folded() -> None:
 
 
 def test_origins_and_paths_of_both_are_kept_when_folded() -> None:
-    from vlexport.ir import provenance  # noqa: PLC0415
+    from vlexport.ir import provenance
 
     checked = check_pass(FoldBatchNorm(), sequence(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), image(1, 3, 4, 4))
     node = checked.after.calls()[0]
@@ -282,7 +284,7 @@ def test_values_are_equal_and_the_fact_holds_when_the_program_is_random(program:
 
 
 def test_positive_cases_cover_every_producer_when_listed() -> None:
-    from vlexport.ir.facts import _BEFORE_BATCH_NORM  # noqa: PLC0415
+    from vlexport.ir.facts import _BEFORE_BATCH_NORM
 
     seen = set()
     for producer, norm, shape in POSITIVE.values():

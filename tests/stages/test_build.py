@@ -246,11 +246,15 @@ def test_notes_of_the_source_reach_the_report_when_data_is_given_too(tmp_path: P
         "    def __init__(self):\n        super().__init__()\n        self.head = nn.Linear(3, 3)\n"
         "    def forward(self, image):\n        return self.head(image.mean(dim=(2, 3)))\n"
     )
-    torch.save({"model": {"module.head.weight": 9 * torch.eye(3), "module.head.bias": torch.zeros(3)}}, tmp_path / "w.pt")
+    torch.save(
+        {"model": {"module.head.weight": 9 * torch.eye(3), "module.head.bias": torch.zeros(3)}}, tmp_path / "w.pt"
+    )
     common = {"arch": f"{tmp_path}/arch.py:Net", "input": ("image=1x3x8x8",), "profile": False}
     plain = vlexport.build(BuildConfig(model=str(tmp_path / "w.pt"), output=str(tmp_path / "a"), **common))
     data = make.npz(tmp_path / "x.npz", [0, 1, 2] * 4)
-    with_data = vlexport.build(BuildConfig(model=str(tmp_path / "w.pt"), output=str(tmp_path / "b"), data=data, **common))
+    with_data = vlexport.build(
+        BuildConfig(model=str(tmp_path / "w.pt"), output=str(tmp_path / "b"), data=data, **common)
+    )
     assert plain.report.notes
     assert set(plain.report.notes) <= set(with_data.report.notes)
 
@@ -285,7 +289,11 @@ def test_artifact_equals_pytorch_when_inputs_and_outputs_are_several(tmp_path: P
     bundle = saved_and_built(module, tmp_path, example)
     signature = read_bundle(bundle).signature()
     assert [(s.name, s.dtype) for s in signature.inputs] == [("ids", "int64"), ("image", "float32"), ("mask", "bool")]
-    assert [(s.name, s.dtype) for s in signature.outputs] == [("scores", "float32"), ("best", "int64"), ("seen", "bool")]
+    assert [(s.name, s.dtype) for s in signature.outputs] == [
+        ("scores", "float32"),
+        ("best", "int64"),
+        ("seen", "bool"),
+    ]
     for batch in (1, 3):
         inputs = (torch.randint(11, (batch, 6)), torch.rand(batch, 3, 4, 4), torch.rand(batch, 6) > 0.4)
         with vlexport.load(bundle) as loaded:

@@ -49,7 +49,8 @@ def test_median_interval_is_the_whole_range_when_values_are_few() -> None:
     assert median_interval([3.0, 1.0, 2.0]) == (1, 3)
     assert median_interval([4.0]) == (4, 4)
     assert all(map(math.isnan, median_interval([])))
-    assert 1 - 2 / 2**7 == pytest.approx(0.984, abs=5e-4)  # what seven rounds give
+    seven_rounds = 1 - 2 / 2**7
+    assert seven_rounds == pytest.approx(0.984, abs=5e-4)
 
 
 class Scripted:

@@ -70,9 +70,7 @@ def test_accuracy_is_counted_when_data_is_a_function(bundle: Path, make: Any) ->
     assert (found.samples, round(found.top1, 2)) == (3, 66.67)
 
 
-def test_fidelity_alone_is_measured_when_samples_have_no_labels(
-    bundle: Path, model_file: Path, make: Any
-) -> None:
+def test_fidelity_alone_is_measured_when_samples_have_no_labels(bundle: Path, model_file: Path, make: Any) -> None:
     report = measured(bundle, make.npz(Path("x.npz"), [0, 1, 2], []), reference=str(model_file))
     found = report.fidelity["output"]
     assert (report.accuracy, report.reference, report.samples) == (None, "model", 3)
@@ -133,15 +131,17 @@ def test_reference_is_refused_when_its_names_differ(bundle: Path, tmp_path: Path
     refused("VLX0102", bundle, "x.npz", reference="empty")
 
 
-def test_disagreements_are_listed_with_margins_when_top1_differs(
-    bundle: Path, other_bundle: Path, make: Any
-) -> None:
+def test_disagreements_are_listed_with_margins_when_top1_differs(bundle: Path, other_bundle: Path, make: Any) -> None:
     images = np.stack([make.image(0, 1), make.image(2, 2), make.image(1, 3), make.image(0, 4)])
     images[3, 1] = images[3, 0] * (1 - 1e-4)  # red and green nearly tie
     np.savez("x.npz", image=images, label=np.array([0, 2, 1, 0]))
     report = measured(bundle, "x.npz", reference=str(other_bundle))
     assert [d.sample for d in report.disagreements] == ["#0", "#2", "#3"]
-    assert [(d.reference, d.ours, d.close) for d in report.disagreements] == [(1, 0, False), (0, 1, False), (1, 0, True)]
+    assert [(d.reference, d.ours, d.close) for d in report.disagreements] == [
+        (1, 0, False),
+        (0, 1, False),
+        (1, 0, True),
+    ]
     with vlexport.load(other_bundle) as loaded:
         scores = np.sort(loaded.run({"image": images})["output"].astype(np.float64), axis=1)
     for found, row in zip(report.disagreements, scores[[0, 2, 3]], strict=True):
@@ -212,9 +212,7 @@ def test_reference_at_chance_is_an_error_when_samples_are_many(bundle: Path, mak
     assert "preprocessing" in error.hint
 
 
-def test_chance_is_judged_on_the_reference_when_there_is_one(
-    other_bundle: Path, model_file: Path, make: Any
-) -> None:
+def test_chance_is_judged_on_the_reference_when_there_is_one(other_bundle: Path, model_file: Path, make: Any) -> None:
     data = make.npz(other_bundle.parent / "x.npz", [0, 1] * 18)
     refused("VLX0211", other_bundle, data)  # alone, it is always wrong
     report = measured(other_bundle, data, reference=str(model_file))  # against a good reference that is a finding

@@ -13,6 +13,7 @@ from vlexport.cli.outcome import Outcome
 from vlexport.core.bundle_schema import plain_json
 from vlexport.core.config import PRECISIONS, BuildConfig, config_from, flags_of, options_from_text
 from vlexport.core.errors import UsageError, nearest
+from vlexport.core.halves import require_build_half
 from vlexport.core.verdict import exit_code
 
 
@@ -34,10 +35,12 @@ def build(**values: Any) -> Outcome:
 
     from vlexport.core.bundle import MEASURED_FOLDER
     from vlexport.report.receipt import receipt
-    from vlexport.stages.build import build as build_stage
     from vlexport.targets import open_target
 
     open_target(config.target)
+    require_build_half("vlexport build")
+    from vlexport.stages.build import build as build_stage
+
     _use_threads(config.threads)
     reporter = make_reporter()
     result = build_stage(config, reporter=reporter)

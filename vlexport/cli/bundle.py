@@ -49,7 +49,8 @@ def run(
         if first.ndim == 1 and first.dtype.kind == "f" and first.size > 1:
             best = ranked(first.astype(np.float64), labels, top=top)
             lines.append(f"{name}: " + ", ".join(f"{label} {share:.3f}" for label, share in best))
-            payload.append({"sample": name, "classes": [{"label": label, "share": share if np.isfinite(share) else None} for label, share in best]})
+            shares = [{"label": label, "share": share if np.isfinite(share) else None} for label, share in best]
+            payload.append({"sample": name, "classes": shares})
         else:
             shapes = {key: list(value.shape) for key, value in values.items()}
             lines.append(

@@ -9,6 +9,7 @@ import typer
 
 from vlexport.cli.measure import JsonOption
 from vlexport.cli.outcome import Outcome
+from vlexport.core.halves import require_build_half
 
 
 def targets(json_output: JsonOption = False) -> Outcome:
@@ -33,6 +34,7 @@ def passes(
     json_output: JsonOption = False,
 ) -> Outcome:
     """List the passes in pipeline order, or describe one."""
+    require_build_half("vlexport passes")
     from vlexport.passes import CATALOGUE, pass_class
 
     if name is not None:

@@ -16,7 +16,13 @@ BundleArgument = Annotated[
     Path, typer.Argument(help="Folder that `vlexport build` wrote.", metavar="BUNDLE", show_default=False)
 ]
 GateOption = Annotated[list[str] | None, typer.Option("--gate", help='Repeatable "METRIC OP VALUE"; judges only.')]
-ThreadsOption = Annotated[int, typer.Option("--threads", help="Threads for the runtime; 0 means all cores.", min=0, max=1024)]
+ThreadsOption = Annotated[
+    int, typer.Option("--threads", help="Threads for the runtime; 0 means all cores.", min=0, max=1024)
+]
+ArchOption = Annotated[
+    str | None,
+    typer.Option("--arch", help="Architecture, when the reference holds weights only: timm:NAME, FILE.py:FACTORY."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
@@ -24,6 +30,7 @@ def validate(
     bundle: BundleArgument,
     data: Annotated[str, typer.Option("--data", help="Class folders, images, .npz or FILE.py:FUNCTION.")],
     reference: Annotated[str, typer.Option("--reference", help="Model file or bundle to compare with.")] = "",
+    arch: ArchOption = None,
     gate: GateOption = None,
     max_drop: Annotated[float | None, typer.Option("--max-drop", help="Same as --gate drop<=P.", min=0)] = None,
     threads: ThreadsOption = 0,
@@ -35,7 +42,7 @@ def validate(
     from vlexport.stages.validate import validate as stage
 
     texts = [*(gate or []), *([f"drop<={max_drop:g}"] if max_drop is not None else [])]
-    config = ValidateConfig(bundle, data, reference, tuple(map(gate_from_text, texts)), threads)
+    config = ValidateConfig(bundle, data, reference, arch, tuple(map(gate_from_text, texts)), threads)
     report = stage(config, reporter=make_reporter())
     lines = [accuracy_phrase(report)]
     for name, found in report.fidelity.items():
@@ -54,6 +61,7 @@ def profile(
     bundle: BundleArgument,
     against: Annotated[str, typer.Option("--against", help="`naive` (with --reference) or another bundle.")] = "",
     reference: Annotated[str, typer.Option("--reference", help="Model file that the bundle was built from.")] = "",
+    arch: ArchOption = None,
     gate: GateOption = None,
     quick: Annotated[bool, typer.Option("--quick", help="Three rounds instead of seven: no verdict.")] = False,
     threads: ThreadsOption = 0,
@@ -65,7 +73,7 @@ def profile(
     from vlexport.stages.profile import ProfileConfig
     from vlexport.stages.profile import profile as stage
 
-    config = ProfileConfig(bundle, against, reference, tuple(map(gate_from_text, gate or [])), threads, quick)
+    config = ProfileConfig(bundle, against, reference, arch, tuple(map(gate_from_text, gate or [])), threads, quick)
     report = stage(config, reporter=make_reporter())
     assert report.latency is not None
     found = report.latency

@@ -1,7 +1,7 @@
 """The one model behind flags, help texts, recipe keys and the Python API of a build.
 
 A field's metadata says how it travels: ``flags`` are its spellings on the command line, ``recipe`` whether the resolved
-recipe records it. What names a place on this machine (model, data, output) is never recorded.
+recipe records it. What names a place on this machine (model, data, output) or the user's code is never recorded.
 """
 
 from __future__ import annotations
@@ -57,13 +57,15 @@ class BuildConfig(BaseModel):
     preprocess: str | None = _option(
         None, "How an image becomes the input: timm:NAME or resize=…,crop=….", "--preprocess"
     )
-    arch: str | None = _option(None, "Architecture for weights: timm:NAME or FILE.py:FACTORY.", "--arch", recipe=False)
+    arch: str | None = _option(None, "Architecture for weights: timm:NAME or FILE.py:FACTORY.", "--arch")
+    weights_key: str | None = _option(None, "Entry of a training checkpoint that holds the weights.", "--weights-key")
     options: dict[str, str] = _option({}, "Repeatable SCOPE.NAME=VALUE: any option of a pass or target.", "--set")
     numeric_gate: bool = _option(True, "Check the numbers after every pass.", "--numeric-gate/--no-gate")
     profile: bool = _option(True, "Measure latency quickly after the build.", "--profile/--no-profile", recipe=False)
     threads: int = _option(0, "Threads for every runtime; 0 means all cores.", "--threads", ge=0, le=1024, recipe=False)
     seed: int = _option(0, "Seed of probes and golden vectors.", "--seed", ge=0, le=2**32 - 1)
     force: bool = _option(False, "Replace an existing bundle.", "--force", recipe=False)
+    dump: str | None = _option(None, "Folder for the graph's text after every pass.", "--dump", recipe=False)
 
     def recipe(self) -> str:
         """The resolved recipe as TOML: everything that decides the artifact, nothing that names a place."""
@@ -72,6 +74,8 @@ class BuildConfig(BaseModel):
             for name, field in type(self).model_fields.items()
             if _extra(field)["recipe"] and getattr(self, name) is not None
         }
+        if names_code(kept.get("arch")):
+            del kept["arch"]
         kept = {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
         return tomli_w.dumps({"vlexport_recipe": 1, **kept})
 
@@ -79,6 +83,11 @@ class BuildConfig(BaseModel):
         """Options given as ``--set SCOPE.NAME=VALUE`` for one pass or target."""
         prefix = f"{scope}."
         return {k.removeprefix(prefix): v for k, v in self.options.items() if k.startswith(prefix)}
+
+
+def names_code(arch: object) -> bool:
+    """Whether an architecture is a file of the user's: consent to run it is given on the command line only."""
+    return isinstance(arch, str) and not arch.startswith("timm:")
 
 
 def _extra(field: Any) -> dict[str, Any]:
@@ -139,6 +148,13 @@ def read_recipe(path: Path) -> dict[str, Any]:
                 "VLX0705", f"a recipe has no key '{key}'{nearest(key, allowed)}", where=str(path),
                 hint=f"known: {', '.join(allowed)}",
             )  # fmt: skip
+    if names_code(values.get("arch")):
+        raise UsageError(
+            "VLX0705",
+            "a recipe may not name code",
+            where=str(path),
+            hint="give --arch FILE.py:FACTORY on the command line",
+        )
     return values
 
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import importlib.util
-import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 
 import numpy as np
 from PIL import Image
@@ -20,6 +17,7 @@ from vlexport.core.artifact import Array, TensorSpec
 from vlexport.core.dataset import Dataset, Sample, as_label, unknown_preprocess
 from vlexport.core.errors import DataError, VlexportError, nearest
 from vlexport.core.preprocess import Preprocess
+from vlexport.core.user_code import import_user_file
 
 
 class _Blamed(contextlib.AbstractContextManager[None]):
@@ -65,7 +63,8 @@ class UserFunction:
         self._file = file
         if not file.is_file():
             raise DataError("VLX0201", f"'{file}' does not exist", where=self.name)
-        module = _imported(file)
+        with _Blamed(file, "importing"):
+            module = import_user_file(file)
         found = getattr(module, function, None)
         if not callable(found):
             functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -122,23 +121,6 @@ class UserFunction:
         if isinstance(made, Sized):
             return len(made)
         return sum(1 for _ in self.items())
-
-
-def _imported(file: Path) -> ModuleType:
-    path = file.resolve()
-    name = "vlexport_user_" + hashlib.sha256(str(path).encode()).hexdigest()[:12]
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise DataError("VLX0209", f"{file} is no Python file", where=str(file))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickle look a class's module up there
-    sys.path.insert(0, str(path.parent))  # as for a script: modules beside it
-    try:
-        with _Blamed(file, "importing"):
-            spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(path.parent))
-    return module
 
 
 def open_function(

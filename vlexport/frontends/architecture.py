@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from torch import nn
 from vlexport.core.errors import CapabilityError, ModelFileError, UsageError, nearest
 from vlexport.core.preprocess import Preprocess
 from vlexport.core.preprocess_configs import preprocess_from_timm_config
+from vlexport.core.user_code import import_user_file
 from vlexport.frontends import compat
 
 
@@ -118,7 +117,7 @@ def _from_file(file: Path, factory: str) -> Architecture:
     if not file.is_file():
         raise ModelFileError("VLX0110", "the architecture's file does not exist", where=where, hint="check the path")
     try:
-        module = _imported(file)
+        module = import_user_file(file)
     except (Exception, SystemExit) as error:  # the user's own code may raise anything
         raise ModelFileError(
             "VLX0110", f"importing {file.name} fails: {type(error).__name__}: {error}", where=where,
@@ -144,19 +143,3 @@ def _from_file(file: Path, factory: str) -> Architecture:
             hint="the factory is called without arguments and returns an nn.Module",
         )  # fmt: skip
     return Architecture(made, getattr(made, "example_inputs", None))
-
-
-def _imported(file: Path) -> ModuleType:
-    path = file.resolve()
-    name = "vlexport_architecture_" + hashlib.sha256(str(path).encode()).hexdigest()[:12]
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ImportError("it is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickle look a class's module up there
-    sys.path.insert(0, str(path.parent))  # as for a script: modules beside it
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(path.parent))
-    return module

@@ -49,6 +49,8 @@ def clean(program: Program) -> None:
             program.graph.erase_node(node)
         elif name in _SAME_VALUE and not _trains(node, name):
             program.replace(node, node.args[0])  # type: ignore[arg-type]
+        elif name in ("aten.to.device", "aten.to.other", "aten.to.prim_Device"):
+            _cast(program, node)
         elif name in ("aten.view.default", "aten._unsafe_view.default"):
             node.target = torch.ops.aten.reshape.default
         elif name == "aten._native_batch_norm_legit_no_training.default":
@@ -56,6 +58,16 @@ def clean(program: Program) -> None:
     for node in reversed(program.calls()):
         if not node.users and not node.is_impure():
             program.erase_dead(node)
+
+
+def _cast(program: Program, node: Node) -> None:
+    """A move to a device is at most a cast: a Program runs on the CPU."""
+    source: Any = node.args[0]
+    dtype = node.meta["val"].dtype
+    if source.meta["val"].dtype == dtype:
+        program.replace(node, source)
+        return
+    node.target, node.args, node.kwargs = torch.ops.aten.to.dtype, (source, dtype), {}
 
 
 def _trains(node: Node, name: str) -> bool:

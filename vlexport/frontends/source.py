@@ -72,7 +72,7 @@ def open_source(config: BuildConfig) -> Source:
     elif kind == "vlexport-archive":
         source = open_archive(path)
     elif kind in ("checkpoint", "safetensors"):
-        read_state_dict(path)  # a clearer error first, when it is damaged or holds code
+        read_state_dict(path, weights_key=config.weights_key)  # a clearer error first, when it is damaged or holds code
         raise ModelFileError(
             "VLX0107", "this file holds weights, not a model", where=path.name,
             hint="name the architecture: --arch timm:NAME or --arch FILE.py:FACTORY",
@@ -201,7 +201,7 @@ def input_specs(texts: Sequence[str]) -> dict[str, torch.Tensor]:
 
 def _from_architecture(path: Path, config: BuildConfig) -> Source:
     assert config.arch is not None
-    state = read_state_dict(path)
+    state = read_state_dict(path, weights_key=config.weights_key)
     made = factory_from_text(config.arch)
     fitted, notes = fit_state_dict(state, made.module.state_dict())
     if any(value.is_floating_point() and value.dtype is not torch.float32 for value in fitted.values()):

@@ -8,8 +8,8 @@ from typing import Any
 
 import sympy
 import torch
-from torch._export.verifier import Verifier
 from torch._dispatch.python import enable_python_dispatcher
+from torch._export.verifier import Verifier
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree

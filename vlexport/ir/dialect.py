@@ -113,7 +113,10 @@ OPS: dict[str, OpInfo] = {
         "elementwise", "_to_copy.default to.dtype floor_divide.default remainder.Scalar remainder.Tensor fmod.Scalar"
     ),
     **_row("elementwise", "div.Tensor_mode div.Scalar_mode square.default atan2.default logit.default glu.default"),
-    **_row("elementwise", "isinf.default type_as.default to.dtype_layout bitwise_xor.Tensor logical_xor.default"),
+    **_row(
+        "elementwise",
+        "isinf.default type_as.default to.dtype_layout bitwise_xor.Tensor logical_xor.default addcmul.default",
+    ),
     **_row("view", "reshape.default permute.default expand.default squeeze.dim squeeze.dims squeeze.default"),
     **_row("view", "unsqueeze.default slice.Tensor select.int cat.default stack.default split.Tensor"),
     **_row(

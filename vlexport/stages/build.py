@@ -35,7 +35,7 @@ from vlexport.passes import CATALOGUE as PASSES
 from vlexport.passes import pass_class
 from vlexport.passes.base import Pass
 from vlexport.passes.gate import NumericGate
-from vlexport.passes.pipeline import TimingHook, run_pipeline
+from vlexport.passes.pipeline import DumpHook, Hook, TimingHook, run_pipeline
 from vlexport.passes.probes import make_probes
 from vlexport.report.write import new_report, write_report
 from vlexport.stages.golden import check_golden
@@ -98,7 +98,8 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
     with clock.stage("passes"):
         probes = make_probes(source.program, calibration=calibration, seed=config.seed)
         gate = NumericGate(source.program, probes) if config.numeric_gate else None
-        program, records = run_pipeline(source.program, [*passes, *target.program_passes()], gate=gate, hooks=[timing])
+        hooks: list[Hook] = [timing, *([DumpHook(Path(config.dump))] if config.dump else [])]
+        program, records = run_pipeline(source.program, [*passes, *target.program_passes()], gate=gate, hooks=hooks)
 
     with staging(output) as folder:
         with clock.stage(f"lower to {target.id}"):

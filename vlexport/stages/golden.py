@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from vlexport.core.artifact import Array, Session
+from vlexport.core.artifact import Array, Session, TensorSpec
 from vlexport.core.bundle import inside
 from vlexport.core.bundle_schema import Component
 from vlexport.core.errors import BundleError, GateError
@@ -21,17 +21,18 @@ def read_golden(folder: Path, component: Component) -> tuple[dict[str, Array], d
     Raises:
         BundleError: VLX0601 when they are no arrays, or not those of the component.
     """
-    found = []
-    specs = (component.artifact.inputs, component.artifact.outputs)
-    for name, wanted in zip((component.golden.inputs, component.golden.outputs), specs, strict=True):
-        try:
-            with np.load(inside(folder, name), allow_pickle=False) as file:
-                found.append({spec.name: file[spec.name] for spec in wanted})
-        except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-            raise BundleError(
-                "VLX0601", f"{name} does not hold the golden vectors", where=str(folder), hint="build it again"
-            ) from error
-    return found[0], found[1]
+    golden, artifact = component.golden, component.artifact
+    return _vectors(folder, golden.inputs, artifact.inputs), _vectors(folder, golden.outputs, artifact.outputs)
+
+
+def _vectors(folder: Path, name: str, wanted: Sequence[TensorSpec]) -> dict[str, Array]:
+    try:
+        with np.load(inside(folder, name), allow_pickle=False) as file:
+            return {spec.name: file[spec.name] for spec in wanted}
+    except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise BundleError(
+            "VLX0601", f"{name} does not hold the golden vectors", where=str(folder), hint="build it again"
+        ) from error
 
 
 def worst_error(session: Session, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> tuple[float, str]:

@@ -8,16 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vlexport.core.bundle import read_bundle
-from vlexport.core.config import BuildConfig
 from vlexport.core.errors import UsageError
 from vlexport.core.progress import Reporter
 from vlexport.frontends.source import open_source
 from vlexport.stages.profile import Measurable
+from vlexport.stages.reference import reference_config
 from vlexport.targets import open_target
 
 
 @contextlib.contextmanager
-def naive_baseline(bundle: Path, reference: str, reporter: Reporter) -> Iterator[Measurable]:
+def naive_baseline(bundle: Path, reference: str, arch: str | None, reporter: Reporter) -> Iterator[Measurable]:
     """The plain export of the model, in a folder that vanishes afterwards.
 
     Raises:
@@ -28,7 +28,7 @@ def naive_baseline(bundle: Path, reference: str, reporter: Reporter) -> Iterator
     recorded = read_bundle(bundle)
     with tempfile.TemporaryDirectory(prefix="vlexport-") as scratch:
         with reporter.stage("plain export"):
-            source = open_source(BuildConfig(model=reference))
+            source = open_source(reference_config(reference, arch, recorded))
             if source.source_hash != recorded.source_hash:
                 raise UsageError("VLX0804", "this is not the model that the bundle was built from", where="--reference")
             target = open_target(recorded.target)

@@ -74,6 +74,7 @@ class ProfileConfig:
         bundle: Folder of the bundle.
         against: Another bundle, ``naive``, or empty.
         reference: Model file, needed for ``naive``.
+        arch: Architecture, when the reference holds weights only.
         gates: To judge.
         threads: 0 takes all cores.
         quick: Three rounds instead of seven.
@@ -82,6 +83,7 @@ class ProfileConfig:
     bundle: Path
     against: str = ""
     reference: str = ""
+    arch: str | None = None
     gates: tuple[Gate, ...] = ()
     threads: int = 0
     quick: bool = False
@@ -250,10 +252,15 @@ def _baseline(config: ProfileConfig, reporter: Reporter) -> Iterator[Measurable 
     elif config.against == "naive":
         from vlexport.stages.naive import naive_baseline
 
-        with naive_baseline(config.bundle, config.reference, reporter) as made:
+        with naive_baseline(config.bundle, config.reference, config.arch, reporter) as made:
             yield made
     else:
         other = Path(config.against)
         bundle = read_bundle(other)
         check_files(other, bundle)
-        yield Measurable(other.resolve().name or "other bundle", open_target(bundle.target), other / ARTIFACT_FOLDER, bundle.main.artifact)
+        yield Measurable(
+            other.resolve().name or "other bundle",
+            open_target(bundle.target),
+            other / ARTIFACT_FOLDER,
+            bundle.main.artifact,
+        )

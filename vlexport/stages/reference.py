@@ -52,10 +52,21 @@ def open_reference(path: str, bundle: Bundle, *, arch: str | None = None) -> Ite
             "VLX0104", "a model file as reference needs torch, which is not installed", where="--reference",
             hint="pip install 'vlexport[build]', or give a bundle as reference",
         ) from error  # fmt: skip
-    source = open_source(BuildConfig(model=path, arch=arch))
+    source = open_source(reference_config(path, arch, bundle))
     signature = source.program.signature
     _require_same(path, wanted_names(bundle), ([s.name for s in signature.inputs], [s.name for s in signature.outputs]))
     yield Reference("model", source.run)
+
+
+def reference_config(path: str, arch: str | None, bundle: Bundle) -> BuildConfig:
+    """How to open a reference: weights get the inputs that the bundle records."""
+    if not arch:
+        return BuildConfig(model=path)
+    texts = []
+    for spec in bundle.main.artifact.inputs:
+        sizes = [bundle.main.dims[d].opt if isinstance(d, str) else d for d in spec.shape]
+        texts.append(f"{spec.name}={'x'.join(map(str, sizes))}:{spec.dtype}")
+    return BuildConfig(model=path, arch=arch, input=tuple(texts))
 
 
 def wanted_names(bundle: Bundle) -> tuple[list[str], list[str]]:

@@ -167,10 +167,7 @@ def run(folder: Path, data: str, *, threads: int = 0) -> list[tuple[str, dict[st
         if Path(data).is_file() and Path(data).suffix.lower() not in (".npz", ".py"):
             return [(Path(data).name, _first_rows(loaded.run(loaded.prepare(data))))]
         dataset = open_data(data, inputs=main.artifact.inputs, preprocess=main.preprocess, labels=main.labels or None)
-        found = []
-        for sample in dataset:
-            found.append((sample.id, _first_rows(loaded.run(loaded.batched(sample.inputs)))))
-        return found
+        return [(each.id, _first_rows(loaded.run(loaded.batched(each.inputs)))) for each in dataset]
 
 
 def _first_rows(outputs: Mapping[str, Array]) -> dict[str, Array]:

@@ -46,6 +46,7 @@ class ValidateConfig:
         bundle: Folder of the bundle.
         data: DATA.
         reference: Model file or bundle to compare with; empty for none.
+        arch: Architecture, when the reference holds weights only.
         gates: To judge.
         threads: 0 takes the bundle's recorded number.
     """
@@ -53,6 +54,7 @@ class ValidateConfig:
     bundle: Path
     data: str
     reference: str = ""
+    arch: str | None = None
     gates: tuple[Gate, ...] = ()
     threads: int = 0
 
@@ -74,7 +76,7 @@ def validate(config: ValidateConfig, *, reporter: Reporter | None = None) -> Rep
     )
     require_measured(config.gates, dataset, referenced=bool(config.reference))
     opened = target.open(config.bundle / ARTIFACT_FOLDER, component.artifact, threads=config.threads)
-    with opened as session, open_reference(config.reference, bundle) as reference:
+    with opened as session, open_reference(config.reference, bundle, arch=config.arch) as reference:
         found = measure_accuracy(session, dataset, component, reference=reference, reporter=reporter)
     report = new_report(bundle).model_copy(update=found)
     if reference is not None:
@@ -204,7 +206,11 @@ def _count(
                 margin = _margin(reference)
                 tally.disagreements.append(
                     Disagreement(
-                        sample=_unicode(sample.id), reference=best, ours=first, margin=margin, close=margin <= CLOSE_MARGIN
+                        sample=_unicode(sample.id),
+                        reference=best,
+                        ours=first,
+                        margin=margin,
+                        close=margin <= CLOSE_MARGIN,
                     )
                 )
 

@@ -33,8 +33,9 @@ def require_free(output: Path, *, force: bool) -> None:
     except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
         raise BundleError(
-            "VLX0607", f"the output cannot have this name: {getattr(error, 'strerror', None) or error}", where=str(output), hint="choose another -o"
+            "VLX0607", f"the output cannot have this name: {why}", where=str(output), hint="choose another -o"
         ) from error
     if output.exists() or output.is_symlink():
         if not force:
@@ -109,7 +110,7 @@ def write_npz(file: Path, arrays: Mapping[str, Array]) -> None:
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, array in arrays.items():
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
+                np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)  # type: ignore[no-untyped-call]
 
 
 def write_bundle(folder: Path, bundle: Bundle, recipe: str) -> Bundle:
