@@ -134,7 +134,7 @@ def check_golden(name: str, found: str) -> None:
 def content(program: Program) -> str:
     """Like a fingerprint, but computed afresh from text and bytes, never from a kept digest."""
     whole = hashlib.sha256(text(program).encode())
-    for name, tensor in program.used_tensors().items():
+    for name, tensor in sorted(program.used_tensors().items()):
         whole.update(f"{name}={tensor_digest(tensor, fresh=True)}".encode())
     return whole.hexdigest()
 

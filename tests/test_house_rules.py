@@ -339,7 +339,6 @@ def test_codes_in_docs_are_those_in_the_source_when_listed() -> None:
 
 FLAGS_TO_COME = {
     "--metric": "core/verdict names it for what is not built in",
-    "--weights-key": "frontends/checkpoint takes it already, the command line not yet",
 }
 
 

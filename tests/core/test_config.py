@@ -14,7 +14,7 @@ from vlexport.core.config import BuildConfig, config_from, flags_of, options_fro
 from vlexport.core.errors import UsageError
 
 FIELDS = BuildConfig.model_fields
-PLACES = {"model", "output", "calib", "data", "arch"}
+PLACES = {"model", "output", "calib", "data", "dump"}
 """What names a place on this machine."""
 FULL: dict[str, Any] = {
     "model": "model.pt",
@@ -28,6 +28,8 @@ FULL: dict[str, Any] = {
     "input": ("image=1x3x8x8",),
     "preprocess": "resize=8x8,scale=1/255",
     "arch": "timm:resnet18",
+    "dump": "texts",
+    "weights_key": "ema",
     "options": {"onnxruntime.opset": "19", "fold-batch-norm.x": "ä \n"},
     "numeric_gate": False,
     "profile": False,
@@ -191,3 +193,18 @@ def test_options_go_to_their_scope_when_scopes_begin_alike() -> None:
     assert config.scoped_options("onnx") == {"b": "3"}
     scopes = ("fold", "fold-batch-norm", "onnx", "onnxruntime")
     assert len(list(itertools.chain.from_iterable(map(config.scoped_options, scopes)))) == 4
+
+
+def test_code_is_not_recorded_when_the_architecture_is_a_file() -> None:
+    text = BuildConfig(model="w.pt", arch="mine.py:make").recipe()
+    assert "arch" not in text
+    assert "mine" not in text
+    assert 'arch = "timm:resnet18"' in BuildConfig(model="w.pt", arch="timm:resnet18").recipe()
+
+
+def test_recipe_is_refused_when_it_names_code(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text('arch = "mine.py:make"\n', encoding="utf-8")
+    with pytest.raises(UsageError) as caught:
+        read_recipe(file)
+    assert (caught.value.code, caught.value.message) == ("VLX0705", "a recipe may not name code")

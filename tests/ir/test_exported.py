@@ -17,7 +17,7 @@ from vlexport.frontends.archive import read_archive, write_archive
 from vlexport.ir import provenance
 from vlexport.ir.exported import exported_from_program, program_from_exported
 from vlexport.ir.program import Program
-from vlexport.ir.text import text
+from vlexport.ir.text import fingerprint, text
 from vlexport.passes.canonicalize import Canonicalize
 from vlexport.passes.fold_batch_norm import FoldBatchNorm
 
@@ -86,11 +86,8 @@ class Everything(nn.Module):
 def everything() -> Program:
     torch.manual_seed(0)
     model = randomize(Everything())
-    return captured(
-        model,
-        (torch.randn(2, 3), torch.randn(2, 3)),
-        dynamic={"input": {0: ("rows", 2, 8)}, "relu": {0: ("rows", 2, 8)}},
-    )
+    rows = {0: ("rows", 2, 8)}
+    return captured(model, (torch.randn(2, 3), torch.randn(2, 3)), dynamic={"input": rows, "relu": rows})
 
 
 def test_program_survives_when_it_holds_every_kind_of_tensor(tmp_path: Path) -> None:
@@ -125,6 +122,7 @@ def test_node_names_come_from_operator_and_origin_when_lifted() -> None:
 def test_program_survives_lifting_when_it_is_random(program: Program) -> None:
     back = through_memory(program)
     assert_same(back, program)
+    assert fingerprint(back) == fingerprint(program)
     values = torch.randn(3, *program.example[0].shape[1:], generator=torch.Generator().manual_seed(0))
     pairs = zip(back.run(values), program.run(values), strict=True)
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)

@@ -177,7 +177,7 @@ def test_replace_erases_upwards_and_counts_calls_when_nobody_reads_them() -> Non
     norm = program.calls("aten.batch_norm.default")[0]
     erased = program.replace(norm, program.placeholders[0])
     assert erased == 2
-    assert [dialect.op_name(n) for n in program.calls()][0] == "aten.relu.default"
+    assert dialect.op_name(program.calls()[0]) == "aten.relu.default"
     assert set(program.tensors) == set(program.kinds) == {"head.weight", "head.bias"}
 
 
@@ -226,10 +226,10 @@ def test_erase_dead_touches_nothing_when_the_node_is_read_or_is_an_input() -> No
 
 def test_sizes_follow_the_dims_when_shapes_are_symbolic() -> None:
     program = captured(
-        nn.Conv2d(3, 4, 3, stride=2), torch.randn(2, 3, 8, 8), dynamic={"input": {0: "batch", 2: ("height", 4, 64)}}
+        nn.Conv2d(3, 4, 3, stride=2), torch.randn(2, 3, 8, 8), dynamic={"input": {0: "batch", 2: ("height", 8, 64)}}
     )
     shape = program.calls()[0].meta["val"].shape
-    assert program.sizes(shape, {}) == (1, 4, 1, 3), "each dim at its opt, the smallest"
+    assert program.sizes(shape, {}) == (1, 4, 3, 3), "each dim at its opt, the smallest"
     assert program.sizes(shape, {"batch": 5, "height": 17}) == (5, 4, 8, 3)
 
 

@@ -229,7 +229,7 @@ def test_gate_proves_a_fold_in_float64_when_float32_rounds_above_the_bound() -> 
 def test_gate_still_catches_a_wrong_weight_when_float32_rounds_above_the_bound() -> None:
     program = ill_scaled(2000.0)
     error = caught(
-        Rewriting("aten.conv2d.default", lambda ir, n: with_tensor(ir, n, 1, lambda t: t * (1 + 1e-6))), program
+        Rewriting("aten.conv2d.default", lambda ir, n: with_tensor(ir, n, 1, lambda t: t * (1 + 1e-5))), program
     )
     assert error.where.startswith("aten.conv2d in 0")
     assert "bound 1e-09" in error.message

@@ -168,10 +168,9 @@ def test_nothing_names_this_machine_when_saved_and_built(
 
 
 def test_opset_reaches_the_artifact_when_set(model_file: Path, tmp_path: Path) -> None:
-    for opset in (18, 21):
-        bundle = built(model_file, tmp_path / str(opset), options={"onnxruntime.opset": str(opset)})
-        assert onnx_ir.load(bundle / "artifact/main.onnx").opset_imports[""] == opset
-        assert read_bundle(bundle).compatibility["opset"] == str(opset)
+    bundle = built(model_file, tmp_path / "b", options={"onnxruntime.opset": "19"})
+    assert onnx_ir.load(bundle / "artifact/main.onnx").opset_imports[""] == 19
+    assert read_bundle(bundle).compatibility["opset"] == "19"
 
 
 def test_gate_is_recorded_as_off_when_not_wanted(model_file: Path, tmp_path: Path, capfd: Any) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
@@ -269,7 +270,7 @@ def _export(twin: nn.Module, arguments: _Arguments, chosen: Mapping[str, Mapping
             "VLX0303",
             f"torch.export refuses the model: {_first_line(error)}",
             where=user_line(error),
-            hint="rewrite that line without branches on tensor values, or save with dynamic=False",
+            hint=_export_hint(error),
         ) from error
 
 
@@ -393,6 +394,15 @@ def _array(tensor: Tensor) -> Any:
 def _equal(a: Any, b: Any) -> bool:
     pairs = zip(_tensors(a), _tensors(b), strict=True)
     return all(relative_error(_array(x), _array(y)) <= TOLERANCE for x, y in pairs if isinstance(x, Tensor))
+
+
+def _export_hint(error: BaseException) -> str:
+    """What torch itself suggests for a dim (``height = Dim('height', min=4)``), if it does."""
+    _, found, suggested = str(error).partition("Suggested fixes:\n")
+    if found:
+        lines = itertools.takewhile(str.strip, suggested.splitlines())
+        return f"give dynamic= that range: {'; '.join(map(str.strip, lines))}"
+    return "rewrite that line without branches on tensor values, or save with dynamic=False"
 
 
 def _why_fixed(error: CaptureError, lines: Sequence[str], reference: nn.Module, arguments: _Arguments) -> str:

@@ -52,7 +52,7 @@ def fingerprint(program: Program) -> str:
     The digest of a tensor is kept on the tensor itself with its version counter, never by address.
     """
     whole = hashlib.sha256(text(program).encode())
-    for name, tensor in program.used_tensors().items():
+    for name, tensor in sorted(program.used_tensors().items()):  # not in the order that reading nodes happen to have
         whole.update(f"{name}={tensor_digest(tensor)}\n".encode())
     return whole.hexdigest()
 

@@ -41,7 +41,7 @@ from vlexport.report.write import new_report, write_report
 from vlexport.stages.golden import check_golden
 from vlexport.stages.profile import QUICK, Measurable, measure_latency
 from vlexport.stages.validate import TIMED, judge_gates, measure_accuracy, require_measured
-from vlexport.stages.write_bundle import require_free, staging, write_bundle, write_golden
+from vlexport.stages.write_bundle import require_folder, require_free, staging, write_bundle, write_golden
 from vlexport.targets import CATALOGUE as TARGETS
 from vlexport.targets import open_target
 from vlexport.targets.base import Target
@@ -84,6 +84,7 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
     _device_profile(config)
     output = Path(config.output or f"{Path(config.model).stem}.bundle")
     require_free(output, force=config.force)
+    require_folder(config.dump)
     target.require()
     threads = config.threads or available_cores()
 

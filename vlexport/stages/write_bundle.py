@@ -66,6 +66,20 @@ def require_free(output: Path, *, force: bool) -> None:
         )
 
 
+def require_folder(dump: str | None) -> None:
+    """Refuse a place for dumps, or one above it, that is a file.
+
+    Raises:
+        BundleError: VLX0607.
+    """
+    if dump is None:
+        return
+    path = Path(dump).absolute()
+    found = next(p for p in (path, *path.parents) if os.path.lexists(p))
+    if not found.is_dir():
+        raise BundleError("VLX0607", "--dump names a folder, this is a file", where=dump, hint="choose another --dump")
+
+
 @contextlib.contextmanager
 def staging(output: Path) -> Iterator[Path]:
     """A temporary sibling of ``output`` that takes its place when the block ends well, and vanishes otherwise."""
