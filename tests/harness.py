@@ -7,8 +7,10 @@ a fixed point, equal outputs in float64 for every prefix of the changes, and tha
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,17 @@ class Checked:
     record: PassRecord
     changes: tuple[Change, ...]
     near_misses: tuple[NearMiss, ...]
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Handing work on tiny nets to a second thread costs more than it saves, much more on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def captured(module: nn.Module, inputs: Any, **options: Any) -> Program:

@@ -208,3 +208,10 @@ def test_recipe_is_refused_when_it_names_code(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         read_recipe(file)
     assert (caught.value.code, caught.value.message) == ("VLX0705", "a recipe may not name code")
+
+
+def test_options_are_texts_when_a_recipe_gives_numbers(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text('[options]\n"onnxruntime.opset" = 19\n"onnxruntime.x" = true\n', encoding="utf-8")
+    config = config_from({"model": "m.pt"}, recipe=file)
+    assert config.options == {"onnxruntime.opset": "19", "onnxruntime.x": "true"}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import timm
 import torch
 
-from tests.harness import captured, randomize
+from tests.harness import captured, one_thread, randomize
 from vlexport.ir.program import Program
 
 ZOO = (
@@ -19,6 +19,12 @@ ZOO = (
     "deit_tiny_patch16_224",
     "swin_tiny_patch4_window7_224",
 )
+
+
+@pytest.fixture(autouse=True, scope="package")
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 @functools.cache

@@ -1,16 +1,15 @@
-"""One thread: the nets are tiny, and handing work to a second thread costs more than it saves."""
+"""Set-up of all pass tests."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
-import torch
+
+from tests.harness import one_thread
 
 
 @pytest.fixture(autouse=True, scope="package")
 def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with one_thread():
+        yield

@@ -17,7 +17,7 @@ BundleArgument = Annotated[
 ]
 GateOption = Annotated[list[str] | None, typer.Option("--gate", help='Repeatable "METRIC OP VALUE"; judges only.')]
 ThreadsOption = Annotated[
-    int, typer.Option("--threads", help="Threads for the runtime; 0 means all cores.", min=0, max=1024)
+    int, typer.Option("--threads", help="Threads for the runtime; 0 means the bundle's, or all cores.", min=0, max=1024)
 ]
 ArchOption = Annotated[
     str | None,

@@ -9,10 +9,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from vlexport.core.errors import UsageError, nearest
 
@@ -27,6 +27,13 @@ Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "auto"]
 def _option(default: Any, help_text: str, *flags: str, recipe: bool = True, **limits: Any) -> Any:
     extra: dict[str, Any] = {"flags": list(flags), "recipe": recipe}
     return Field(default=default, description=help_text, json_schema_extra=extra, **limits)
+
+
+def _texts(values: object) -> object:
+    """Options are texts; TOML may give numbers and booleans for them."""
+    if not isinstance(values, dict):
+        return values
+    return {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in values.items()}
 
 
 class BuildConfig(BaseModel):
@@ -59,10 +66,19 @@ class BuildConfig(BaseModel):
     )
     arch: str | None = _option(None, "Architecture for weights: timm:NAME or FILE.py:FACTORY.", "--arch")
     weights_key: str | None = _option(None, "Entry of a training checkpoint that holds the weights.", "--weights-key")
-    options: dict[str, str] = _option({}, "Repeatable SCOPE.NAME=VALUE: any option of a pass or target.", "--set")
+    options: Annotated[dict[str, str], BeforeValidator(_texts)] = _option(
+        {}, "Repeatable SCOPE.NAME=VALUE: any option of a pass or target.", "--set"
+    )
     numeric_gate: bool = _option(True, "Check the numbers after every pass.", "--numeric-gate/--no-gate")
     profile: bool = _option(True, "Measure latency quickly after the build.", "--profile/--no-profile", recipe=False)
-    threads: int = _option(0, "Threads for every runtime; 0 means all cores.", "--threads", ge=0, le=1024, recipe=False)
+    threads: int = _option(
+        0,
+        "Threads for every runtime, recorded in the bundle; 0 means all cores of wherever it runs.",
+        "--threads",
+        ge=0,
+        le=1024,
+        recipe=False,
+    )
     seed: int = _option(0, "Seed of probes and golden vectors.", "--seed", ge=0, le=2**32 - 1)
     force: bool = _option(False, "Replace an existing bundle.", "--force", recipe=False)
     dump: str | None = _option(None, "Folder for the graph's text after every pass.", "--dump", recipe=False)

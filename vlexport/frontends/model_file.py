@@ -22,11 +22,15 @@ _MAX_SAFETENSORS_HEADER = 100_000_000
 
 def require_model_file(path: Path) -> None:
     """Raises VLX0101 missing, VLX0102 a directory, VLX0103 empty."""
-    if path.is_dir():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError:  # a name that the file system cannot hold
+        is_folder = is_file = False
+    if is_folder:
         raise ModelFileError(
             "VLX0102", "the model is a directory", where=str(path), hint="name the file in it that holds the model"
         )
-    if not path.is_file():
+    if not is_file:
         raise ModelFileError("VLX0101", "the model file does not exist", where=str(path), hint="check the path")
     if path.stat().st_size == 0:
         raise ModelFileError("VLX0103", "the model file is empty", where=str(path), hint="copy or download it again")

@@ -67,6 +67,7 @@ def save(
         "preprocess": {name: each.model_dump(mode="json") for name, each in steps.items()},
         "preprocess_spec": {name: each.to_spec() for name, each in steps.items()},
         "labels": list(labels or ()),
+        "notes": list(captured.notes),
     }
     write_archive(exported_from_program(program), metadata, target)
     return captured

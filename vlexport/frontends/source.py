@@ -97,6 +97,7 @@ def open_archive(path: Path) -> Source:
         signature = Signature.model_validate(archive.metadata["signature"])
         preprocess = {k: Preprocess.model_validate(v) for k, v in archive.metadata["preprocess"].items()}
         labels = tuple(map(str, archive.metadata["labels"]))
+        notes = tuple(map(str, archive.metadata["notes"]))
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ModelFileError(
             "VLX0105", f"vlexport.json inside the file is wrong: {str(error).splitlines()[0]}", where=path.name,
@@ -110,7 +111,7 @@ def open_archive(path: Path) -> Source:
             where=path.name,
             hint="save the model again",
         )
-    return Source(program_from_exported(exported, signature), preprocess, labels, archive.source_hash)
+    return Source(program_from_exported(exported, signature), preprocess, labels, archive.source_hash, notes)
 
 
 def _fits(exported: ExportedProgram, signature: Signature) -> bool:

@@ -104,7 +104,7 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
 
     with staging(output) as folder:
         with clock.stage(f"lower to {target.id}"):
-            artifact = target.lower(program, folder / ARTIFACT_FOLDER, options=options, threads=threads)
+            artifact = target.lower(program, folder / ARTIFACT_FOLDER, options=options, threads=config.threads)
         inputs = golden_inputs(source.program, config.seed)
         outputs = source.run(inputs)
         golden = write_golden(folder, "main", inputs, outputs)
