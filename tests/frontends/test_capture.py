@@ -433,7 +433,7 @@ def inplace_after_view_of_inplace(x: Tensor) -> Tensor:
 
 
 def inplace_with_promotion(x: Tensor) -> Tensor:
-    ids = x.to(torch.int32)
+    ids = x.to(torch.int32) + 1
     ids.add_(torch.arange(6))
     return ids
 
