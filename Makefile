@@ -45,7 +45,7 @@ zoo: $(STAMP)
 	$(BIN)/python -m pytest -m zoo
 
 bench: $(STAMP)
-	$(BIN)/python tests/benchmarks/build_time.py
+	$(BIN)/python tests/benchmarks/build_time.py --record docs/measured/build_time.json
 
 clean:
 	rm -rf .venv $(OUT) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

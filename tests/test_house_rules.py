@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import json
 import re
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -537,3 +538,11 @@ def test_binaries_are_few_and_listed_when_committed() -> None:
     assert sum(found.values()) <= 10_000_000
     assert sorted(found) == sorted(path for path, _, _ in rows), "docs/binaries.md lists each with licence and origin"
     assert "samples/solar_cells/head.npz" in found
+
+
+def test_figures_in_the_readme_are_those_that_were_recorded() -> None:
+    recorded = json.loads((ROOT / "docs" / "measured" / "build_time.json").read_text(encoding="utf-8"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for ratio in recorded["ratios"].values():
+        assert f"{ratio:.2f}×" in readme
+    assert recorded["command"].startswith("python tests/benchmarks/build_time.py")
