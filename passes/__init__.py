@@ -16,6 +16,9 @@ from vlexport.passes.base import Pass
 
 CATALOGUE: dict[str, str] = {
     "canonicalize": "vlexport.passes.canonicalize:Canonicalize",
+    "fold-constants": "vlexport.passes.fold_constants:FoldConstants",
+    "eliminate-dead": "vlexport.passes.eliminate_dead:EliminateDead",
+    "merge-duplicates": "vlexport.passes.merge_duplicates:MergeDuplicates",
     "fold-batch-norm": "vlexport.passes.fold_batch_norm:FoldBatchNorm",
 }
 """Id → where the class lies, in pipeline order. Imported when used."""

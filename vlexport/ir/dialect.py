@@ -146,6 +146,10 @@ OPS: dict[str, OpInfo] = {
 }
 """``aten.NAME.OVERLOAD`` → what it is."""
 
+_CHECKS = {
+    "aten._assert_scalar.default", "aten._assert_async.msg", "aten.sym_constrain_range_for_size.default",
+    "aten.sym_constrain_range.default", "aten._assert_tensor_metadata.default",
+}  # fmt: skip
 _PYTHON_MODULES = ("_operator", "operator", "math", "builtins", "torch")
 
 
@@ -172,6 +176,17 @@ def info(node: Node) -> OpInfo | None:
 def is_opaque(node: Node) -> bool:
     """Whether nothing is known about a call."""
     return node.op == "call_function" and info(node) is None
+
+
+def checks_at_run_time(node: Node) -> bool:
+    """Whether a call is there for what it refuses, not for its value."""
+    return op_name(node) in _CHECKS
+
+
+def is_random(node: Node) -> bool:
+    """Whether a call gives another value each time."""
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
 
 
 def mutates(target: Any) -> bool:

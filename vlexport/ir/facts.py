@@ -55,8 +55,14 @@ def _is_foldable(program: Program, node: Node) -> bool:
     return not node.args[5] and all(a is None or program.tensor_of(a) is not None for a in optional)
 
 
+def no_dead_calls(program: Program) -> bool:
+    """Every call is read, or is there for what it refuses."""
+    return all(n.users or dialect.checks_at_run_time(n) for n in program.calls())
+
+
 FACTS: dict[str, Predicate] = {
     "canonical": canonical,
+    "no-dead-calls": no_dead_calls,
     "no-foldable-batch-norm": no_foldable_batch_norm,
 }
 """Name → predicate."""
