@@ -5,9 +5,9 @@ Before → after::
     %1 = exp(@table: f32[12])
     %2 = mul(x, %1)                →    %1 = mul(x, @table.folded: f32[12])
 
-Does not apply when: an operand is an input, a size that the input decides, or random; the result would be larger than both
-its operands together and a megabyte (an expanded mask is cheaper to compute than to ship); the operator is opaque or one of
-our quantization operators (a folded dequantize would undo the quantization); the result is no tensor.
+Does not apply when: an operand is an input, a size that the input decides, or random; the result would be larger than
+both its operands together and a megabyte (an expanded mask is cheaper to compute than to ship); the operator is opaque
+or one of our quantization operators (a folded dequantize would undo the quantization); the result is no tensor.
 Numerical effect: none, bit for bit: the same kernel computes the same value.
 """
 
@@ -91,6 +91,6 @@ def _value(ir: Program, node: Node) -> torch.Tensor:
     args: Any
     args, kwargs = map_arg((node.args, node.kwargs), lambda n: ir.tensors[str(n.target)])
     with torch.inference_mode(False), torch.no_grad():
-        value = node.target(*args, **kwargs)  # type: ignore[operator]
+        value: torch.Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
     # A view of a stored tensor would keep the whole of it alive, and a later edit of one would show in the other.
     return value.contiguous().clone()

@@ -2,12 +2,12 @@
 
 A pattern is data::
 
-    SCALE = Bind("scale", number())
-    pattern = Op("aten.mul.Tensor", Op("aten.linear.default", Bind("x"), Bind("weight", stored())), SCALE, commutes=True)
+    linear = op("aten.linear.default", Bind("x"), Bind("weight", stored()))
+    pattern = op("aten.mul.Tensor", linear, Bind("scale", number()), commutes=True)
 
-:func:`match` returns :class:`Found` (bindings, and the nodes that a rewrite consumes) or :class:`Failed` (the node at which
-it stopped, the reason, and how many operators had matched). The farther a failure got, the better a near miss it is; of the
-two operand orders of a commuting operator the farther one is reported.
+:func:`match` returns :class:`Found` (bindings, and the nodes that a rewrite consumes) or :class:`Failed` (the node at
+which it stopped, the reason, and how many operators had matched). The farther a failure got, the better a near miss it
+is; of the two operand orders of a commuting operator the farther one is reported.
 
 Every operator but the root must have no reader outside the match, unless ``shared=True``: a rewrite consumes it.
 """

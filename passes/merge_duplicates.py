@@ -6,8 +6,8 @@ Before → after::
     %2 = relu(x)          →    %1 = relu(x)
     %3 = add(%1, %2)           %3 = add(%1, %1)
 
-Does not apply when: an operator is random or checks something while it runs; two tensors differ in dtype, shape, content or
-kind. Tensors are compared by digest, so a tied weight that was stored twice is stored once again.
+Does not apply when: an operator is random or checks something while it runs; two tensors differ in dtype, shape,
+content or kind. Tensors are compared by digest, so a tied weight that was stored twice is stored once again.
 Numerical effect: none, bit for bit.
 """
 

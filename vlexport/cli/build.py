@@ -21,6 +21,7 @@ def build(**values: Any) -> Outcome:
     """Build a verified, measured bundle from a model file."""
     recipe = values.pop("recipe")
     values.pop("json_output")
+    planned = values.pop("plan")
     options = options_from_text(values.pop("options") or [])
     precision = values.get("precision")
     if precision is not None and precision not in PRECISIONS:
@@ -41,6 +42,8 @@ def build(**values: Any) -> Outcome:
     require_build_half("vlexport build")
     from vlexport.stages.build import build as build_stage
 
+    if planned:
+        return _plan(config)
     _use_threads(config.threads)
     reporter = make_reporter()
     result = build_stage(config, reporter=reporter)
@@ -54,6 +57,35 @@ def build(**values: Any) -> Outcome:
         "use_it": lines[lines.index("Use it:") + 1 :],
     }
     return Outcome(lines, payload, exit_code(result.report.verdicts))
+
+
+def _plan(config: BuildConfig) -> Outcome:
+    from vlexport.report.figures import macs_phrase, pass_phrase, size_phrase
+    from vlexport.stages.plan import plan
+
+    found = plan(config, reporter=make_reporter())
+    lines = [
+        f"Plan     {config.target}: {found.calls_before} calls become {found.calls_after}, "
+        f"{macs_phrase(found.after.macs, found.after.opaque)}, {size_phrase(found.after.size_bytes)} of weights"
+    ]
+    for record in found.passes:
+        lines.append(f"Pass     {pass_phrase(record)}")
+        lines += [f"         {change.what} ×{change.count}" for change in record.changes]
+        lines += [f"         not {miss.pattern} at {miss.node}: {miss.reason}" for miss in record.near_misses]
+    lines += [f"Note     {note}" for note in found.notes]
+    for problem in found.problems:
+        where = f" ({problem.where})" if problem.where else ""
+        hint = f"; {problem.hint}" if problem.hint else ""
+        lines.append(f"Problem  {problem.code}: {problem.message}{where}{hint}")
+    lines.append("Nothing was written." if found.problems else "No problem found; nothing was written.")
+    payload = {
+        "passes": [plain_json(record) for record in found.passes],
+        "before": plain_json(found.before),
+        "after": plain_json(found.after),
+        "problems": [problem.as_dict() for problem in found.problems],
+        "notes": list(found.notes),
+    }
+    return Outcome(lines, payload, found.problems[0].exit_code if found.problems else 0)
 
 
 def _use_threads(threads: int) -> None:
@@ -83,6 +115,10 @@ def _signature() -> inspect.Signature:
         "recipe": (
             Annotated[str | None, typer.Option("--recipe", help="TOML file with any of these options; flags win.")],
             None,
+        ),
+        "plan": (
+            Annotated[bool, typer.Option("--plan", help="Say what a build would do, in seconds; write nothing.")],
+            False,
         ),
         "json_output": (Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")], False),
     }

@@ -1,9 +1,9 @@
 """A content-addressed cache on disk, safe with concurrent writers. No torch.
 
-An entry is a folder of files under the SHA-256 of its key: everything that decides its content (inputs, options, tool and
-code versions), never a path or a time. It is written to a temporary sibling and renamed, so that a reader sees all of it
-or nothing; of two writers the first wins and the second's work is dropped. Every file's hash is checked on read: a damaged
-entry is removed and counts as a miss. The least recently used entries go when the cache grows over its cap.
+An entry is a folder of files under the SHA-256 of its key: everything that decides its content (inputs, options, tool
+and code versions), never a path or a time. It is written to a temporary sibling and renamed, so that a reader sees all
+of it or nothing; of two writers the first wins and the second's work is dropped. Every file's hash is checked on read:
+a damaged entry is removed and counts as a miss. The least recently used entries go when the cache grows over its cap.
 
 The folder is ``$VLEXPORT_CACHE``, or the platform's cache folder, with mode 0700.
 """

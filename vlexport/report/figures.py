@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vlexport.core.bundle_schema import Report
+from vlexport.core.bundle_schema import PassRecord, Report
 
 
 def size_phrase(size_bytes: int) -> str:
@@ -51,3 +51,11 @@ def latency_phrase(report: Report) -> str:
     if found.verdict == "quick":
         return f"{shown}; {found.ratio:.2f}× against {found.baseline} ({span}, {kind})"
     return f"{shown}; {found.ratio:.2f}× against {found.baseline} ({kind})"
+
+
+def pass_phrase(record: PassRecord) -> str:
+    """What a pass did, in a few words."""
+    count = sum(change.count for change in record.changes)
+    said = f"{record.name} {count} change{'s' if count != 1 else ''}" if count else f"{record.name} nothing to do"
+    misses = len(record.near_misses)
+    return f"{said} ({misses} near miss{'es' if misses != 1 else ''})" if misses else said

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from vlexport.core.bundle_schema import Bundle, PassRecord, Report
-from vlexport.report.figures import accuracy_phrase, latency_phrase, macs_phrase, size_phrase
+from vlexport.core.bundle_schema import Bundle, Report
+from vlexport.report.figures import accuracy_phrase, latency_phrase, macs_phrase, pass_phrase, size_phrase
 
 MAX_LINES = 12
 
@@ -21,7 +21,7 @@ def receipt(bundle: Bundle, report: Report, shown_path: str) -> list[str]:
         f"Built    {shown_path}: {bundle.target} {bundle.precision}, {size_phrase(report.size_bytes)}, "
         f"{macs_phrase(main.cost.macs, main.cost.opaque)}, {main.cost.parameters / 1e6:.2f} M parameters",
         f"Checked  {_gates(bundle)}; golden vectors within {main.golden.tolerance:.0e}",
-        f"Passes   {'; '.join(map(_pass_phrase, main.passes))}",
+        f"Passes   {'; '.join(map(pass_phrase, main.passes))}",
         f"Accuracy {accuracy_phrase(report)}",
         f"Latency  {latency_phrase(report)}",
     ]
@@ -44,13 +44,6 @@ def snippet(bundle: Bundle, shown_path: str) -> list[str]:
     shapes = [(s, tuple(main.dims[d].opt if isinstance(d, str) else d for d in s.shape)) for s in main.artifact.inputs]
     arrays = ", ".join(f"{spec.name!r}: np.zeros({shape}, {spec.dtype!r})" for spec, shape in shapes)
     return [f"    import numpy as np, vlexport; print(vlexport.load({shown_path!r}).run({{{arrays}}}))"]
-
-
-def _pass_phrase(record: PassRecord) -> str:
-    count = sum(change.count for change in record.changes)
-    said = f"{record.name} {count} change{'s' if count != 1 else ''}" if count else f"{record.name} nothing to do"
-    misses = len(record.near_misses)
-    return f"{said} ({misses} near miss{'es' if misses != 1 else ''})" if misses else said
 
 
 def _gates(bundle: Bundle) -> str:

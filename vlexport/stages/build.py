@@ -2,8 +2,8 @@
 
 ::
 
-    model.pt ─ frontend ─▶ Program ─ passes ─▶ Program ─ lower ─▶ artifact ─▶ golden check ─▶ validate ─▶ profile ─▶
-    bundle
+    model.pt ─ frontend ─▶ Program ─ passes ─▶ Program ─ lower ─▶ artifact ─▶ golden check ─▶ bundle
+                                                                                 └─▶ validate ─▶ profile ─▶ report
 """
 
 from __future__ import annotations
@@ -14,37 +14,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from pydantic import ValidationError
 
 import vlexport
-from vlexport.core.artifact import Array, Frozen
+from vlexport.core.artifact import Array, TensorSpec
 from vlexport.core.bundle import ARTIFACT_FOLDER
 from vlexport.core.bundle_schema import Bundle, Component, CostRecord, PassRecord, Report
 from vlexport.core.config import BuildConfig
 from vlexport.core.devices import available_cores, this_machine
-from vlexport.core.errors import CapabilityError, DataError, UsageError, nearest
+from vlexport.core.errors import DataError
 from vlexport.core.progress import Reporter, Silent, StageClock
-from vlexport.core.samples import Dataset, open_data
-from vlexport.core.verdict import Gate, gate_from_text
 from vlexport.frontends.source import Source, open_source
 from vlexport.ir.cost import cost
 from vlexport.ir.draw import draw
 from vlexport.ir.program import Program
-from vlexport.passes import CATALOGUE as PASSES
-from vlexport.passes import pass_class
-from vlexport.passes.base import Pass
 from vlexport.passes.gate import NumericGate
 from vlexport.passes.pipeline import DumpHook, Hook, TimingHook, run_pipeline
 from vlexport.passes.probes import make_probes
 from vlexport.report.write import new_report, write_report
+from vlexport.stages.choices import (
+    check_device_profile,
+    gates_of,
+    open_dataset,
+    options_of,
+    output_of,
+    passes_of,
+    precision_of,
+)
 from vlexport.stages.golden import check_golden
 from vlexport.stages.profile import QUICK, Measurable, measure_latency
 from vlexport.stages.validate import TIMED, judge_gates, measure_accuracy, require_measured
 from vlexport.stages.write_bundle import require_folder, require_free, staging, write_bundle, write_golden
-from vlexport.targets import CATALOGUE as TARGETS
 from vlexport.targets import open_target
-from vlexport.targets.base import Target
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,12 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
     reporter = reporter or Silent()
     clock = StageClock(reporter)
     target = open_target(config.target)
-    precision, reason = target.choose_precision(None if config.precision == "auto" else config.precision)
+    precision, reason = precision_of(config, target)
     gates = gates_of(config)
-    options = _options(config, target)
-    passes = _passes(config)
-    _device_profile(config)
-    output = Path(config.output or f"{Path(config.model).stem}.bundle")
+    options = options_of(config, target)
+    passes = passes_of(config)
+    check_device_profile(config)
+    output = output_of(config)
     require_free(output, force=config.force)
     require_folder(config.dump)
     target.require()
@@ -90,7 +92,7 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
 
     with clock.stage("open the model"):
         source = open_source(config)
-    dataset = _dataset(config.data, source)
+    dataset = open_dataset(config.data, source)
     if dataset is not None:
         require_measured([g for g in gates if g.metric not in TIMED], dataset, referenced=True)
     calibration = _calibration(config.calib, source)
@@ -149,27 +151,6 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
     return BuildResult(output, bundle, report, seconds)
 
 
-def gates_of(config: BuildConfig) -> tuple[Gate, ...]:
-    """All gates of a config, ``--max-drop`` among them; those that need data are refused without it.
-
-    Raises:
-        UsageError: VLX0702, VLX0804.
-    """
-    texts = [*config.gate, *([f"drop<={config.max_drop:g}"] if config.max_drop is not None else [])]
-    gates = tuple(gate_from_text(text) for text in texts)
-    for gate in gates:
-        needs_data = gate.metric not in (*TIMED, "size_mb")
-        if (needs_data and config.data is None) or (gate.metric in TIMED and not config.profile):
-            flag = "--data DATA" if needs_data else "--profile"
-            raise UsageError(
-                "VLX0804",
-                f"gate {gate} needs a measurement that this build does not make",
-                where="--gate",
-                hint=f"add {flag}",
-            )
-    return gates
-
-
 def golden_inputs(program: Program, seed: int) -> dict[str, Array]:
     """Seeded inputs with every dynamic dim one above its smallest size, where its range allows."""
     sizes = {name: r.min + 1 if r.max is None or r.max > r.min else r.min for name, r in program.signature.dims.items()}
@@ -186,74 +167,26 @@ def _drawn(program: Program, seed: int, sizes: dict[str, int]) -> dict[str, Arra
     return {spec.name: value.numpy() for spec, value in zip(program.signature.inputs, values, strict=True)}
 
 
-def _passes(config: BuildConfig) -> list[Pass[Program]]:
-    made: list[Pass[Program]] = []
-    for name in PASSES:
-        kind = pass_class(name)
-        made.append(kind(_typed(kind.Options, config.scoped_options(name), name)))
-    return made
-
-
-def _options(config: BuildConfig, target: Target) -> Frozen:
-    scopes = [*PASSES, *TARGETS]
-    for key in config.options:
-        scope = key.partition(".")[0]
-        if scope not in scopes:
-            raise UsageError(
-                "VLX0703",
-                f"--set {key}: no pass or target '{scope}'{nearest(scope, scopes)}",
-                where="--set",
-                hint=f"known: {', '.join(scopes)}",
-            )
-    return _typed(target.Options, config.scoped_options(target.id), target.id)
-
-
-def _typed(kind: type[Frozen], values: dict[str, str], scope: str) -> Frozen:
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        near = nearest(name, kind.model_fields)
-        raise UsageError(
-            "VLX0703",
-            f"--set {scope}.{name}: {first['msg'].lower()}{near}",
-            where="--set",
-            hint=f"options of {scope}: {', '.join(kind.model_fields) or 'none'}",
-        ) from error
-
-
-def _device_profile(config: BuildConfig) -> None:
-    if config.device_profile != "this":
-        raise CapabilityError(
-            "VLX0703", f"no device profile '{config.device_profile}' in this version", where="--for", hint="known: this"
-        )
-
-
-def _dataset(data: str | None, source: Source) -> Dataset | None:
-    if data is None:
-        return None
-    return open_data(
-        data, inputs=source.program.signature.inputs, preprocess=source.preprocess, labels=source.labels or None
-    )
-
-
 def _calibration(data: str | None, source: Source) -> Sequence[torch.Tensor] | None:
     """The first calibration sample, with batch dim."""
-    dataset = _dataset(data, source)
+    dataset = open_dataset(data, source)
     if dataset is None:
         return None
     first = next(iter(dataset), None)
     if first is None:
         raise DataError("VLX0202", "the calibration data is empty", where="--calib")
-    names = [spec.name for spec in source.program.signature.inputs]
-    return [torch.from_numpy(first.inputs[name][None]) for name in names]
+    return [_batched(first.inputs[spec.name], spec) for spec in source.program.signature.inputs]
+
+
+def _batched(row: Array, spec: TensorSpec) -> torch.Tensor:
+    """A sample with its batch dim: 1, or repeated to the size that the graph fixes."""
+    size = spec.shape[0] if spec.shape and isinstance(spec.shape[0], int) else 1
+    return torch.from_numpy(np.repeat(row[None], size, axis=0))
 
 
 def _component(
     source: Source, program: Program, records: tuple[PassRecord, ...], artifact: Any, golden: Any
 ) -> Component:
-    found = cost(program)
     return Component(
         artifact=artifact,
         dims=program.signature.dims,
@@ -261,5 +194,11 @@ def _component(
         labels=source.labels,
         golden=golden,
         passes=records,
-        cost=CostRecord(macs=found.macs, parameters=found.parameters, size_bytes=found.size_bytes, opaque=found.opaque),
+        cost=cost_record(program),
     )
+
+
+def cost_record(program: Program) -> CostRecord:
+    """What one run of a Program costs, as data of a bundle."""
+    found = cost(program)
+    return CostRecord(macs=found.macs, parameters=found.parameters, size_bytes=found.size_bytes, opaque=found.opaque)
