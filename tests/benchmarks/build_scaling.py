@@ -1,0 +1,61 @@
+"""Seconds per transformer block of a build at 48 blocks, over those at 12: a build must not grow faster than its model.
+
+``python tests/benchmarks/build_scaling.py [ROUNDS]``: builds a DeiT-tiny of 12 and of 48 blocks (gate on, no profile)
+in one process, interleaved, after a small build that loads the exporter. Exit code 1 when the median ratio is above
+1.25.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import vlexport
+from vlexport.core.config import BuildConfig
+from vlexport.core.devices import this_machine
+from vlexport.frontends import compat
+from vlexport.stages.build import build
+
+DEPTHS = (12, 48)
+LIMIT = 1.25
+
+
+def seconds(folder: Path, depth: int, number: int) -> float:
+    """Seconds of one build."""
+    started = time.perf_counter()
+    build(BuildConfig(model=str(folder / f"{depth}.pt"), output=str(folder / f"b{depth}-{number}"), profile=False))
+    return time.perf_counter() - started
+
+
+def main(rounds: int) -> int:
+    """Measure and print."""
+    compat.declare_torchvision_operators()
+    import timm
+
+    machine = this_machine()
+    print(f"{machine.cpu} ({', '.join(machine.instruction_set)}), {machine.cores} cores")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        for depth in (1, *DEPTHS):
+            torch.manual_seed(0)
+            model = timm.create_model("deit_tiny_patch16_224", depth=depth).eval()
+            vlexport.save(model, folder / f"{depth}.pt", inputs=torch.randn(1, 3, 224, 224))
+        seconds(folder, 1, 0)
+        ratios = []
+        for number in range(rounds):
+            per_block = {depth: seconds(folder, depth, number) / depth for depth in DEPTHS}
+            ratios.append(per_block[48] / per_block[12])
+            shown = ", ".join(f"{d} blocks {1e3 * s:.0f} ms a block" for d, s in per_block.items())
+            print(f"  round {number + 1}: {shown}", flush=True)
+    median = statistics.median(ratios)
+    print(f"a block costs {median:.2f}x at 48 blocks (rounds {', '.join(f'{r:.2f}' for r in ratios)}; limit {LIMIT})")
+    return int(median > LIMIT)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 3))
