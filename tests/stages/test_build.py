@@ -25,6 +25,7 @@ import vlexport
 from vlexport.cli.main import main
 from vlexport.core.bundle import read_bundle
 from vlexport.core.config import BuildConfig
+from vlexport.core.devices import this_machine
 from vlexport.core.errors import VlexportError
 from vlexport.targets.onnxruntime import OnnxRuntimeTarget
 
@@ -332,3 +333,15 @@ def test_static_batch_model_builds_when_it_branches_on_size(tmp_path: Path) -> N
     assert main(["run", str(bundle), str(tmp_path / "x.npz"), "-o", str(tmp_path / "out.npz")]) == 0
     with np.load(tmp_path / "out.npz") as out:
         assert (out["output"] == 2 * np.arange(18).reshape(6, 3)).all()
+
+
+def test_latency_is_not_claimed_when_this_machine_is_not_the_device(
+    model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = this_machine().model_copy(update={"instruction_set": ("avx2", "fma")})
+    monkeypatch.setattr("vlexport.stages.build.this_machine", lambda: plain)
+    config = BuildConfig(model=str(model_file), output=str(tmp_path / "b"), device_profile="cpu-x86-vnni")
+    made = vlexport.build(config)
+    assert made.bundle.device_profile == "cpu-x86-vnni"
+    assert made.report.latency is None
+    assert "latency was not measured: this machine is no cpu-x86-vnni" in made.report.notes

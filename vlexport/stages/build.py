@@ -34,13 +34,13 @@ from vlexport.passes.pipeline import DumpHook, Hook, TimingHook, run_pipeline
 from vlexport.passes.probes import make_probes
 from vlexport.report.write import new_report, write_report
 from vlexport.stages.choices import (
-    check_device_profile,
     gates_of,
     open_dataset,
     options_of,
     output_of,
     passes_of,
     precision_of,
+    profile_of,
 )
 from vlexport.stages.golden import check_golden
 from vlexport.stages.profile import QUICK, Measurable, measure_latency
@@ -83,7 +83,7 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
     gates = gates_of(config)
     options = options_of(config, target)
     passes = passes_of(config)
-    check_device_profile(config)
+    device = profile_of(config)
     output = output_of(config)
     require_free(output, force=config.force)
     require_folder(config.dump)
@@ -120,7 +120,7 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
                     state="verified",
                     target=target.id,
                     precision=precision,
-                    device_profile=config.device_profile,
+                    device_profile=device.id,
                     source_hash=source.source_hash,
                     components={"main": _component(source, program, records, artifact, golden)},
                     tools=target.tools(),
@@ -136,7 +136,10 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
                     judged = measure_accuracy(session, dataset, bundle.main, reference=source.run, reporter=reporter)
                 notes = (*source.notes, *judged.pop("notes"))
                 report = report.model_copy(update={**judged, "notes": notes, "reference": "source program"})
-        if config.profile:
+        if config.profile and not device.is_this(this_machine()):
+            elsewhere = f"latency was not measured: this machine is no {device.id}"
+            report = report.model_copy(update={"notes": (*report.notes, elsewhere)})
+        elif config.profile:
             with clock.stage("profile"), tempfile.TemporaryDirectory(prefix="vlexport-") as scratch:
                 naive = Measurable("naive", target, Path(scratch), target.lower_naive(source.program, Path(scratch)))
                 ours = Measurable("artifact", target, folder / ARTIFACT_FOLDER, artifact)

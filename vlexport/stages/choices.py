@@ -11,16 +11,18 @@ from pydantic import ValidationError
 
 from vlexport.core.artifact import Frozen
 from vlexport.core.config import BuildConfig
-from vlexport.core.errors import CapabilityError, UsageError, nearest
+from vlexport.core.device_profiles import DeviceProfile, device_profile
+from vlexport.core.errors import InternalError, UsageError, nearest
 from vlexport.core.samples import Dataset, open_data
 from vlexport.core.verdict import Gate, gate_from_text
 from vlexport.frontends.source import Source
 from vlexport.ir.program import Program
 from vlexport.passes import CATALOGUE as PASSES
-from vlexport.passes import pass_class
-from vlexport.passes.base import Pass
+from vlexport.passes import offered_passes, pass_class
+from vlexport.passes.base import STAGES, Pass
+from vlexport.passes.pipeline import check_order
 from vlexport.stages.validate import TIMED
-from vlexport.targets import CATALOGUE as TARGETS
+from vlexport.targets import offered_targets
 from vlexport.targets.base import Target
 
 
@@ -60,35 +62,52 @@ def gates_of(config: BuildConfig) -> tuple[Gate, ...]:
 
 
 def passes_of(config: BuildConfig) -> list[Pass[Program]]:
-    """Every pass of the catalogue with its options.
+    """Every pass of the catalogue and those asked for by name, each at the end of its stage, with their options.
 
     Raises:
-        UsageError: VLX0703.
+        UsageError: VLX0703 for an unknown pass or option, VLX0405 when one asks for what no earlier pass establishes.
+        CapabilityError: VLX1001, VLX1002, VLX1003 for a plugin that cannot be used.
     """
     made: list[Pass[Program]] = []
-    for name in PASSES:
+    for name in dict.fromkeys((*PASSES, *config.passes)):
         kind = pass_class(name)
         made.append(kind(_typed(kind.Options, config.scoped_options(name), name)))
+    made.sort(key=lambda each: STAGES.index(each.stage))  # stable: plugins stand behind ours of the same stage
+    if config.passes:
+        try:
+            check_order(made)
+        except InternalError as error:
+            raise UsageError(error.code, error.message, where="--pass", hint="leave that --pass out") from error
     return made
 
 
 def options_of(config: BuildConfig, target: Target) -> Frozen:
-    """The target's options; every ``--set`` must name a pass or target that exists.
+    """The target's options; every ``--set`` must name a target that exists, or a pass that runs.
 
     Raises:
         UsageError: VLX0703.
     """
-    scopes = [*PASSES, *TARGETS]
+    scopes = [*PASSES, *config.passes, *offered_targets()]
     for key in config.options:
         scope = key.partition(".")[0]
         if scope not in scopes:
+            asleep = scope in offered_passes()
             raise UsageError(
                 "VLX0703",
-                f"--set {key}: no pass or target '{scope}'{nearest(scope, scopes)}",
+                f"--set {key}: pass '{scope}' is not run"
+                if asleep
+                else f"--set {key}: no pass or target '{scope}'{nearest(scope, scopes)}",
                 where="--set",
-                hint=f"known: {', '.join(scopes)}",
+                hint=f"add --pass {scope}" if asleep else f"known: {', '.join(scopes)}",
             )
     return _typed(target.Options, config.scoped_options(target.id), target.id)
+
+
+def tools_of(config: BuildConfig, target: Target) -> dict[str, str]:
+    """Versions of what takes part in a build: the target's tools, and the packages of the plugins that it uses."""
+    claims = [offered_passes()[name] for name in config.passes] + [offered_targets()[config.target]]
+    plugins = {offer.distribution: offer.version for each in claims for offer in each if not offer.built_in}
+    return {**target.tools(), **plugins}
 
 
 def _typed(kind: type[Frozen], values: dict[str, str], scope: str) -> Frozen:
@@ -106,16 +125,13 @@ def _typed(kind: type[Frozen], values: dict[str, str], scope: str) -> Frozen:
         ) from error
 
 
-def check_device_profile(config: BuildConfig) -> None:
-    """Refuse device profiles that do not exist.
+def profile_of(config: BuildConfig) -> DeviceProfile:
+    """The device profile that ``--for`` names.
 
     Raises:
-        CapabilityError: VLX0703.
+        UsageError: VLX0703.
     """
-    if config.device_profile != "this":
-        raise CapabilityError(
-            "VLX0703", f"no device profile '{config.device_profile}' in this version", where="--for", hint="known: this"
-        )
+    return device_profile(config.device_profile, target=config.target)
 
 
 def open_dataset(data: str | None, source: Source) -> Dataset | None:

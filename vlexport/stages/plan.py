@@ -20,13 +20,13 @@ from vlexport.passes.base import Pass
 from vlexport.passes.pipeline import run_pipeline
 from vlexport.stages.build import cost_record
 from vlexport.stages.choices import (
-    check_device_profile,
     gates_of,
     open_dataset,
     options_of,
     output_of,
     passes_of,
     precision_of,
+    profile_of,
 )
 from vlexport.stages.write_bundle import require_free
 from vlexport.targets import open_target
@@ -74,7 +74,7 @@ def plan(config: BuildConfig, *, reporter: Reporter | None = None) -> Plan:
     collect(lambda: precision_of(config, target))
     collect(lambda: gates_of(config))
     collect(lambda: options_of(config, target))
-    collect(lambda: check_device_profile(config))
+    collect(lambda: profile_of(config))
     collect(lambda: require_free(output_of(config), force=config.force))
     collect(target.require)
     with reporter.stage("open the model"):
