@@ -1,18 +1,19 @@
 """Passes: graph transformations with a contract that the runner checks, and their catalogue.
 
-A pass is one file, one line here, one test and one golden file. Nothing registers itself at import.
+A pass is one file, one line here, one test and one golden file. Nothing registers itself at import. Installed packages
+offer further ones as entry points (``core/plugins``).
 """
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 if __name__ != "vlexport.passes":
     raise ImportError("import vlexport.passes, not passes: the folder at the top is the package's source")
 
 from vlexport.core.errors import UsageError, nearest
-from vlexport.passes.base import Pass
+from vlexport.core.plugins import Offer, load, offers, only_one, unusable
+from vlexport.passes.base import API_VERSION, STAGES, Pass
 
 CATALOGUE: dict[str, str] = {
     "canonicalize": "vlexport.passes.canonicalize:Canonicalize",
@@ -24,16 +25,29 @@ CATALOGUE: dict[str, str] = {
 """Id → where the class lies, in pipeline order. Imported when used."""
 
 
+GROUP = "vlexport.passes"
+"""Entry points of plugins: id → class."""
+
+
+def offered_passes() -> dict[str, tuple[Offer, ...]]:
+    """Id → who offers it: the catalogue in pipeline order, then installed plugins."""
+    return offers(GROUP, CATALOGUE)
+
+
 def pass_class(name: str) -> type[Pass[Any]]:
-    """The class behind an id.
+    """The class behind an id. A plugin's code is imported here.
 
     Raises:
         UsageError: VLX0703 for an unknown id, with the nearest one.
+        CapabilityError: VLX1001, VLX1002, VLX1003 for a plugin that cannot be used.
     """
-    if name not in CATALOGUE:
-        raise UsageError(
-            "VLX0703", f"no pass '{name}'{nearest(name, CATALOGUE)}", hint=f"known: {', '.join(CATALOGUE)}"
-        )
-    module, _, attribute = CATALOGUE[name].partition(":")
-    found: type[Pass[Any]] = getattr(importlib.import_module(module), attribute)
+    known = offered_passes()
+    if name not in known:
+        raise UsageError("VLX0703", f"no pass '{name}'{nearest(name, known)}", hint=f"known: {', '.join(known)}")
+    offer = only_one(known[name])
+    found: type[Pass[Any]] = load(offer, base=Pass, api_version=API_VERSION)
+    if found.name != name:
+        raise unusable(offer, f"its class calls itself '{found.name}'")
+    if found.stage not in STAGES:
+        raise unusable(offer, f"there is no stage '{found.stage}'{nearest(found.stage, STAGES)}")
     return found

@@ -3,22 +3,32 @@
 A pass finds matches and near misses, and applies one match at a time; the runner drives it to a fixed point, so a
 prefix of its matches can be applied by bisect. Whatever a pass makes carries shape and provenance (``Program.add_call``
 sees to it). No class, family or module-path test, and no test of the target, ever stands in a pass.
+
+A pass is generic over the graph it works on: ``Pass[Program]``, or ``Pass[OnnxModel]`` for what a target lowered to.
+What differs between them (how a graph is run, what a node is) is a :class:`~vlexport.passes.level.Level`.
 """
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal
 
 from torch.fx import Node
+from typing_extensions import TypeVar
 
 from vlexport.core.artifact import Frozen
 from vlexport.core.bundle_schema import Change
 from vlexport.core.errors import InternalError
 
+API_VERSION = 1
+"""Version of this contract. It grows when a pass written for an earlier one would no longer work; a plugin writes the
+number that it was written for, and does not import this one."""
+
 IR = TypeVar("IR")
+N = TypeVar("N", bound=Hashable, default=Node)
+"""What a node is at the level of a pass; a level can describe it. ``Match`` alone means one of a Program."""
 Stage = Literal["normalize", "raise", "reparameterize", "tokens", "narrow", "smooth", "precision", "legalize"]
 STAGES: tuple[Stage, ...] = (
     "normalize", "raise", "reparameterize", "tokens", "narrow", "smooth", "precision", "legalize",
@@ -33,7 +43,7 @@ class NoOptions(Frozen):
 
 
 @dataclass(frozen=True)
-class Match:
+class Match(Generic[N]):
     """A place where a pass applies.
 
     Attributes:
@@ -42,13 +52,13 @@ class Match:
         data: What ``find`` learnt and ``apply`` needs. It may hold nodes of ``nodes`` only: others may be gone by then.
     """
 
-    node: Node
-    nodes: tuple[Node, ...]
+    node: N
+    nodes: tuple[N, ...]
     data: Any = None
 
 
 @dataclass(frozen=True)
-class NearMiss:
+class NearMiss(Generic[N]):
     """A place where a pass nearly applies.
 
     Attributes:
@@ -58,7 +68,7 @@ class NearMiss:
     """
 
     pattern: str
-    node: Node
+    node: N
     reason: str
 
 
@@ -87,14 +97,14 @@ class Pass(abc.ABC, Generic[IR]):
         self.options = options if options is not None else self.Options()
 
     @abc.abstractmethod
-    def find(self, ir: IR) -> Iterator[Match | NearMiss]:
+    def find(self, ir: IR) -> Iterator[Match[Any] | NearMiss[Any]]:
         """Every place where the pass applies, or nearly does. Changes nothing."""
 
     @abc.abstractmethod
-    def apply(self, ir: IR, match: Match) -> Change:
+    def apply(self, ir: IR, match: Match[Any]) -> Change:
         """Rewrite one match in place, consuming only ``match.nodes`` and what becomes unread by it."""
 
-    def run(self, ir: IR, *, limit: int | None = None) -> tuple[list[Change], list[NearMiss]]:
+    def run(self, ir: IR, *, limit: int | None = None) -> tuple[list[Change], list[NearMiss[Any]]]:
         """Apply until nothing matches, or ``limit`` matches were applied.
 
         Raises:
@@ -102,8 +112,8 @@ class Pass(abc.ABC, Generic[IR]):
         """
         changes: list[Change] = []
         for _ in range(MAX_SWEEPS):
-            misses: list[NearMiss] = []
-            matches: list[Match] = []
+            misses: list[NearMiss[Any]] = []
+            matches: list[Match[Any]] = []
             for found in self.find(ir):
                 if isinstance(found, Match):
                     matches.append(found)
@@ -111,7 +121,7 @@ class Pass(abc.ABC, Generic[IR]):
                     misses.append(found)
             if not matches:
                 return changes, misses
-            consumed: set[Node] = set()
+            consumed: set[Hashable] = set()
             for match in matches:
                 if limit is not None and len(changes) >= limit:
                     return changes, misses
@@ -124,4 +134,7 @@ class Pass(abc.ABC, Generic[IR]):
         )  # fmt: skip
 
 
-__all__ = ["IR", "MAX_SWEEPS", "STAGES", "Change", "Effect", "Match", "NearMiss", "NoOptions", "Pass", "Stage"]
+__all__ = [
+    "API_VERSION", "IR", "MAX_SWEEPS", "STAGES", "Change", "Effect", "Match", "N", "NearMiss", "NoOptions", "Pass",
+    "Stage",
+]  # fmt: skip

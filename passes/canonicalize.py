@@ -10,7 +10,7 @@ Before → after::
     permute by the identity, reshape to the same shape, squeeze of a dim ≠ 1, cast to the same dtype  →  gone
 
 Does not apply when: a reshape already has −1 or two or more symbolic entries (they stay as they are).
-Numerical effect: none, bit for bit.
+Numerical effect: none, bit for bit, but that an operator behind a removed ``contiguous`` may sum in another order.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Canonicalize(Pass[Program]):
 
     def apply(self, ir: Program, match: Match) -> Change:
         node = match.node
-        was = _plain_name(node)
+        was = dialect.plain_name(node)
         where = (provenance.module_path(node),)
         rewritten = _rewritten(node)
         if isinstance(rewritten, Node):
@@ -67,7 +67,7 @@ class Canonicalize(Pass[Program]):
         made = 1 + sum(isinstance(entry, _SizeOf) for entry in entries)
         new = ir.add_call(target, (source, sizes), before=node, value_of=node)
         saved = ir.replace(node, new) - made
-        now = _plain_name(new)
+        now = dialect.plain_name(new)
         what = f"{was} spelled as {now}" if now != was else f"sizes of {was} made plain"
         return Change(what=what, where=where, saved_nodes=saved)
 
@@ -76,10 +76,6 @@ def _read(ir: Program, entry: Any, node: Node) -> Any:
     if not isinstance(entry, _SizeOf):
         return entry
     return ir.add_call(aten.sym_size.int, (entry.node, entry.dim), before=node, value_of=node)
-
-
-def _plain_name(node: Node) -> str:
-    return dialect.op_name(node).removeprefix("aten.").partition(".")[0]
 
 
 def _rewritten(node: Node) -> Any:

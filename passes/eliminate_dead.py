@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from vlexport.ir import dialect, provenance
+from vlexport.ir.cost import saving
 from vlexport.ir.program import Program
 from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
 
@@ -34,9 +35,11 @@ class EliminateDead(Pass[Program]):
                 yield Match(node, (node,))
 
     def apply(self, ir: Program, match: Match) -> Change:
-        what = f"unread {dialect.op_name(match.node).removeprefix('aten.').partition('.')[0]} removed"
-        where = (provenance.module_path(match.node),)
-        before = sum(t.numel() for t in ir.used_tensors().values())
-        saved_nodes = ir.erase_dead(match.node)
-        after = sum(t.numel() for t in ir.used_tensors().values())
-        return Change(what=what, where=where, saved_nodes=saved_nodes, saved_parameters=before - after)
+        node = match.node
+        what = f"unread {dialect.plain_name(node)} removed"
+        where = (provenance.module_path(node),)
+        saved = saving(ir, node)
+        ir.erase_dead(node)
+        return Change(
+            what=what, where=where, saved_nodes=saved.calls, saved_parameters=saved.parameters, saved_macs=saved.macs
+        )

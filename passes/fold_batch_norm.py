@@ -18,8 +18,7 @@ Numerical effect: exact up to rounding of the weights. Source: Jacob et al. 2018
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,26 +27,46 @@ from torch.fx import Node
 from vlexport.ir import dialect, provenance
 from vlexport.ir.program import Program
 from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
+from vlexport.passes.match import Failed, Found, bind, match, op, stored
 
 _CONVOLUTIONS = (
     "aten.conv1d.default", "aten.conv2d.default", "aten.conv3d.default", "aten.conv1d.padding", "aten.conv2d.padding",
     "aten.conv3d.padding",
 )  # fmt: skip
 _TRANSPOSED = ("aten.conv_transpose1d.default", "aten.conv_transpose2d.input", "aten.conv_transpose3d.input")
-_GROUPS_ARGUMENT = 6
-_PATTERN = "conv → batch_norm"
+_TRAINING, _EPSILON, _GROUPS = 5, 7, 6
+"""Places of operands: of batch norm, of batch norm, of a transposed convolution."""
+_WEIGHT = "the convolution's weight or bias is computed, not stored"
+_SCALE = "the batch norm's scale or shift is computed, not stored"
+_STATISTICS = "the batch norm's statistics are computed, not stored"
 
 
-@dataclass(frozen=True)
-class _Found:
-    producer: Node
-    weight: Tensor
-    bias: Tensor | None
-    gamma: Tensor | None
-    beta: Tensor | None
-    mean: Tensor
-    variance: Tensor
-    eps: float
+def _uses_stored_statistics(program: Program, norm: Node) -> str:
+    return "the batch norm uses batch statistics (train mode)" if dialect.operands(norm)[_TRAINING] else ""
+
+
+def _has_its_channels(program: Program, producer: Node) -> str:
+    rank = producer.meta["val"].ndim
+    if dialect.op_name(producer) == "aten.linear.default" and rank != 2:
+        return "the linear's output has a token axis where batch norm expects channels"
+    if len(producer.users) != 1:
+        return f"the convolution's output is used by {len(producer.users) - 1} other(s)"
+    if rank != dialect.operands(producer)[1].meta["val"].ndim:
+        return "the convolution's input has no batch axis, so batch norm takes another axis for its channels"
+    return ""
+
+
+_CONV_BATCH_NORM = op(
+    "aten.batch_norm.default",
+    op(
+        (*_CONVOLUTIONS, *_TRANSPOSED, "aten.linear.default"),
+        bind("input"), stored("weight", _WEIGHT), stored("bias", _WEIGHT, optional=True),
+        name="producer", noun="a convolution or linear", check=_has_its_channels,
+    ),
+    stored("gamma", _SCALE, optional=True), stored("beta", _SCALE, optional=True),
+    stored("mean", _STATISTICS), stored("variance", _STATISTICS),
+    check=_uses_stored_statistics,
+)  # fmt: skip
 
 
 class FoldBatchNorm(Pass[Program]):
@@ -60,28 +79,27 @@ class FoldBatchNorm(Pass[Program]):
 
     def find(self, ir: Program) -> Iterator[Match | NearMiss]:
         for node in ir.calls("aten.batch_norm.default"):
-            found = _examine(ir, node)
-            if isinstance(found, str):
-                yield NearMiss(_PATTERN, node, found)
+            found = match(ir, _CONV_BATCH_NORM, node)
+            if isinstance(found, Failed):
+                yield NearMiss("conv → batch_norm", node, found.reason)
             else:
-                yield Match(node, (found.producer, node), found)
+                yield Match(node, found.nodes, found)
 
     def apply(self, ir: Program, match: Match) -> Change:
         node, found = match.node, match.data
-        producer: Node = found.producer
-        weight, bias = _folded(found, dialect.op_name(producer) in _TRANSPOSED, _groups(producer))
-        name = str(producer.args[1].target)  # type: ignore[union-attr]
+        producer: Node = found["producer"]
+        weight, bias = _folded(ir, node, found)
         had = _elements(ir)
-        stem = name.removesuffix(".weight")
-        new_weight = ir.add_tensor(f"{stem}.folded.weight", weight, before=producer)
-        new_bias = ir.add_tensor(f"{stem}.folded.bias", bias, before=producer)
-        args = (producer.args[0], new_weight, new_bias, *producer.args[3:])
-        kwargs = {k: v for k, v in producer.kwargs.items() if k not in ("weight", "bias")}
-        new = ir.add_call(producer.target, args, kwargs, before=node, value_of=node, merges=(producer,))  # type: ignore[arg-type]
+        stem = str(found["weight"].target).removesuffix(".weight")
+        new_weight = ir.add_tensor(f"{stem}_folded.weight", weight, before=producer)
+        new_bias = ir.add_tensor(f"{stem}_folded.bias", bias, before=producer)
+        x, _, _, *rest = dialect.operands(producer)  # not found["input"]: another match may have replaced it since
+        operands = (x, new_weight, new_bias, *rest)
+        new = ir.add_call(producer.target, operands, before=node, value_of=node, merges=(producer,))  # type: ignore[arg-type]
         where = (provenance.module_path(producer), provenance.module_path(node))
         saved_nodes = ir.replace(node, new) - 1
         saved = had - _elements(ir)  # less than nothing where another convolution shares the weight
-        what = f"batch norm folded into {dialect.op_name(new).removeprefix('aten.').split('.')[0]}"
+        what = f"batch norm folded into {dialect.plain_name(new)}"
         return Change(what=what, where=where, saved_nodes=saved_nodes, saved_parameters=saved)
 
 
@@ -89,58 +107,29 @@ def _elements(ir: Program) -> int:
     return sum(t.numel() for t in ir.tensors.values())
 
 
-def _groups(producer: Node) -> int:
-    if dialect.op_name(producer) not in _TRANSPOSED:
-        return 1
-    given: Any = producer.args[_GROUPS_ARGUMENT] if len(producer.args) > _GROUPS_ARGUMENT else None
-    return int(producer.kwargs.get("groups", 1) if given is None else given)  # type: ignore[arg-type]
+def _folded(ir: Program, norm: Node, found: Found) -> tuple[Tensor, Tensor]:
+    """The new weight and bias, computed in float64 and in the old weight's dtype."""
 
+    def stored_in_float64(name: str) -> Tensor | None:
+        tensor = ir.tensor_of(found[name])
+        return tensor.double() if tensor is not None else None
 
-def _examine(ir: Program, node: Node) -> _Found | str:
-    """What is needed to fold ``node``, or the reason why it cannot be."""
-    producer: Any = node.args[0]
-    gamma, beta, mean, variance = (ir.tensor_of(a) for a in node.args[1:5])
-    if node.args[5]:
-        return "the batch norm uses batch statistics (train mode)"
-    if mean is None or variance is None:
-        return "the batch norm's statistics are computed, not stored"
-    if any(a is not None and t is None for a, t in zip(node.args[1:3], (gamma, beta), strict=True)):
-        return "the batch norm's scale or shift is computed, not stored"
-    name = dialect.op_name(producer)
-    if name not in (*_CONVOLUTIONS, *_TRANSPOSED, "aten.linear.default"):
-        return f"its operand is made by {name.removeprefix('aten.')}, not by a convolution or linear"
-    if name == "aten.linear.default" and producer.meta["val"].ndim != 2:
-        return "the linear's output has a token axis where batch norm expects channels"
-    if len(producer.users) != 1:
-        return f"the convolution's output is used by {len(producer.users) - 1} other(s)"
-    if len(producer.args) < 2 or {"weight", "bias"} & set(producer.kwargs):
-        return "the convolution names its weight by keyword"
-    weight = ir.tensor_of(producer.args[1])
-    bias_node = producer.args[2] if len(producer.args) > 2 else None
-    bias = ir.tensor_of(bias_node)
-    if weight is None or (bias_node is not None and bias is None):
-        return "the convolution's weight or bias is computed, not stored"
-    if producer.meta["val"].ndim != weight.ndim:
-        return "the convolution's input has no batch axis, so batch norm takes another axis for its channels"
-    return _Found(producer, weight, bias, gamma, beta, mean, variance, float(node.args[7]))  # type: ignore[arg-type]
-
-
-def _folded(found: _Found, transposed: bool, groups: int) -> tuple[Tensor, Tensor]:
-    """The new weight and bias, in the old weight's dtype."""
-    dtype = found.weight.dtype
-    weight, mean, variance = found.weight.double(), found.mean.double(), found.variance.double()
-    scale = torch.rsqrt(variance + found.eps)
-    if found.gamma is not None:
-        scale = scale * found.gamma.double()
-    if transposed:
+    weight, mean, variance = (ir.tensors[found[name].target].double() for name in ("weight", "mean", "variance"))
+    bias, gamma, beta = map(stored_in_float64, ("bias", "gamma", "beta"))
+    scale = torch.rsqrt(variance + float(dialect.operands(norm)[_EPSILON]))
+    if gamma is not None:
+        scale = scale * gamma
+    producer: Node = found["producer"]
+    if dialect.op_name(producer) in _TRANSPOSED:
+        groups = int(dialect.operands(producer)[_GROUPS])
         inputs, outputs = weight.shape[:2]
         grouped = weight.reshape(groups, inputs // groups, outputs, *weight.shape[2:])
         factor = scale.reshape(groups, 1, outputs, *[1] * (weight.ndim - 2))
         new_weight = (grouped * factor).reshape(weight.shape)
     else:
         new_weight = weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
-    bias = found.bias.double() if found.bias is not None else torch.zeros_like(mean)
-    new_bias = (bias - mean) * scale
-    if found.beta is not None:
-        new_bias = new_bias + found.beta.double()
+    new_bias = ((bias if bias is not None else 0) - mean) * scale
+    if beta is not None:
+        new_bias = new_bias + beta
+    dtype = ir.tensors[found["weight"].target].dtype
     return new_weight.to(dtype), new_bias.to(dtype)

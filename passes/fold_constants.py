@@ -2,17 +2,20 @@
 
 Before → after::
 
-    %1 = exp(@table: f32[12])
-    %2 = mul(x, %1)                →    %1 = mul(x, @table.folded: f32[12])
+    %0 = exp(@table: f32[12])
+    %1 = mul(x, %0)                →    %0 = mul(x, @table_folded: f32[12])
 
-Does not apply when: an operand is an input, a size that the input decides, or random; the result would be larger than
-both its operands together and a megabyte (an expanded mask is cheaper to compute than to ship); the operator is opaque
-or one of our quantization operators (a folded dequantize would undo the quantization); the result is no tensor.
-Numerical effect: none, bit for bit: the same kernel computes the same value.
+Does not apply when: an operand is an input, a size that the input decides, or random; the operator is opaque or one of
+our quantization operators (a folded dequantize would undo the quantization); the result is no tensor; nobody reads it;
+the model would grow by more than a quarter of a million elements, because the result is larger than what it makes
+unread (an expanded mask is cheaper to compute than to ship, and so is the transpose of a weight that others read).
+Numerical effect: none, bit for bit, on the value: the same kernel computes it. It is stored row by row, so an operator
+that reads it may sum in another order than it did on a transposed view.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -21,11 +24,15 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from vlexport.ir import dialect, provenance
+from vlexport.ir.cost import saving
 from vlexport.ir.program import Program
 from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
 
-GROWTH_LIMIT_BYTES = 1 << 20
+GROWTH_LIMIT = 1 << 18
+"""Elements by which one fold may enlarge the model: 1 MB of float32. Not bytes, so that the gate's float64 copy of a
+Program is folded in the same places."""
 _PATTERN = "operator on stored tensors"
+_FOLDED = re.compile(r"_folded(_\d+)?$")
 
 
 class FoldConstants(Pass[Program]):
@@ -37,54 +44,50 @@ class FoldConstants(Pass[Program]):
 
     def find(self, ir: Program) -> Iterator[Match | NearMiss]:
         for node in ir.calls():
-            reason = unfoldable(ir, node)
-            if reason is None:
+            if not _is_constant(node):
                 continue
-            if reason:
+            growth = node.meta["val"].numel() - _freed(ir, node)
+            if growth > GROWTH_LIMIT:
+                reason = f"the model would grow by {growth / 1e6:.1f} million elements"
                 yield NearMiss(_PATTERN, node, reason)
             else:
                 yield Match(node, (node,))
 
     def apply(self, ir: Program, match: Match) -> Change:
         node = match.node
+        what = f"{dialect.plain_name(node)} of constants computed"
+        where = (provenance.module_path(node),)
         value = _value(ir, node)
         stem = next((str(n.target) for n in node.all_input_nodes), provenance.module_path(node) or "constant")
-        folded = ir.add_tensor(f"{stem.removesuffix('.folded')}.folded", value, before=node, kind="constant")
-        what = f"{dialect.op_name(node).removeprefix('aten.').partition('.')[0]} of constants computed"
-        where = (provenance.module_path(node),)
-        before = sum(t.numel() for t in ir.used_tensors().values())
-        saved = ir.replace(node, folded)
-        after = sum(t.numel() for t in ir.used_tensors().values())
-        return Change(what=what, where=where, saved_nodes=saved, saved_parameters=before - after)
+        saved = saving(ir, node)
+        # No dot before "folded": "table.folded" cannot be stored beside "table" where modules are nested by name.
+        folded = ir.add_tensor(f"{_FOLDED.sub('', stem)}_folded", value, before=node, kind="constant")
+        ir.replace(node, folded)
+        added = value.numel() if value.is_floating_point() else 0
+        return Change(
+            what=what, where=where, saved_nodes=saved.calls, saved_parameters=saved.parameters - added,
+            saved_macs=saved.macs,
+        )  # fmt: skip
 
 
-def unfoldable(ir: Program, node: Node) -> str | None:
-    """Empty when ``node`` can be computed now, a reason when it nearly can, None when it reads anything else."""
-    operands = node.all_input_nodes
-    if not all(n.op == "get_attr" for n in operands):
-        return None
+def _is_constant(node: Node) -> bool:
+    """Whether ``node`` computes, from stored tensors or from nothing, a tensor that is always the same and is read."""
     row = dialect.info(node)
-    if row is None or row.category in ("quant", "shape") or dialect.checks_at_run_time(node):
-        return None
     value = node.meta["val"]
-    if not isinstance(value, torch.Tensor):
-        return None
-    if any(isinstance(size, torch.SymInt) for size in value.shape):
-        return None
-    if not operands and row.category != "make":
-        return None
-    if not operands and value.numel() > 1 and node.users and all(_is_shape_only(u) for u in node.users):
-        return None
-    size = value.numel() * value.element_size()
-    read = sum(ir.tensors[str(n.target)].numel() * ir.tensors[str(n.target)].element_size() for n in operands)
-    if size > read + GROWTH_LIMIT_BYTES:
-        return f"its result would take {size / 1e6:.1f} MB, its operands take {read / 1e6:.1f} MB"
-    return ""
+    if not node.users or any(n.op != "get_attr" for n in node.all_input_nodes):
+        return False
+    if row is None or row.category in ("quant", "shape") or dialect.checks_at_run_time(node) or dialect.is_random(node):
+        return False
+    return isinstance(value, torch.Tensor) and not any(isinstance(size, torch.SymInt) for size in value.shape)
 
 
-def _is_shape_only(node: Node) -> bool:
-    row = dialect.info(node)
-    return row is not None and row.category == "shape"
+def _freed(ir: Program, node: Node) -> int:
+    """Elements of the operands that nothing else reads."""
+    mine = set(node.all_input_nodes)
+    names = {str(n.target) for n in mine if set(n.users) == {node}}
+    if names:
+        names -= {str(n.target) for n in ir.graph.nodes if n.op == "get_attr" and n.users and set(n.users) != {node}}
+    return sum(ir.tensors[name].numel() for name in names)
 
 
 def _value(ir: Program, node: Node) -> torch.Tensor:
@@ -92,5 +95,5 @@ def _value(ir: Program, node: Node) -> torch.Tensor:
     args, kwargs = map_arg((node.args, node.kwargs), lambda n: ir.tensors[str(n.target)])
     with torch.inference_mode(False), torch.no_grad():
         value: torch.Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
-    # A view of a stored tensor would keep the whole of it alive, and a later edit of one would show in the other.
-    return value.contiguous().clone()
+        # A view of a stored tensor would keep the whole of it alive, and a later edit of one would show in the other.
+        return value.clone(memory_format=torch.contiguous_format)

@@ -2,39 +2,42 @@
 
 A pattern is data::
 
-    linear = op("aten.linear.default", Bind("x"), Bind("weight", stored()))
-    pattern = op("aten.mul.Tensor", linear, Bind("scale", number()), commutes=True)
+    linear = op("aten.linear.default", bind("x"), stored("weight"))
+    pattern = op("aten.mul.Tensor", linear, number("scale"), commutes=True)
 
 :func:`match` returns :class:`Found` (bindings, and the nodes that a rewrite consumes) or :class:`Failed` (the node at
-which it stopped, the reason, and how many operators had matched). The farther a failure got, the better a near miss it
-is; of the two operand orders of a commuting operator the farther one is reported.
+which it stopped, and the reason). Of several ways to match, every one is tried; of their failures the farthest one is
+returned, the one with most of the pattern matched before it.
 
-Every operator but the root must have no reader outside the match, unless ``shared=True``: a rewrite consumes it.
+What a rewrite consumes may have no reader outside the match. An operator of ``shared=True`` is kept, and with it
+everything above it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch.fx import Node
 
 from vlexport.ir import dialect
 from vlexport.ir.program import Program
 
-Reason = str
-"""Why something does not fit; empty when it does."""
-Check = Callable[[Program, Any], Reason]
-
 
 @dataclass(frozen=True)
 class Bind:
-    """Any operand that a check accepts, kept under a name. The same name twice means the same operand."""
+    """Any operand that a test accepts, kept under a name. The same name twice means the same operand.
+
+    Attributes:
+        name: Where :class:`Found` keeps it.
+        accepts: The test; None accepts all.
+        otherwise: The reason when it does not.
+    """
 
     name: str
-    check: Check | None = None
+    accepts: Callable[[Program, Any], bool] | None = None
+    otherwise: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,19 +46,21 @@ class Op:
 
     Attributes:
         names: ``aten.NAME.OVERLOAD``, one or several.
-        operands: Patterns for its first operands, in order; further operands are not looked at.
+        operands: Patterns for its first operands, in the order of its schema; further operands are not looked at.
         name: Binds the node itself.
+        noun: What a message calls it (``a convolution or linear``).
         commutes: Try the first two operands in both orders.
         shared: Other readers are allowed; the rewrite keeps the node.
-        check: A last condition on the node.
+        check: A condition on the node, looked at before its operands; returns why not, or nothing.
     """
 
-    names: str | tuple[str, ...]
-    operands: tuple[Pattern, ...] = ()
-    name: str = ""
-    commutes: bool = False
-    shared: bool = False
-    check: Check | None = None
+    names: tuple[str, ...]
+    operands: tuple[Op | Bind, ...]
+    name: str
+    noun: str
+    commutes: bool
+    shared: bool
+    check: Callable[[Program, Node], str] | None
 
 
 Pattern = Op | Bind
@@ -66,11 +71,12 @@ class Found:
     """A match.
 
     Attributes:
-        bound: Name → node or constant.
-        nodes: Calls that the rewrite consumes, operands before readers.
+        bound: Name → node or constant. What is not among ``nodes`` may have been replaced by the time this match is
+            applied, when others were applied before; then read it off the node that reads it.
+        nodes: Calls that the rewrite consumes, each once, operands before readers.
     """
 
-    bound: dict[str, Any]
+    bound: Mapping[str, Any]
     nodes: tuple[Node, ...]
 
     def __getitem__(self, name: str) -> Any:
@@ -84,143 +90,146 @@ class Failed:
     Attributes:
         node: Where it stopped.
         reason: Why, in words a user can act on.
-        depth: Operators that had matched by then.
+        depth: Operators and operands that had matched by then.
     """
 
     node: Node
-    reason: Reason
+    reason: str
     depth: int
 
 
-@dataclass
-class _State:
-    program: Program
-    bound: dict[str, Any] = field(default_factory=dict)
-    nodes: list[Node] = field(default_factory=list)
+@dataclass(frozen=True)
+class _Path:
+    """What matched so far on one of the ways to match."""
 
-    def copy(self) -> _State:
-        return _State(self.program, dict(self.bound), list(self.nodes))
+    bound: Mapping[str, Any] = field(default_factory=dict)
+    nodes: tuple[Node, ...] = ()
+    depth: int = 0
 
-    def become(self, other: _State) -> None:
-        self.bound, self.nodes = other.bound, other.nodes
+    def then(self, name: str, value: Any) -> _Path:
+        return _Path({**self.bound, name: value} if name else self.bound, self.nodes, self.depth + 1)
+
+    def consuming(self, node: Node) -> _Path:
+        return self if node in self.nodes else _Path(self.bound, (*self.nodes, node), self.depth)
 
 
-def op(names: str | Sequence[str], *operands: Pattern, name: str = "", commutes: bool = False, shared: bool = False,
-       check: Check | None = None) -> Op:  # fmt: skip
-    """An :class:`Op` without the tuple brackets."""
-    return Op(names if isinstance(names, str) else tuple(names), operands, name, commutes, shared, check)
+def op(names: str | Sequence[str], *operands: Pattern, name: str = "", noun: str = "", commutes: bool = False,
+       shared: bool = False, check: Callable[[Program, Node], str] | None = None) -> Op:  # fmt: skip
+    """An :class:`Op`; its noun is made from its names unless given."""
+    names = (names,) if isinstance(names, str) else tuple(names)
+    return Op(names, operands, name, noun or " or ".join(map(dialect.plain_name, names)), commutes, shared, check)
 
 
 def match(program: Program, pattern: Op, root: Node) -> Found | Failed:
     """Match ``pattern`` with its root at ``root``."""
-    state = _State(program)
-    failed = _match_op(state, pattern, root, reader=None)
-    if failed is not None:
-        return failed
-    inside = set(state.nodes)
-    for node in state.nodes[:-1]:
-        others = [user for user in node.users if user not in inside]
-        if others:
-            return Failed(node, f"its value is also read by {_short(others[0])}", len(state.nodes))
-    return Found(state.bound, tuple(state.nodes))
+    search = _Search(program)
+    for path in search.op(pattern, root, root, _Path(), kept=False):
+        if search.is_private(path, root):
+            return Found(path.bound, path.nodes)
+    return search.farthest
 
 
-def _match(state: _State, pattern: Pattern, value: Any, reader: Node) -> Failed | None:
-    if isinstance(pattern, Op):
-        return _match_op(state, pattern, value, reader)
-    if pattern.name in state.bound:
-        if state.bound[pattern.name] is value or (not isinstance(value, Node) and state.bound[pattern.name] == value):
-            return None
-        return Failed(reader, f"{pattern.name} is not the same value in both places", len(state.nodes))
-    reason = pattern.check(state.program, value) if pattern.check is not None else ""
-    if reason:
-        return Failed(reader, f"{pattern.name} {reason}", len(state.nodes))
-    state.bound[pattern.name] = value
-    return None
+class _Search:
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.farthest: Failed = Failed(program.output, "", -1)
+
+    def fail(self, node: Node, reason: str, path: _Path) -> None:
+        if path.depth > self.farthest.depth:
+            self.farthest = Failed(node, reason, path.depth)
+
+    def is_private(self, path: _Path, root: Node) -> bool:
+        for node in path.nodes:
+            others = [user for user in node.users if user not in path.nodes]
+            if node is not root and others:
+                self.fail(node, f"the {dialect.plain_name(node)}'s output is used by {len(others)} other(s)", path)
+                return False
+        return True
+
+    def operand(self, pattern: Pattern, value: Any, reader: Node, path: _Path, *, kept: bool) -> Iterator[_Path]:
+        if isinstance(pattern, Op):
+            yield from self.op(pattern, value, reader, path, kept=kept)
+        elif pattern.accepts is not None and not pattern.accepts(self.program, value):
+            self.fail(reader, pattern.otherwise, path)
+        elif self.agrees(pattern.name, value, reader, path):
+            yield path.then(pattern.name, value)
+
+    def op(self, pattern: Op, value: Any, reader: Node, path: _Path, *, kept: bool) -> Iterator[_Path]:
+        if not isinstance(value, Node) or dialect.op_name(value) not in pattern.names:
+            self.fail(reader, _mismatch(value, pattern.noun, is_root=value is reader), path)
+            return
+        reason = pattern.check(self.program, value) if pattern.check is not None else ""
+        if reason:
+            self.fail(value, reason, path)
+            return
+        if not self.agrees(pattern.name, value, reader, path):
+            return
+        kept = kept or pattern.shared
+        operands = dialect.operands(value)[: len(pattern.operands)]
+        orders = [operands]
+        if pattern.commutes:
+            orders.append((operands[1], operands[0], *operands[2:]))
+        for order in orders:
+            start = path.then(pattern.name, value)
+            for done in self.sequence(pattern.operands, order, value, start, kept=kept):
+                yield done if kept else done.consuming(value)
+
+    def sequence(
+        self, patterns: tuple[Pattern, ...], values: tuple[Any, ...], reader: Node, path: _Path, *, kept: bool
+    ) -> Iterator[_Path]:
+        if not patterns:
+            yield path
+            return
+        for first in self.operand(patterns[0], values[0], reader, path, kept=kept):
+            yield from self.sequence(patterns[1:], values[1:], reader, first, kept=kept)
+
+    def agrees(self, name: str, value: Any, reader: Node, path: _Path) -> bool:
+        if not name or name not in path.bound or same(path.bound[name], value):
+            return True
+        self.fail(reader, f"{name} is not the same value in both places", path)
+        return False
 
 
-def _match_op(state: _State, pattern: Op, value: Any, reader: Node | None) -> Failed | None:
-    names = (pattern.names,) if isinstance(pattern.names, str) else pattern.names
-    if not isinstance(value, Node) or dialect.op_name(value) not in names:
-        wanted = " or ".join(n.removeprefix("aten.").partition(".")[0] for n in names)
-        where = reader if reader is not None else value
-        return Failed(where, f"{wanted} is wanted, {_short(value)} is there", len(state.nodes))
-    if len(value.args) < len(pattern.operands):
-        return Failed(value, "an operand is given by keyword or left out", len(state.nodes))
-    orders = [tuple(range(len(pattern.operands)))]
-    if pattern.commutes and len(pattern.operands) >= 2:
-        orders.append((1, 0, *range(2, len(pattern.operands))))
-    worst: Failed | None = None
-    for order in orders:
-        attempt = state.copy()
-        failed = _match_operands(attempt, pattern, value, order)
-        if failed is None:
-            state.become(attempt)
-            if not pattern.shared:
-                state.nodes.append(value)
-            if pattern.name:
-                state.bound[pattern.name] = value
-            return None
-        if worst is None or failed.depth > worst.depth:
-            worst = failed
-    return worst
+def same(a: Any, b: Any) -> bool:
+    """Whether two operands mean the same: the same node, or equal constants of one type (1 is not 1.0, nor True)."""
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a is b or (type(a) is type(b) and not isinstance(a, Node) and repr(a) == repr(b))
 
 
-def _match_operands(state: _State, pattern: Op, node: Node, order: tuple[int, ...]) -> Failed | None:
-    for each, position in zip(pattern.operands, order, strict=True):
-        failed = _match(state, each, node.args[position], node)
-        if failed is not None:
-            return (
-                failed if failed.depth > len(state.nodes) else Failed(failed.node, failed.reason, len(state.nodes) + 1)
-            )
-    reason = pattern.check(state.program, node) if pattern.check is not None else ""
-    return Failed(node, reason, len(state.nodes) + 1) if reason else None
+def _mismatch(value: Any, noun: str, *, is_root: bool) -> str:
+    if not isinstance(value, Node):
+        return f"its operand is the constant {value!r}, not made by {noun}"
+    found = dialect.op_name(value).removeprefix("aten.")
+    return f"it is {found}, not {noun}" if is_root else f"its operand is made by {found}, not by {noun}"
 
 
-def _short(value: Any) -> str:
-    return dialect.op_name(value).removeprefix("aten.") if isinstance(value, Node) else f"the constant {value!r}"
+def bind(name: str) -> Bind:
+    """Any operand."""
+    return Bind(name)
 
 
-# -- checks ----------------------------------------------------------------------------------------------------------
-
-
-def stored() -> Check:
-    """A tensor that the Program stores."""
-    return lambda program, value: "" if program.tensor_of(value) is not None else "is computed, not stored"
-
-
-def stored_or_none() -> Check:
-    """A stored tensor, or nothing."""
-    return lambda program, value: (
-        "" if value is None or program.tensor_of(value) is not None else "is computed, not stored"
+def stored(name: str, otherwise: str = "", *, optional: bool = False) -> Bind:
+    """A tensor that the Program stores; with ``optional`` also None, as where a bias is left out."""
+    return Bind(
+        name,
+        lambda program, value: (optional and value is None) or program.tensor_of(value) is not None,
+        otherwise or f"its {name} is computed, not stored",
     )
 
 
-def number() -> Check:
+def number(name: str, otherwise: str = "") -> Bind:
     """A Python number, or a stored tensor of one element."""
 
-    def check(program: Program, value: Any) -> Reason:
+    def accepts(program: Program, value: Any) -> bool:
         tensor = program.tensor_of(value)
-        if isinstance(value, (int, float)) or (tensor is not None and tensor.numel() == 1):
-            return ""
-        return "is no constant number"
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return is_number or (tensor is not None and tensor.numel() == 1)
 
-    return check
+    return Bind(name, accepts, otherwise or f"its {name} is no constant number")
 
 
-def constant(*allowed: Any) -> Check:
-    """One of some constants."""
+def constant(name: str, *allowed: Any) -> Bind:
+    """One of some constants, type included."""
     shown = " or ".join(map(repr, allowed))
-    return lambda program, value: "" if value in allowed and not isinstance(value, Node) else f"is {value}, not {shown}"
-
-
-def tensor_of_rank(rank: int) -> Check:
-    """A value of a given rank."""
-
-    def check(program: Program, value: Any) -> Reason:
-        fake = value.meta["val"] if isinstance(value, Node) else None
-        if isinstance(fake, torch.Tensor) and fake.ndim == rank:
-            return ""
-        return f"has rank {fake.ndim if isinstance(fake, torch.Tensor) else 'none'}, not {rank}"
-
-    return check
+    return Bind(name, lambda _, value: any(same(value, each) for each in allowed), f"its {name} is not {shown}")

@@ -2,12 +2,13 @@
 
 Before → after::
 
-    %1 = relu(x)
-    %2 = relu(x)          →    %1 = relu(x)
-    %3 = add(%1, %2)           %3 = add(%1, %1)
+    %0 = relu(x)
+    %1 = relu(x)          →    %0 = relu(x)
+    %2 = add(%0, %1)           %1 = add(%0, %0)
 
-Does not apply when: an operator is random or checks something while it runs; two tensors differ in dtype, shape,
-content or kind. Tensors are compared by digest, so a tied weight that was stored twice is stored once again.
+Does not apply when: an operator is opaque, random, or checks something while it runs; constants differ in type (1 is
+not 1.0) or in the sign of a zero; two tensors differ in dtype, shape, content or kind. Tensors are compared by digest,
+so a tied weight that was stored twice is stored once again.
 Numerical effect: none, bit for bit.
 """
 
@@ -20,6 +21,7 @@ import torch
 from torch.fx import Node
 
 from vlexport.ir import dialect, provenance
+from vlexport.ir.cost import saving
 from vlexport.ir.program import Program
 from vlexport.ir.text import tensor_digest
 from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
@@ -34,21 +36,25 @@ class MergeDuplicates(Pass[Program]):
 
     def find(self, ir: Program) -> Iterator[Match | NearMiss]:
         for node, first in duplicates(ir):
-            yield Match(node, (node, first), first)
+            # `first` is not consumed: whatever reads it stays, so that a thousand duplicates of it take one sweep.
+            yield Match(node, (node,), first)
 
     def apply(self, ir: Program, match: Match) -> Change:
         node, first = match.node, match.data
-        where = (provenance.module_path(node),) if node.op == "call_function" else (str(node.target),)
-        elements = 0
-        if node.op == "get_attr" and node.target != first.target:
-            elements = ir.tensors[str(node.target)].numel()
-        name = "tensor" if node.op == "get_attr" else dialect.op_name(node).removeprefix("aten.").partition(".")[0]
-        calls = ir.replace(node, first)
-        return Change(what=f"duplicate {name} merged", where=where, saved_nodes=calls, saved_parameters=elements)
+        saved = saving(ir, node)
+        if node.op == "get_attr":
+            what, where = "duplicate tensor merged", (str(node.target),)
+        else:
+            what, where = f"duplicate {dialect.plain_name(node)} merged", (provenance.module_path(node),)
+            provenance.inherit(first, value_of=first, merges=(first, node))
+        ir.replace(node, first)
+        return Change(
+            what=what, where=where, saved_nodes=saved.calls, saved_parameters=saved.parameters, saved_macs=saved.macs
+        )
 
 
 def duplicates(ir: Program) -> Iterator[tuple[Node, Node]]:
-    """Pairs of a node and an earlier one that computes or stores the same."""
+    """Pairs of a node and the first one that computes or stores the same, in graph order."""
     seen: dict[Hashable, Node] = {}
     same: dict[Node, Node] = {}
     for node in ir.graph.nodes:
@@ -56,20 +62,25 @@ def duplicates(ir: Program) -> Iterator[tuple[Node, Node]]:
         if key is None:
             continue
         first = seen.setdefault(key, node)
-        if first is not node:
-            same[node] = first
+        if first is node:
+            continue
+        same[node] = first
+        if node.op != "get_attr" or node.target != first.target:  # two readers of one stored tensor are no duplicates
             yield node, first
 
 
 def _key(ir: Program, node: Node, same: dict[Node, Node]) -> Hashable | None:
+    if not node.users:
+        return None
     if node.op == "get_attr":
-        if not node.users:
-            return None
         name = str(node.target)
         return ("tensor", ir.kinds[name], tensor_digest(ir.tensors[name]))
-    if node.op != "call_function" or dialect.checks_at_run_time(node) or dialect.is_random(node):
+    if node.op != "call_function" or dialect.is_opaque(node):
         return None
-    return ("call", node.target, _frozen(node.args, same), _frozen(sorted(node.kwargs.items()), same))
+    if dialect.checks_at_run_time(node) or dialect.is_random(node):
+        return None
+    keys = () if isinstance(node.target, torch._ops.OpOverload) else tuple(sorted(node.kwargs))
+    return ("call", node.target, keys, _frozen(dialect.operands(node), same))
 
 
 def _frozen(value: Any, same: dict[Node, Node]) -> Hashable:
@@ -79,5 +90,5 @@ def _frozen(value: Any, same: dict[Node, Node]) -> Hashable:
         return tuple(_frozen(v, same) for v in value)
     if isinstance(value, torch.SymInt):
         return ("size", str(value.node.expr))
-    # 1, 1.0 and True are equal and hash alike, and do not mean the same to an operator.
-    return (type(value).__name__, value if isinstance(value, Hashable) else repr(value))
+    # By type and text: 1, 1.0 and True are equal and hash alike, and so do 0.0 and -0.0, but they mean other things.
+    return (type(value).__name__, repr(value))

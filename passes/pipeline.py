@@ -1,24 +1,23 @@
 """The runner: passes in an order that is data, checked before and after, with hooks.
 
-After every pass: ``modified`` is true iff the fingerprint (text and weights) changed, the dialect check holds, the
-facts the pass claims hold, and the numeric gate agrees.
+After every pass: ``modified`` is true iff the fingerprint (text and weights) changed, the graph is well formed and kept
+its face (names, dtypes), the facts the pass claims hold, and the numeric gate agrees. It runs passes over Programs, and
+over what a target lowered them to when it is told that ``level``.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from vlexport.core.bundle_schema import Change, ChangeSummary, GateRecord, NearMissRecord, PassRecord
 from vlexport.core.errors import InternalError
-from vlexport.ir import dialect, provenance
-from vlexport.ir.facts import FACTS
-from vlexport.ir.program import Program
-from vlexport.ir.text import fingerprint, text
-from vlexport.passes.base import STAGES, NearMiss, Pass
+from vlexport.passes.base import IR, STAGES, NearMiss, Pass
 from vlexport.passes.gate import NumericGate
+from vlexport.passes.level import Level
+from vlexport.passes.program_level import PROGRAM
 
 GATE_OFF = GateRecord(worst=0.0, proof="off", probes=0)
 _MAX_NEAR_MISSES = 50
@@ -27,10 +26,10 @@ _MAX_NEAR_MISSES = 50
 class Hook(Protocol):
     """Something that watches passes: a timer, a dumper, a progress bar."""
 
-    def before_pass(self, applied: Pass[Program], program: Program) -> None:
-        """Called with the Program that the pass will get."""
+    def before_pass(self, applied: Pass[Any], program: Any) -> None:
+        """Called with the graph that the pass will get."""
 
-    def after_pass(self, applied: Pass[Program], program: Program, record: PassRecord) -> None:
+    def after_pass(self, applied: Pass[Any], program: Any, record: PassRecord) -> None:
         """Called once the pass was accepted."""
 
 
@@ -41,37 +40,42 @@ class TimingHook:
         self.seconds: dict[str, float] = {}
         self._started = 0.0
 
-    def before_pass(self, applied: Pass[Program], program: Program) -> None:
+    def before_pass(self, applied: Pass[Any], program: Any) -> None:
         """Start the clock."""
         self._started = time.perf_counter()
 
-    def after_pass(self, applied: Pass[Program], program: Program, record: PassRecord) -> None:
+    def after_pass(self, applied: Pass[Any], program: Any, record: PassRecord) -> None:
         """Stop it."""
         spent = time.perf_counter() - self._started
         self.seconds[applied.name] = self.seconds.get(applied.name, 0.0) + spent
 
 
 class DumpHook:
-    """Writes the Program's text after every pass into a folder: ``00-source.txt``, ``01-canonicalize.txt`` …"""
+    """Writes the graph's text after every pass into a folder: ``00-source.txt``, ``01-canonicalize.txt`` …"""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, level: Level[Any] = PROGRAM) -> None:
         self.folder = folder
+        self.level = level
         self._count = 0
 
-    def before_pass(self, applied: Pass[Program], program: Program) -> None:
+    def before_pass(self, applied: Pass[Any], program: Any) -> None:
         """Write the source once."""
         if self._count == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "00-source.txt").write_text(text(program), encoding="utf-8")
+            (self.folder / "00-source.txt").write_text(self.level.text(program), encoding="utf-8")
 
-    def after_pass(self, applied: Pass[Program], program: Program, record: PassRecord) -> None:
+    def after_pass(self, applied: Pass[Any], program: Any, record: PassRecord) -> None:
         """Write the result of a pass."""
         self._count += 1
-        (self.folder / f"{self._count:02}-{applied.name}.txt").write_text(text(program), encoding="utf-8")
+        (self.folder / f"{self._count:02}-{applied.name}.txt").write_text(self.level.text(program), encoding="utf-8")
 
 
-def check_order(passes: Sequence[Pass[Any]]) -> None:
+def check_order(passes: Sequence[Pass[Any]], facts: Mapping[str, object] = PROGRAM.facts) -> None:
     """Stages never go back, and every required fact is established before and not broken since.
+
+    Args:
+        passes: In pipeline order.
+        facts: Those of the level the passes work at.
 
     Raises:
         InternalError: VLX0405.
@@ -80,7 +84,7 @@ def check_order(passes: Sequence[Pass[Any]]) -> None:
     reached = 0
     for each in passes:
         for fact in each.requires | each.establishes | each.breaks:
-            if fact not in FACTS:
+            if fact not in facts:
                 raise InternalError("VLX0405", f"pass {each.name} names the fact '{fact}', which has no predicate")
         if STAGES.index(each.stage) < reached:
             raise InternalError("VLX0405", f"pass {each.name} of stage {each.stage} stands behind a later stage")
@@ -92,8 +96,13 @@ def check_order(passes: Sequence[Pass[Any]]) -> None:
 
 
 def run_pipeline(
-    source: Program, passes: Sequence[Pass[Program]], *, gate: NumericGate | None, hooks: Iterable[Hook] = ()
-) -> tuple[Program, tuple[PassRecord, ...]]:
+    source: IR,
+    passes: Sequence[Pass[IR]],
+    *,
+    gate: NumericGate | None,
+    hooks: Iterable[Hook] = (),
+    level: Level[Any] = PROGRAM,
+) -> tuple[IR, tuple[PassRecord, ...]]:
     """Run passes in order on a copy of ``source``.
 
     Args:
@@ -101,22 +110,23 @@ def run_pipeline(
         passes: In pipeline order.
         gate: Made from ``source``; None switches it off.
         hooks: Watchers.
+        level: What kind of graph ``source`` is.
 
     Returns:
-        The last Program and one record per pass.
+        The last graph and one record per pass.
 
     Raises:
         InternalError: VLX0403 to VLX0407 when a pass breaks its contract.
         GateError: VLX0401, VLX0406 when a pass changes what the model computes.
     """
-    check_order(passes)
+    check_order(passes, level.facts)
     hooks = tuple(hooks)
     current = source
     records = []
     for each in passes:
         for hook in hooks:
             hook.before_pass(each, current)
-        after, record = run_pass(each, current, gate=gate)
+        after, record = run_pass(each, current, gate=gate, level=level)
         for hook in hooks:
             hook.after_pass(each, after, record)
         records.append(record)
@@ -124,23 +134,27 @@ def run_pipeline(
     return current, tuple(records)
 
 
-def run_pass(applied: Pass[Program], before: Program, *, gate: NumericGate | None) -> tuple[Program, PassRecord]:
+def run_pass(
+    applied: Pass[IR], before: IR, *, gate: NumericGate | None, level: Level[Any] = PROGRAM
+) -> tuple[IR, PassRecord]:
     """Run one pass on a copy of ``before`` and check its contract."""
-    after = before.copy()
+    after: IR = level.copy(before)
     changes, misses = applied.run(after)
     if gate is not None:
         gate.require_untouched(applied)
-    verify(after, made_by=applied.name)
-    if _face(after) != _face(before):
-        raise InternalError("VLX0403", f"pass {applied.name} changed the names or dtypes of inputs or outputs")
-    modified = fingerprint(after) != fingerprint(before)
+    verify(after, made_by=applied.name, level=level)
+    now = level.face(after)
+    for what, was in level.face(before).items():
+        if now[what] != was:
+            raise InternalError("VLX0403", f"pass {applied.name} changed {what}", where=applied.name)
+    modified = level.fingerprint(after) != level.fingerprint(before)
     if modified != bool(changes):
         said = f"{len(changes)} changes" if changes else "no change"
         raise InternalError(
             "VLX0403", f"pass {applied.name} reports {said}, but its program {'is' if modified else 'is not'} different"
         )
     for fact in sorted(applied.establishes):
-        if not FACTS[fact](after):
+        if not level.facts[fact](after):
             raise InternalError("VLX0407", f"pass {applied.name} did not establish '{fact}'", where=applied.name)
     verdict = GATE_OFF
     if gate is not None:
@@ -151,45 +165,26 @@ def run_pass(applied: Pass[Program], before: Program, *, gate: NumericGate | Non
         effect=applied.effect,
         options=applied.options.model_dump(mode="json"),
         changes=_summaries(changes),
-        near_misses=tuple(map(_near_miss, misses[:_MAX_NEAR_MISSES])),
+        near_misses=tuple(_near_miss(miss, level) for miss in misses[:_MAX_NEAR_MISSES]),
         gate=verdict,
     )
     return after, record
 
 
-def verify(program: Program, *, made_by: str) -> None:
-    """Check that a Program is well formed: topological order, dialect, shapes, provenance, stored tensors.
+def verify(program: Any, *, made_by: str, level: Level[Any] = PROGRAM) -> None:
+    """Check that a graph is well formed: topological order, operators, shapes, provenance, stored tensors.
 
     Raises:
         InternalError: VLX0403, naming pass and node.
     """
-    seen = set()
-    for node in program.graph.nodes:
-        found = list(dialect.problems(node))
-        found += [
-            f"it reads {operand.name} before it is made" for operand in node.all_input_nodes if operand not in seen
-        ]
-        if node.op == "get_attr" and node.target not in program.tensors:
-            found.append(f"tensor {node.target} is not stored")
-        if node.op == "call_function" and not provenance.origins(node):
-            found.append("it has no origins")
-        if found:
-            raise InternalError(
-                "VLX0403", f"pass {made_by} left an invalid program: {found[0]}", where=provenance.describe(node),
-                hint="please report this",
-            )  # fmt: skip
-        seen.add(node)
-    if len(program.results) != len(program.signature.outputs):
-        raise InternalError("VLX0403", f"pass {made_by} changed the number of outputs")
+    for where, what in level.problems(program):
+        raise InternalError(
+            "VLX0403", f"pass {made_by} left an invalid program: {what}", where=where, hint="please report this"
+        )
 
 
-def _face(program: Program) -> list[tuple[str, str]]:
-    """What a user of the graph addresses: names and dtypes of inputs and outputs, in order."""
-    return [(spec.name, spec.dtype) for spec in (*program.signature.inputs, *program.signature.outputs)]
-
-
-def _near_miss(miss: NearMiss) -> NearMissRecord:
-    return NearMissRecord(pattern=miss.pattern, node=provenance.describe(miss.node), reason=miss.reason)
+def _near_miss(miss: NearMiss[Any], level: Level[Any]) -> NearMissRecord:
+    return NearMissRecord(pattern=miss.pattern, node=level.describe(miss.node), reason=miss.reason)
 
 
 def _summaries(changes: Sequence[Change]) -> tuple[ChangeSummary, ...]:

@@ -1,14 +1,16 @@
-"""Targets: what lowers a Program to an artifact, and what runs it. One folder each, one line here."""
+"""Targets: what lowers a Program to an artifact, and what runs it. One folder each, one line here.
+
+Installed packages offer further ones as entry points (``core/plugins``).
+"""
 
 from __future__ import annotations
-
-import importlib
 
 if __name__ != "vlexport.targets":
     raise ImportError("import vlexport.targets, not targets: the folder at the top is the package's source")
 
 from vlexport.core.errors import UsageError, nearest
-from vlexport.targets.base import Target
+from vlexport.core.plugins import Offer, load, offers, only_one, unusable
+from vlexport.targets.base import API_VERSION, Target
 
 CATALOGUE: dict[str, str] = {
     "onnxruntime": "vlexport.targets.onnxruntime:OnnxRuntimeTarget",
@@ -16,17 +18,30 @@ CATALOGUE: dict[str, str] = {
 """Id → where the class lies. Imported when used."""
 
 
+GROUP = "vlexport.targets"
+"""Entry points of plugins: id → class."""
+
+
+def offered_targets() -> dict[str, tuple[Offer, ...]]:
+    """Id → who offers it: the catalogue, then installed plugins."""
+    return offers(GROUP, CATALOGUE)
+
+
 def open_target(name: str) -> Target:
-    """The target behind an id.
+    """The target behind an id. A plugin's code is imported here.
 
     Raises:
         UsageError: VLX0701 for an unknown id, with the nearest one.
+        CapabilityError: VLX1001, VLX1002, VLX1003 for a plugin that cannot be used.
     """
-    if name not in CATALOGUE:
+    known = offered_targets()
+    if name not in known:
         raise UsageError(
-            "VLX0701", f"no target '{name}'{nearest(name, CATALOGUE)}", where="--target",
-            hint=f"known: {', '.join(CATALOGUE)}",
+            "VLX0701", f"no target '{name}'{nearest(name, known)}", where="--target",
+            hint=f"known: {', '.join(known)}; a target of another package must be installed",
         )  # fmt: skip
-    module, _, attribute = CATALOGUE[name].partition(":")
-    made: Target = getattr(importlib.import_module(module), attribute)()
-    return made
+    offer = only_one(known[name])
+    found: type[Target] = load(offer, base=Target, api_version=API_VERSION)
+    if found.id != name:
+        raise unusable(offer, f"its class calls itself '{found.id}'")
+    return found()

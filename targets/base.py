@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import abc
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vlexport.core.artifact import Artifact, Frozen, Session
-from vlexport.core.errors import CapabilityError
+from vlexport.core.errors import CapabilityError, InternalError
 from vlexport.core.isolate import IsolatedSession
 
 if TYPE_CHECKING:
     from vlexport.ir.program import Program
     from vlexport.passes.base import Pass
+    from vlexport.passes.level import Level
+
+
+API_VERSION = 1
+"""Version of this contract. It grows when a target written for an earlier one would no longer work; a plugin writes the
+number that it was written for, and does not import this one."""
 
 
 class Probe(Frozen):
@@ -63,8 +69,23 @@ class Target(abc.ABC):
         """What is installed here. Never raises."""
 
     @abc.abstractmethod
-    def lower(self, program: Program, folder: Path, *, options: Frozen, threads: int) -> Artifact:
+    def lower(
+        self,
+        program: Program,
+        folder: Path,
+        *,
+        options: Frozen,
+        threads: int,
+        rewrite: Callable[[Any], Any] | None = None,
+    ) -> Artifact:
         """Write the artifact for a Program into ``folder``.
+
+        Args:
+            program: As ``program_passes`` spelled it.
+            folder: Made where it does not exist.
+            options: Typed options of this target.
+            threads: Recorded in the artifact; 0 leaves it to wherever it is opened.
+            rewrite: Runs ``lowered_passes`` on the lowered graph before it is written; None when there are none.
 
         Raises:
             CapabilityError: VLX0503 when an operator cannot be expressed.
@@ -77,6 +98,18 @@ class Target(abc.ABC):
     def program_passes(self) -> Sequence[Pass[Program]]:
         """Passes that spell the Program as this target wants it, run last."""
         return ()
+
+    def lowered_passes(self, options: Frozen) -> Sequence[Pass[Any]]:
+        """Passes over what ``lower`` makes, run before it is written; they work at ``lowered_level``."""
+        return ()
+
+    def lowered_level(self) -> Level[Any]:
+        """How graphs that ``lower`` makes are copied, checked and run.
+
+        Raises:
+            InternalError: VLX0901 for a target that has no lowered passes.
+        """
+        raise InternalError("VLX0901", f"{self.id} has no lowered passes")
 
     def compatibility(self, options: Frozen) -> dict[str, str]:
         """Facts that a device can be checked against before it opens the artifact."""
@@ -112,10 +145,12 @@ class Target(abc.ABC):
             raise CapabilityError("VLX0501", f"{self.id} cannot run here: {found.reason}", hint=found.reason)
         return found
 
-    def open(self, folder: Path, artifact: Artifact, *, threads: int = 0) -> IsolatedSession:
-        """A session in a child process."""
+    def open(
+        self, folder: Path, artifact: Artifact, *, threads: int = 0, timeout_s: float | None = None
+    ) -> IsolatedSession:
+        """A session in a child process, which is killed when an answer takes longer than ``timeout_s`` seconds."""
         self.require()
-        return IsolatedSession(self.session_entry, folder, artifact, threads=threads)
+        return IsolatedSession(self.session_entry, folder, artifact, threads=threads, timeout_s=timeout_s)
 
     def open_here(self, folder: Path, artifact: Artifact, *, threads: int = 0) -> Session:
         """A session in this process, for the runtime API."""

@@ -1,8 +1,9 @@
 """The harness of pass tests. It believes nothing that a pass says about itself.
 
 :func:`check_pass` runs one pass through the real runner with the gate on, and asserts beside it: a valid program with
-true shapes before and after, names kept, the input untouched, ``changes`` true to the last node, element and MAC,
-a fixed point, equal outputs in float64 for every prefix of the changes, and that the result can be lifted for export.
+true shapes before and after, names and run-time checks kept, the input untouched, ``changes`` true to the last node,
+element and MAC, a fixed point, equal outputs in float64 for every prefix of the changes, and that the result can be
+lifted for export.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import nn
 from vlexport.core.bundle_schema import PassRecord
 from vlexport.core.numerics import relative_error
 from vlexport.frontends.capture import capture
+from vlexport.ir import dialect
 from vlexport.ir.cost import cost
 from vlexport.ir.exported import exported_from_program, program_from_exported
 from vlexport.ir.program import Program
@@ -115,6 +117,7 @@ def check_pass(
     _require_true_shapes(after, probes)
     assert (text(before), content(before)) == (text_before, content_before), "the pass altered its input Program"
     assert _names(after) == _names(before)
+    assert _checks(after) == _checks(before), "what the program refuses at run time has changed"
     assert (content(after) != content_before) == bool(changes), "changes are reported iff there are any"
     assert sum(s.count for s in record.changes) == len(changes), "the pass does not do the same twice"
     _require_true_savings(before, after, changes)
@@ -167,6 +170,10 @@ def _names(program: Program) -> tuple[list[str], list[str]]:
     return [s.name for s in program.signature.inputs], [s.name for s in program.signature.outputs]
 
 
+def _checks(program: Program) -> list[str]:
+    return sorted(dialect.op_name(n) for n in program.calls() if dialect.checks_at_run_time(n))
+
+
 def _require_true_shapes(program: Program, probes: list[Probe]) -> None:
     """Every recorded shape and dtype is that of the value that the node really computes."""
     for probe in probes:
@@ -190,9 +197,9 @@ def _require_true_shapes(program: Program, probes: list[Probe]) -> None:
 
 def _require_true_savings(before: Program, after: Program, changes: list[Change]) -> None:
     was, now = cost(before), cost(after)
-    assert sum(c.saved_nodes for c in changes) == len(before.calls()) - len(after.calls())
-    assert sum(c.saved_parameters for c in changes) == was.parameters - now.parameters
-    assert sum(c.saved_macs for c in changes) == was.macs - now.macs
+    assert sum(c.saved_nodes for c in changes) == len(before.calls()) - len(after.calls()), "saved_nodes is wrong"
+    assert sum(c.saved_parameters for c in changes) == was.parameters - now.parameters, "saved_parameters is wrong"
+    assert sum(c.saved_macs for c in changes) == was.macs - now.macs, "saved_macs is wrong"
 
 
 def _require_fixed_point(pass_: Pass[Program], after: Program) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ class Grower:
     draw: Callable[[st.SearchStrategy[Any]], Any]
     generator: torch.Generator
     count: int = 0
+    dead: set[Node] = field(default_factory=set)
 
     def pick(self, *options: Any) -> Any:
         """One of the options."""
@@ -54,8 +55,8 @@ class Grower:
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """Append a call."""
-        first = next(a for a in [*args, *(args[0] if isinstance(args[0], list) else [])] if isinstance(a, Node))
-        value_of = first if first.op == "call_function" else self.program.calls()[0]
+        read = [a for a in [*args, *(args[0] if isinstance(args[0], list) else [])] if isinstance(a, Node)]
+        value_of = next((n for n in read[:1] if n.op == "call_function"), self.program.calls()[0])
         return self.program.add_call(target, args, kwargs, before=self.program.output, value_of=value_of)
 
     def tensor(self, *shape: int, positive: bool = False, kind: Any = "parameter") -> Node:
@@ -307,6 +308,65 @@ def _no_op(g: Grower, x: Node) -> Node | None:
     return g.call(target, x)
 
 
+def _constant(g: Grower, x: Node) -> Node | None:
+    """A stored tensor, or a made one, goes through some operators and then meets the value."""
+    width = g.shape(x)[-1]
+    if g.pick(True, True, False):
+        value = g.tensor(width, 2) if g.pick(True, False) else g.tensor(width, 1)
+    else:
+        value = g.call(aten.unsqueeze.default, g.call(aten.full.default, [width], g.pick(0.5, 2.0)), -1)
+    for _ in range(g.pick(1, 2, 3)):
+        target = g.pick(
+            aten.tanh.default, aten.sigmoid.default, aten.add.Tensor, aten.permute.default, aten.expand.default
+        )
+        if target is aten.add.Tensor:
+            value = g.call(target, value, g.tensor(1))
+        elif target is aten.permute.default:
+            value = g.call(target, g.call(target, value, [1, 0]), [1, 0])
+        elif target is aten.expand.default:
+            value = g.call(target, value, [-1, -1])
+        else:
+            value = g.call(target, value)
+    column = g.call(aten.select.int, value, 1, 0)
+    made = g.call(aten.mul.Tensor, x, column)
+    if g.pick(False, False, True):  # the constant is also read as it was
+        return g.call(aten.add.Tensor, made, g.call(aten.sum.dim_IntList, value, [1]))
+    return made
+
+
+def _duplicates(g: Grower, x: Node) -> Node | None:
+    """Equal calls, in chains and with operands that are equal tensors stored twice."""
+    weight = g.tensor(g.shape(x)[-1])
+    twins = []
+    for _ in range(g.pick(2, 3)):
+        copy = g.program.tensors[str(weight.target)].clone()
+        again = g.program.add_tensor("twin", copy, before=g.program.output) if g.pick(True, False) else weight
+        twins.append(g.call(aten.tanh.default, g.call(aten.mul.Tensor, x, again)))
+    total = twins[0]
+    for twin in twins[1:]:
+        total = g.call(aten.add.Tensor, total, twin)
+    return total
+
+
+def _near_duplicates(g: Grower, x: Node) -> Node | None:
+    """Calls that differ in a keyword, a constant or a tensor's content alone."""
+    kind = g.pick("keyword", "constant", "tensor")
+    if kind == "keyword":
+        pair = [g.call(aten.gelu.default, x, approximate=a) for a in ("none", "tanh")]
+    elif kind == "constant":
+        pair = [g.call(aten.clamp.default, x, low) for low in (-0.5, 0.0)]
+    else:
+        pair = [g.call(aten.mul.Tensor, x, g.tensor(g.shape(x)[-1])) for _ in range(2)]
+    return g.call(aten.add.Tensor, pair[0], pair[1])  # a difference of twins would be all rounding
+
+
+def _dead(g: Grower, x: Node) -> Node | None:
+    """A chain that nobody reads, with a tensor of its own."""
+    made = g.call(aten.mul.Tensor, x, g.tensor(g.shape(x)[-1]))
+    g.dead.add(g.call(aten.tanh.default, made) if g.pick(True, False) else made)
+    return x
+
+
 OPERATORS: dict[str, Callable[[Grower, Node], Node | None]] = {
     "conv2d": _conv2d,
     "conv_transpose2d": _conv_transpose2d,
@@ -344,6 +404,10 @@ OPERATORS: dict[str, Callable[[Grower, Node], Node | None]] = {
     "expand": _expand,
     "upsample": _upsample,
     "no-op": _no_op,
+    "constant": _constant,
+    "duplicates": _duplicates,
+    "near duplicates": _near_duplicates,
+    "dead": _dead,
 }
 """Name → builder."""
 
@@ -371,13 +435,14 @@ def programs(draw: Any, *, most: int = 9, including: tuple[str, ...] = ()) -> Pr
             value = made
             passed.append(made)
     second = draw(st.sampled_from(passed)) if draw(st.integers(0, 3)) == 0 else None
-    return _finished(program, [value] if second in (None, value) else [value, second])
+    return _finished(program, [value] if second in (None, value) else [value, second], grower.dead)
 
 
-def _finished(program: Program, results: list[Node]) -> Program:
+def _finished(program: Program, results: list[Node], dead: set[Node]) -> Program:
+    """Let the Program return ``results``; what nobody reads goes, but for ``dead``."""
     program.output.args = (tuple(results),)
     for node in reversed(list(program.graph.nodes)):
-        if node.op in ("call_function", "get_attr") and not node.users:
+        if node.op in ("call_function", "get_attr") and not node.users and node not in dead:
             program.erase_dead(node)
     names = program.symbol_names()
     outputs = tuple(

@@ -12,7 +12,7 @@ from PIL import Image
 from vlexport.core.artifact import TensorSpec
 from vlexport.core.errors import DataError
 from vlexport.core.preprocess import Preprocess
-from vlexport.core.samples import Dataset, open_data
+from vlexport.core.samples import Dataset, Sample, open_data
 
 IMAGE = TensorSpec(name="image", dtype="float32", shape=("batch", 3, 8, 8))
 X = TensorSpec(name="x", dtype="float32", shape=("batch", 2))
@@ -324,3 +324,55 @@ def test_function_is_refused_when_it_yields_nothing_or_drops_labels_or_inputs(tm
     refused("VLX0205", "no input 'y'", call=lambda: list(open_function(tmp_path / "c.py", other)))
     none = f"{HEAD}def samples():\n    yield {{}}\n"
     refused("VLX0205", "'x' is missing", call=lambda: list(open_function(tmp_path / "d.py", none)))
+
+
+# Bad samples
+
+
+def test_bad_photos_and_nan_are_skipped_and_listed_when_asked(tmp_path: Path) -> None:
+    save_photo(tmp_path / "cat" / "b.png")
+    (tmp_path / "cat" / "a.png").write_bytes(b"broken")
+    data = open_data(str(tmp_path), inputs=[IMAGE], preprocess=PREPROCESS, labels=["cat"], skip_bad=True)
+    for _ in range(2):  # counted once however often the data are read
+        assert [s.id for s in data] == ["cat/b.png"]
+        assert {name: error.code for name, error in data.skipped.items()} == {"cat/a.png": "VLX0203"}
+    x = np.zeros((3, 2), np.float32)
+    x[1, 1] = np.nan
+    np.savez(tmp_path / "d.npz", x=x)
+    rows = open_data(str(tmp_path / "d.npz"), inputs=[X], preprocess={}, skip_bad=True)
+    assert [s.id for s in rows] == ["#0", "#2"]
+    assert {name: error.code for name, error in rows.skipped.items()} == {"#1": "VLX0204"}
+
+
+def test_wrong_labels_and_shapes_are_errors_when_bad_samples_are_skipped(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=np.zeros((1, 2), np.float32), label=np.array([7]))
+    np.savez(tmp_path / "b.npz", x=np.zeros((1, 3), np.float32))
+    for name, code in (("a.npz", "VLX0208"), ("b.npz", "VLX0205")):
+        data = open_data(str(tmp_path / name), inputs=[X], preprocess={}, labels=["cat"], skip_bad=True)
+        refused(code, "#0", call=lambda data=data: list(data))
+        assert data.skipped == {}
+
+
+def test_function_with_a_truncated_image_names_the_sample_when_read(tmp_path: Path) -> None:
+    save_photo(tmp_path / "a.bmp")
+    whole = (tmp_path / "a.bmp").read_bytes()
+    (tmp_path / "b.bmp").write_bytes(whole[: len(whole) // 2])  # pillow opens it, and stumbles when it reads it
+    source = (
+        f"{HEAD}def samples():\n    for name in 'ba':\n        yield Image.open(f'{{__file__[:-4]}}{{name}}.bmp'), 0\n"
+    )
+    options: dict[str, Any] = {"inputs": [IMAGE], "preprocess": PREPROCESS}
+    data = open_function(tmp_path / "f.py", source, **options)
+    assert data.labelled
+    refused("VLX0203", "#0", call=lambda: list(data))
+    data = open_function(tmp_path / "f.py", source, skip_bad=True, **options)
+    assert ([s.id for s in data], list(data.skipped)) == (["#1"], ["#0"])
+
+
+def test_content_hash_is_of_the_inputs_when_samples_are_compared() -> None:
+    x = np.arange(4, dtype=np.float32)
+    one = Sample("a", {"x": x, "y": x}, 1).content_hash()
+    assert Sample("b", {"y": x.copy(), "x": x[:]}, 2).content_hash() == one
+    others = [{"x": x, "y": x + 1}, {"x": x, "z": x}, {"x": x.reshape(2, 2), "y": x}, {"x": x.view(np.int32), "y": x}]
+    assert len({one, *(Sample("a", inputs).content_hash() for inputs in others)}) == 5
+    strided = np.stack([x, x])[:, ::2]
+    assert Sample("a", {"x": strided}).content_hash() == Sample("a", {"x": strided.copy()}).content_hash()

@@ -17,6 +17,7 @@ from vlexport.core.verdict import (
     judge,
     measured_drop,
     measured_rate,
+    measured_regress,
 )
 
 
@@ -164,3 +165,27 @@ def test_exit_code_is_the_worst_when_verdicts_differ() -> None:
     assert exit_code([]) == exit_code([passed]) == 0
     assert exit_code([passed, unsure]) == 5
     assert exit_code([unsure, failed, passed]) == 3
+
+
+def test_regress_is_in_percent_of_the_baseline_when_made_from_a_ratio() -> None:
+    found = measured_regress(1 / 1.1, (1 / 1.2, 1.0))
+    assert (found.value, found.low, found.high) == pytest.approx((10, 0, 20))
+    assert found.unit == "%"
+    judged = {bound: judge(gate_from_text(f"regress<={bound}"), [found]) for bound in (20.5, 10, -1)}
+    assert [verdict.outcome for verdict in judged.values()] == ["pass", "inconclusive", "fail"]
+    assert "a quieter machine may decide" in str(judged[10])
+
+
+@pytest.mark.parametrize("bound", [-50, 0, 1000])
+def test_regress_decides_nothing_when_it_has_no_interval(bound: float) -> None:
+    verdict = judge(gate_from_text(f"regress<={bound}"), [measured_regress(2.0, None)])
+    assert (verdict.outcome, verdict.measured.value) == ("inconclusive", -50)
+    assert "too noisy" in str(verdict)
+
+
+def test_one_sample_decides_nothing_when_a_mean_has_no_interval() -> None:
+    figure = Measured(metric="miou", value=0.9, low=-math.inf, high=math.inf, samples=1)
+    verdict = judge(Gate(metric="miou", op=">=", value=0.5), [figure])
+    assert (verdict.outcome, verdict.samples_needed) == ("inconclusive", None)
+    assert "one sample" in str(verdict)
+    assert Measured.model_validate_json(figure.model_dump_json()) == figure

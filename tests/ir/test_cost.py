@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.harness import captured
-from vlexport.ir.cost import cost
+from vlexport.ir.cost import cost, saving
 from vlexport.ir.program import Program
 
 
@@ -65,6 +65,60 @@ def test_macs_and_parameters_are_the_published_ones_when_a_known_model(
     assert found.parameters == pytest.approx(parameters, rel=0.002)
     assert found.size_bytes == 4 * found.parameters
     assert found.opaque == ()
+
+
+class Einsum(nn.Module):
+    def __init__(self, equation: str) -> None:
+        super().__init__()
+        self.equation = equation
+
+    def forward(self, *operands: Tensor) -> Tensor:
+        return torch.einsum(self.equation, *operands)
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes", "macs"),
+    [
+        ("bij,bjk->bik", [(2, 3, 4), (2, 4, 5)], 2 * 3 * 4 * 5),
+        ("b i j, b j k", [(2, 3, 4), (2, 4, 5)], 2 * 3 * 4 * 5),
+        ("bhid,bhjd->bhij", [(2, 3, 4, 5), (2, 3, 6, 5)], 2 * 3 * 4 * 6 * 5),
+        ("...ij,jk->...ik", [(2, 7, 3, 4), (4, 5)], 2 * 7 * 3 * 4 * 5),
+        ("...i,...i->...", [(2, 1, 3), (7, 3)], 2 * 7 * 3),
+        ("bi,ij,j->b", [(2, 3), (3, 4), (4,)], 2 * 3 * 4),
+        ("ii,ij->j", [(3, 3), (3, 4)], 3 * 4),
+        ("bij->bji", [(2, 3, 4)], 0),
+        ("bij->b", [(2, 3, 4)], 0),
+    ],
+)
+def test_macs_of_einsum_are_the_product_of_all_index_sizes_when_several_operands(
+    equation: str, shapes: list[tuple[int, ...]], macs: int
+) -> None:
+    program = captured(Einsum(equation), tuple(torch.randn(s) for s in shapes), dynamic=False)
+    assert [str(n.target) for n in program.calls()] == ["aten.einsum.default"]
+    assert cost(program).macs == macs
+
+
+def test_saving_is_what_the_erased_nodes_cost_when_some_of_them_are_shared() -> None:
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared, self.own = nn.Linear(4, 4), nn.Linear(4, 2)
+            self.register_buffer("ids", torch.tensor([1, 0]))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.shared(x)
+            return y, self.own(y)[:, self.ids]
+
+    program = captured(Branch(), torch.randn(1, 4))
+    indexed = program.results[1]
+    saved = saving(program, indexed)
+    assert (saved.macs, saved.parameters) == (8, 10), "the shared linear stays, integers do not count"
+    before, calls = cost(program), len(program.calls())
+    program.output.args = ((program.results[0],),)
+    program.erase_dead(indexed)
+    after = cost(program)
+    assert calls - len(program.calls()) == saved.calls
+    assert (before.macs - after.macs, before.parameters - after.parameters) == (saved.macs, saved.parameters)
 
 
 def test_opaque_operators_are_named_and_not_guessed_when_present() -> None:

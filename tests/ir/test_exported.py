@@ -106,6 +106,13 @@ def test_inputs_of_the_graph_are_ordered_by_kind_when_lifted() -> None:
     assert set(kinds) == set(order)
 
 
+def test_input_keeps_its_name_when_python_has_a_function_of_that_name() -> None:
+    lifted = exported_from_program(captured(nn.Sequential(nn.Linear(3, 2)), torch.rand(2, 3)))
+    node = next(n for n in lifted.graph.nodes if n.op == "placeholder" and n.target == "input")
+    assert (node.name, lifted.graph_signature.user_inputs) == ("input", ("input",))
+    assert lifted.run_decompositions({}).graph_signature.user_inputs == ("input",)
+
+
 def test_node_names_come_from_operator_and_origin_when_lifted() -> None:
     program = everything()
     names = {n.name for n in exported_from_program(program).graph.nodes if n.op == "call_function"}

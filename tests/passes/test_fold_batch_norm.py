@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tests.harness import captured, check_pass, near_misses, randomize
 from tests.strategies import programs
 from vlexport.core.errors import CapabilityError
+from vlexport.ir.exported import exported_from_program
 from vlexport.ir.facts import FACTS
 from vlexport.ir.program import Program
 from vlexport.passes.fold_batch_norm import FoldBatchNorm
@@ -67,6 +68,40 @@ def test_every_norm_is_folded_when_several_follow_each_other() -> None:
     )
     checked = check_pass(FoldBatchNorm(), model, image(1, 3, 6, 6), expect_changes=3)
     assert len(checked.after.calls()) == 3
+
+
+def test_both_norms_are_folded_in_one_sweep_when_a_convolution_reads_a_norm() -> None:
+    """The second convolution's input is replaced by the first fold, after both were found."""
+    model = sequence(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2))
+    checked = check_pass(FoldBatchNorm(), model, image(1, 3, 4, 4), expect_changes=2)
+    assert len(checked.after.calls()) == 2
+
+
+def test_result_exports_as_a_module_when_the_unfolded_weight_is_still_stored() -> None:
+    """Modules are nested by the dots in names: nothing may lie below a tensor."""
+
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel, self.norm = nn.Parameter(torch.randn(3, 3, 1, 1)), nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(self.norm(F.conv2d(x, self.kernel)), self.kernel)
+
+    torch.manual_seed(0)
+    checked = check_pass(FoldBatchNorm(), randomize(Root()), image(1, 3, 4, 4), expect_changes=1)
+    assert {"kernel", "kernel_folded.weight"} <= set(checked.after.used_tensors())
+    module = exported_from_program(checked.after).module()
+    assert torch.equal(module(image(2, 3, 4, 4))[0], checked.after.run(image(2, 3, 4, 4))[0])
+
+
+def test_weight_and_bias_are_found_when_given_by_keyword() -> None:
+    program = captured(sequence(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), image(1, 3, 4, 4))
+    conv = program.calls("aten.conv2d.default")[0]
+    conv.kwargs = {"weight": conv.args[1], "bias": conv.args[2]}
+    conv.args = conv.args[:1]
+    assert not FACTS["no-foldable-batch-norm"](program)
+    check_pass(FoldBatchNorm(), program, expect_changes=1)
 
 
 def test_each_use_gets_its_own_weight_when_a_convolution_is_tied() -> None:
@@ -262,12 +297,12 @@ def test_scale_is_computed_in_float64_when_weights_are_float32() -> None:
 
 
 @settings(
-    max_examples=100, derandomize=True, deadline=None, database=None, phases=[Phase.generate],
+    max_examples=200, derandomize=True, deadline=None, database=None, phases=[Phase.generate],
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )  # fmt: skip
 @given(
     programs(
-        most=7,
+        most=5,
         including=(
             "conv2d, batch_norm", "conv_transpose2d, batch_norm", "linear, batch_norm",
             "conv2d read twice, batch_norm", "tied linears", "batch_norm",

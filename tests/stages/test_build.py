@@ -30,7 +30,8 @@ from vlexport.core.errors import VlexportError
 from vlexport.targets.onnxruntime import OnnxRuntimeTarget
 
 TOLERANCE = 1e-4  # of the largest value: the bound that a build promises for fp32, other kernels sum in another order
-PROMISED = ("artifact/main.onnx", "bundle.json", "golden/main/inputs.npz", "golden/main/outputs.npz", "recipe.toml")
+GOLDEN = tuple(f"golden/main/{kind}{size}.npz" for kind in ("inputs", "outputs") for size in ("", "-smallest"))
+PROMISED = ("artifact/main.onnx", "bundle.json", *GOLDEN, "recipe.toml")
 
 
 def built(model: Path, output: Path, **options: Any) -> Path:
@@ -156,7 +157,7 @@ def test_nothing_names_this_machine_when_saved_and_built(
     told |= {str(Path(__file__).parent), str(Path(vlexport.__file__).parent), sys.prefix, socket.gethostname()}
     told |= {getpass.getuser() + "@"} if len(getpass.getuser()) < 5 else {getpass.getuser()}
     files = [p for p in built.rglob("*") if p.is_file()]
-    assert len(files) == 8
+    assert len(files) == 10
     pieces = {p.name: p.read_bytes() for p in files}
     with zipfile.ZipFile(model_file) as archive:
         pieces |= {name: archive.read(name) for name in archive.namelist()}
@@ -345,3 +346,48 @@ def test_latency_is_not_claimed_when_this_machine_is_not_the_device(
     assert made.bundle.device_profile == "cpu-x86-vnni"
     assert made.report.latency is None
     assert "latency was not measured: this machine is no cpu-x86-vnni" in made.report.notes
+
+
+class Fixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.conv(image).mean((2, 3))
+
+
+def test_gate_sees_when_a_fixed_batch_of_one_is_built_with_the_default_seed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vlexport.save(Fixed().eval(), tmp_path / "m.pt", inputs=torch.randn(1, 3, 8, 8), dynamic=False)
+    made = vlexport.build(BuildConfig(model=str(tmp_path / "m.pt"), output=str(tmp_path / "b"), profile=False))
+    assert made.bundle.state == "verified"
+    assert made.bundle.main.golden_smallest is None
+
+
+def test_golden_check_fails_when_lowering_bakes_the_traced_batch_in(
+    model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lower = OnnxRuntimeTarget.lower
+
+    def baked(self: OnnxRuntimeTarget, program: Any, folder: Path, **options: Any) -> Any:
+        artifact = lower(self, program, folder, **options)
+        graph = onnx_ir.load(folder / "main.onnx")
+        graph.graph.inputs[0].shape = onnx_ir.Shape([2, *list(graph.graph.inputs[0].shape)[1:]])
+        onnx_ir.save(graph, folder / "main.onnx")
+        return artifact
+
+    monkeypatch.setattr(OnnxRuntimeTarget, "lower", baked)
+    with pytest.raises(VlexportError):
+        vlexport.build(BuildConfig(model=str(model_file), output=str(tmp_path / "b"), profile=False))
+    assert not (tmp_path / "b").exists()
+
+
+def test_bundle_holds_vectors_at_two_sizes_when_a_dim_is_dynamic(model_file: Path, tmp_path: Path) -> None:
+    made = vlexport.build(BuildConfig(model=str(model_file), output=str(tmp_path / "b"), profile=False))
+    sizes = []
+    for golden in (made.bundle.main.golden_smallest, made.bundle.main.golden):
+        assert golden is not None
+        with np.load(tmp_path / "b" / golden.inputs) as vectors:
+            sizes.append(vectors[vectors.files[0]].shape[0])
+    assert sizes == [1, 3]

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from vlexport.stages.profile import (
     FULL,
     MAX_REPEATS,
     QUICK,
+    REST_SECONDS,
     Measurable,
     Plan,
     ProfileConfig,
@@ -32,6 +34,7 @@ from vlexport.stages.profile import (
     profile,
 )
 
+REST_BEFORE_A_BLOCK = REST_SECONDS
 # Rank of the lower end of the exact interval for a median with at least 95 % (two-sided sign test, e.g. Conover,
 # Practical Nonparametric Statistics, table A3); the upper end lies as far from the other side.
 LOWER_RANK = {6: 1, 7: 1, 8: 1, 9: 2, 10: 2, 11: 2, 12: 3, 13: 3, 14: 3, 15: 4, 16: 4, 17: 5, 20: 6, 25: 8, 30: 10}
@@ -53,11 +56,18 @@ def test_median_interval_is_the_whole_range_when_values_are_few() -> None:
     assert seven_rounds == pytest.approx(0.984, abs=5e-4)
 
 
+@pytest.fixture(autouse=True)
+def no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times are made up in most tests here, so that nothing has to come to rest."""
+    monkeypatch.setattr("vlexport.stages.profile.REST_SECONDS", 0.0)
+
+
 class Scripted:
     """A session whose blocks of runs take the times of a script, one entry a block."""
 
     timing = "real"
     load_ms = 3.0
+    cold_load_ms = 30.0
 
     def __init__(self, script: Sequence[float] | Iterator[float]) -> None:
         self.script = iter(script)
@@ -66,6 +76,12 @@ class Scripted:
     def time_ms(self, inputs: object, *, warmup: int, runs: int) -> list[float]:
         self.asked.append((warmup, runs))
         return [next(self.script)] * runs
+
+    def reload_ms(self) -> float:
+        return 2.0
+
+    def peak_memory_bytes(self) -> int | None:
+        return 5_000_000
 
 
 class ScriptedTarget:
@@ -77,12 +93,15 @@ class ScriptedTarget:
         yield self.session
 
 
-def measured(ours: Scripted, baseline: Scripted | None, tmp_path: Path, plan: Plan = FULL) -> LatencyResult:
+def measured(
+    ours: Scripted, baseline: Scripted | None, tmp_path: Path, plan: Plan = FULL, **options: Any
+) -> LatencyResult:
     def measurable(name: str, session: Scripted) -> Measurable:
         return Measurable(name, cast("Any", ScriptedTarget(session)), tmp_path, cast("Any", SimpleNamespace()))
 
     other = None if baseline is None else measurable("other", baseline)
-    return measure_latency(measurable("ours", ours), {}, baseline=other, plan=plan, threads=1, reporter=Silent())
+    given = {"baseline": other, "plan": plan, "threads": 1, "reporter": Silent(), **options}
+    return measure_latency(measurable("ours", ours), {}, **given)
 
 
 def warm(first: float, *rest: float) -> list[float]:
@@ -142,6 +161,29 @@ def test_round_is_repeated_when_the_baseline_drifts(tmp_path: Path) -> None:
     found = measured(Scripted(warm(5, *ours)), Scripted(warm(10, *itertools.chain(*blocks))), tmp_path)
     assert (found.rounds, found.repeated, found.verdict) == (7, 2, "faster")
     assert (found.ratio_low, found.ratio_high) == (2, 2)
+    assert (found.p50_ms, found.p90_ms, found.runs) == (5, 5, 7 * 200)  # nor do their times count anywhere else
+
+
+def test_percentiles_and_throughput_come_from_the_runs_when_there_are_enough(tmp_path: Path) -> None:
+    found = measured(Scripted(warm(1, *range(1, 8))), None, tmp_path)  # 200 runs each of 1, 2, … 7 ms
+    assert (found.p50_ms, found.p90_ms, found.p99_ms, found.runs) == (4, 7, 7, 1400)
+    assert (found.batch, found.throughput) == (1, pytest.approx(1000 / 4))
+    slow = measured(Scripted(itertools.repeat(700.0)), None, tmp_path, QUICK)  # 3 blocks of 5 runs
+    assert (slow.p50_ms, slow.p90_ms, slow.p99_ms, slow.runs) == (700, None, None, 15)
+
+
+def test_loads_and_memory_are_told_apart_when_measured(tmp_path: Path) -> None:
+    found = measured(Scripted(itertools.repeat(5.0)), None, tmp_path, QUICK)
+    assert (found.cold_load_ms, found.load_ms, found.warm_load_ms) == (30, 3, 2)
+    assert found.peak_memory_bytes == 5_000_000
+
+
+def test_large_batch_is_measured_apart_when_asked_for(tmp_path: Path) -> None:
+    session = Scripted([1.0, 1.0, 1.0, 1.0, 16.0, 16.0])
+    large = {"x": np.zeros((8, 2), np.float32)}
+    found = measured(session, None, tmp_path, QUICK, large=large)
+    assert (found.p50_ms, found.throughput) == (1, 1000)
+    assert (found.large_batch, found.large_batch_p50_ms, found.large_batch_throughput) == (8, 16, 500)
 
 
 @pytest.mark.parametrize(("share", "repeated"), [(0.9, 0), (1.1, MAX_REPEATS + 1)])
@@ -263,3 +305,121 @@ def test_profile_refuses_baseline_when_it_takes_other_inputs(bundle: Path, tmp_p
     with pytest.raises(VlexportError) as caught:
         profile(ProfileConfig(bundle, against=str(tmp_path / "n"), quick=True))
     assert caught.value.code == "VLX0507"
+
+
+def test_profile_measures_a_larger_batch_when_it_is_dynamic(bundle: Path, capfd: Any) -> None:
+    assert main(["profile", "bundle", "--quick", "--batch", "4", "--threads", "1"]) == 0
+    out = capfd.readouterr().out
+    assert "samples/s at batch 1," in out
+    assert "at batch 4" in out
+    assert "with the runtime's import" in out
+    report = Report.model_validate_json((bundle / "measured/local-2/report.json").read_text())
+    found = report.latency
+    assert found is not None
+    assert (found.batch, found.large_batch) == (1, 4)
+    assert found.p50_ms <= (found.p90_ms or 0) <= (found.p99_ms or 0)
+    assert found.cold_load_ms is not None
+    assert found.cold_load_ms > found.load_ms
+    page = (bundle / "measured/local-2/report.html").read_text()
+    assert "at batch 4" in page
+    assert "peak memory" in page
+
+
+def test_profile_refuses_a_batch_when_it_is_fixed_or_out_of_range(bundle: Path, tmp_path: Path, capfd: Any) -> None:
+    from vlexport.core.artifact import DimRange
+    from vlexport.core.bundle import read_bundle
+    from vlexport.stages.profile import _large_sizes
+
+    component = read_bundle(bundle).main
+    (dim,) = component.dims
+    ranged = component.model_copy(update={"dims": {dim: DimRange(min=2, max=8, opt=2)}})
+    assert _large_sizes(8, ranged) == {dim: 8}
+    spec = component.artifact.inputs[0].model_copy(update={"shape": (1, 3, 8, 8)})
+    fixed = component.model_copy(update={"artifact": component.artifact.model_copy(update={"inputs": (spec,)})})
+    for changed, said in ((ranged, "from 2 to 8"), (fixed, "fixed to 1")):
+        with pytest.raises(VlexportError, match="VLX0703") as caught:
+            _large_sizes(9, changed)
+        assert said in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("ours_ms", "bound", "exit_code", "said"),
+    [
+        (2.0, "5", 0, "regress<=5: pass, regress is 0 %"),
+        (2.2, "5", 3, "regress<=5: fail, regress is 10 %"),
+        (1.0, "0", 0, "regress<=0: pass, regress is -50 %"),
+    ],
+)
+def test_regression_is_judged_against_the_baseline_when_given(
+    ours_ms: float, bound: str, exit_code: int, said: str, bundle: Path, other_bundle: Path, paced: Any, capfd: Any
+) -> None:
+    # Two blocks find the numbers of runs; then each round is baseline, ours, baseline.
+    paced(lambda block: ours_ms if block == 0 or (block >= 2 and block % 3 == 0) else 2.0)
+    assert main(["profile", "bundle", "--baseline", "other", "--max-regress", bound]) == exit_code
+    assert said in capfd.readouterr().out
+
+
+def test_regression_is_inconclusive_when_the_interval_crosses_or_is_missing(
+    bundle: Path, other_bundle: Path, paced: Any, capfd: Any
+) -> None:
+    paced(lambda block: 2.0 + 0.1 * (block % 9 == 3))  # some rounds of ours are 5 % slower
+    assert main(["profile", "bundle", "--baseline", "other", "--max-regress", "2"]) == 5
+    assert "a quieter machine may decide" in capfd.readouterr().out
+    paced(lambda block: 1.2**block)
+    assert main(["profile", "bundle", "--baseline", "other", "--max-regress", "2"]) == 5
+    assert "without an interval: too noisy" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--max-regress", "2"], "--baseline BUNDLE"),
+        (["--baseline", "other", "--against", "other"], "both given"),
+        (["--baseline", "other", "--max-regress", "2", "--quick"], "leave --quick out"),
+        (["--gate", "regress<=2"], "add --against"),
+        (["--gate", "cosine>=0.9"], "vlexport validate"),
+    ],
+)
+def test_regression_is_a_usage_error_when_it_cannot_be_judged(
+    arguments: list[str], said: str, bundle: Path, other_bundle: Path, capfd: Any
+) -> None:
+    assert main(["profile", "bundle", *arguments]) == 2
+    assert said in capfd.readouterr().err
+
+
+def test_baseline_named_naive_is_a_folder_when_given(bundle: Path, capfd: Any) -> None:
+    assert main(["profile", "bundle", "--baseline", "naive", "--max-regress", "2"]) == 1
+    assert "VLX0601" in capfd.readouterr().err
+
+
+def _cpu_ms(session: IsolatedSession) -> float:
+    """Milliseconds of processor time of a child, all threads."""
+    child = session._child
+    assert child is not None
+    threads = Path(f"/proc/{child.pid}/task").iterdir()
+    return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads) / 1e6
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="reads Linux' scheduler statistics")
+def test_idle_child_does_not_spin_when_the_rest_is_over(bundle: Path) -> None:
+    """ONNX Runtime's threads spin on for 35 to 40 ms after a run; the rest before a block must be longer."""
+    opened = bundle_session(bundle, threads=2)
+    with opened as session:
+        session.time_ms({"image": np.zeros((64, 3, 8, 8), np.float32)}, warmup=1, runs=50)
+        time.sleep(REST_BEFORE_A_BLOCK)
+        before = _cpu_ms(session)
+        time.sleep(0.2)
+        assert _cpu_ms(session) - before < 20  # a spinning thread would have used 200
+
+
+def bundle_session(bundle: Path, *, threads: int) -> IsolatedSession:
+    from vlexport.core.bundle import ARTIFACT_FOLDER, read_bundle
+    from vlexport.targets import open_target
+
+    found = read_bundle(bundle)
+    return open_target(found.target).open(bundle / ARTIFACT_FOLDER, found.main.artifact, threads=threads)
+
+
+def test_profile_ends_the_child_when_an_answer_takes_too_long(bundle: Path, capfd: Any) -> None:
+    assert main(["profile", "bundle", "--quick", "--timeout", "0.001"]) == 4
+    assert "no answer within 0.001 s" in capfd.readouterr().err

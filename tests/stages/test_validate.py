@@ -232,6 +232,164 @@ def test_guess_is_only_warned_of_when_it_is_above_chance_or_samples_are_few(bund
     assert good.notes == ()
 
 
+# Metrics of the user's
+
+RIGHT = "def right(outputs, label):\n    return outputs['output'].argmax() == label\n"
+
+
+def test_own_metric_is_a_mean_with_interval_and_paired_change_when_given(
+    bundle: Path, other_bundle: Path, make: Any
+) -> None:
+    Path("m.py").write_text(RIGHT)
+    data = make.npz(Path("x.npz"), [0, 1, 2, 2] * 10)
+    report = measured(bundle, data, reference=str(other_bundle), metrics=("m.py:right",))
+    (found,) = report.metrics
+    assert (found.name, found.samples, found.value) == ("right", 40, 1)
+    assert (found.reference, found.change) == pytest.approx((0.5, 0.5), rel=1e-14)
+    half = 1.959964 * (0.25 * 40 / 39 / 40) ** 0.5  # of 20 zeros and 20 ones
+    assert (found.low, found.high) == (1, 1)
+    assert (found.change_low, found.change_high) == pytest.approx((0.5 - half, 0.5 + half), rel=1e-5)
+    assert report.accuracy is not None  # labels are class indices, so the built-in figures are there as well
+    assert any("no width" in note for note in report.notes)
+    page = (bundle / "measured/local-2/report.html").read_text()
+    assert "Own metrics" in page
+    assert "<code>right</code>" in page
+
+
+@pytest.mark.parametrize(
+    ("gate", "exit_code"),
+    [("right>=0.4", 0), ("right>=0.9", 3), ("right>=0.6", 5), ("right.change>=0", 0), ("right.change>0", 3)],
+)
+def test_own_metric_is_judged_when_a_gate_names_it(
+    gate: str, exit_code: int, bundle: Path, make: Any, capfd: Any
+) -> None:
+    Path("m.py").write_text(RIGHT)
+    colours = [0, 1, 2, 2] * 10
+    data = make.npz(Path("x.npz"), colours, [c if i % 3 else (c + 1) % 3 for i, c in enumerate(colours)])  # 65 % right
+    options = ["--reference", "bundle", "--metric", "m.py:right", "--gate", gate]
+    assert main(["validate", "bundle", "--data", data, *options]) == exit_code
+    assert f"gate {gate}: " in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("label", ["numpy.zeros((4, 4))", "{'boxes': [1, 2]}", "0.25", "None"])
+def test_own_metric_gets_the_label_as_it_is_when_it_is_no_class(label: str, bundle: Path, make: Any) -> None:
+    np.save("images.npy", np.stack([make.image(c, c) for c in (0, 1, 2)]))
+    Path("d.py").write_text(
+        f"import numpy\ndef samples():\n    return [(image, {label}) for image in numpy.load('images.npy')]\n"
+    )
+    Path("m.py").write_text(
+        "import numpy\ndef same(outputs, label):\n"
+        f"    assert outputs['output'].shape == (3,)\n    wanted = {label}\n"
+        "    return numpy.array_equal(label, wanted) if isinstance(wanted, numpy.ndarray) else label == wanted\n"
+    )
+    report = measured(bundle, "d.py:samples", metrics=("m.py:same",))
+    assert (report.accuracy, report.metrics[0].value, report.metrics[0].samples) == (None, 1.0, 3)
+    assert any("few for a normal interval" in note for note in report.notes)
+    if label != "None":
+        assert "--metric" in refused("VLX0208", bundle, "d.py:samples").hint
+
+
+def test_own_metric_is_refused_before_anything_runs_when_it_cannot_be_used(bundle: Path, make: Any) -> None:
+    data = make.npz(Path("x.npz"), [0, 1, 2])
+    Path("m.py").write_text("def right(outputs, label):\n    return outputs['scores']\n")
+    assert "m.py:2" in refused("VLX0212", bundle, data, metrics=("m.py:right",)).message
+    refused("VLX0212", bundle, data, metrics=("m.py:wrong",))
+    refused("VLX0201", bundle, data, metrics=("nowhere.py:right",))
+    gates = (gate_from_text("right.change>=0", extra=["right.change"]),)
+    assert "--reference" in refused("VLX0804", bundle, data, metrics=("m.py:right",), gates=gates).hint
+
+
+@pytest.mark.parametrize("name", ["metric", "gate"])
+def test_code_and_its_metric_are_refused_when_a_recipe_names_them(name: str, model_file: Path, capfd: Any) -> None:
+    value = {"metric": "m.py:right", "gate": "right>=0.5"}[name]
+    recipe = model_file.parent / f"{name}.toml"
+    recipe.write_text(f'{name} = ["{value}"]\n')
+    assert main(["build", str(model_file), "--recipe", str(recipe), "-o", str(recipe) + ".bundle"]) == 2
+    err = capfd.readouterr().err
+    assert "may not name code" in err if name == "metric" else "no metric is called 'right'" in err
+
+
+# Bad samples
+
+
+def test_bad_samples_are_counted_and_listed_when_skipped(bundle: Path, make: Any, capfd: Any) -> None:
+    for name, colour in (("red/1", 0), ("green/1", 1), ("blue/1", 2)):
+        make.photo(Path("photos") / f"{name}.png", colour)
+    (Path("photos") / "red" / "<b>2.png").write_bytes(b"broken")
+    assert main(["validate", "bundle", "--data", "photos"]) == 1
+    assert "red/<b>2.png" in capfd.readouterr().err
+    assert main(["validate", "bundle", "--data", "photos", "--skip-bad"]) == 0
+    assert "1 of 4 samples are bad and were skipped: red/<b>2.png" in capfd.readouterr().out
+    report = Report.model_validate_json((bundle / "measured/local-2/report.json").read_text())
+    assert (report.samples, report.skipped) == (3, 1)
+    assert [(bad.sample, bad.code) for bad in report.bad_samples] == [("red/<b>2.png", "VLX0203")]
+    page = (bundle / "measured/local-2/report.html").read_text()
+    assert "red/&lt;b&gt;2.png" in page
+    assert "<b>2.png" not in page
+
+
+def test_all_samples_bad_is_an_error_when_they_are_skipped(bundle: Path) -> None:
+    np.savez("x.npz", image=np.full((3, 3, 8, 8), np.nan, np.float32), label=np.arange(3))
+    assert "all 3 samples are bad" in refused("VLX0202", bundle, "x.npz", skip_bad=True).message
+
+
+# Another bundle to beat, and calibration samples that come up again
+
+
+@pytest.mark.parametrize(
+    ("bundles", "exit_code", "said"),
+    [(("bundle", "other"), 0, "pass, drop is -66.67"), (("other", "bundle"), 3, "fail, drop is 66.67"),
+     (("bundle", "bundle"), 5, "samples would decide")],
+)  # fmt: skip
+def test_drop_against_the_baseline_is_judged_when_given(
+    bundles: tuple[str, str], exit_code: int, said: str, bundle: Path, other_bundle: Path, make: Any, capfd: Any
+) -> None:
+    data = make.npz(Path("x.npz"), [0, 1, 2] * 8)
+    arguments = ["validate", bundles[0], "--data", data, "--baseline", bundles[1], "--max-regress", "0.5"]
+    assert main(arguments) == exit_code
+    out = capfd.readouterr().out
+    assert "gate drop<=0.5: " in out
+    assert said in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "said"),
+    [
+        (["--max-regress", "1"], 2, "--baseline BUNDLE"),
+        (["--baseline", "bundle", "--reference", "bundle"], 2, "both given"),
+        (["--baseline", "nowhere"], 1, "VLX0601"),
+    ],
+)
+def test_baseline_is_refused_when_it_is_none(
+    arguments: list[str], exit_code: int, said: str, bundle: Path, make: Any, capfd: Any
+) -> None:
+    assert main(["validate", "bundle", "--data", make.npz(Path("x.npz"), [0, 1, 2]), *arguments]) == exit_code
+    assert said in capfd.readouterr().err
+
+
+def test_build_warns_with_the_count_when_calibration_samples_are_evaluated_on(
+    model_file: Path, make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    colours = [0, 1, 2] * 4
+    data = make.npz(Path("x.npz"), colours)
+    images = np.load(data)["image"]
+    images[5] = np.nan
+    np.savez("calib.npz", image=np.concatenate([images[4:7], images[4:5] + 1]))  # 4 and 6; one is bad, one is new
+    Path("m.py").write_text(RIGHT)
+    made = vlexport.build(
+        BuildConfig(
+            model=str(model_file), output="b", profile=False, threads=1, data=data, calib="calib.npz", skip_bad=True,
+            metric=("m.py:right",), gate=("right>=0.5", "right.change>=-1"),
+        )
+    )  # fmt: skip
+    assert [v.outcome for v in made.report.verdicts] == ["pass", "pass"]
+    notes = " | ".join(made.report.notes)
+    assert "2 of 12 evaluation samples are calibration samples as well" in notes
+    assert "1 of 4 calibration samples are bad and were skipped: #1" in notes
+    assert "metric" not in Path("b/recipe.toml").read_text()
+
+
 # Batches
 
 

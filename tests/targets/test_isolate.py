@@ -14,7 +14,7 @@ import pytest
 
 from vlexport.core.artifact import Artifact, TensorSpec
 from vlexport.core.errors import VlexportError
-from vlexport.core.isolate import IsolatedSession
+from vlexport.core.isolate import IsolatedSession, _peak_memory_bytes
 
 RUNTIME = """
 import ctypes, os, signal, sys, time
@@ -37,6 +37,8 @@ class Echo(Session):
         if act == "raise": raise RuntimeError("first line\\nsecond line")
         if act == "refuse": raise InputError("VLX0507", "not this", where="here", hint="other")
         if act == "hang": (folder / "hanging").touch(); time.sleep(100)
+        if act == "fill":
+            numpy.ones(60_000_000, numpy.uint8)
         if act == "close channel":
             os.closerange(3, 64); time.sleep(100)
         if act == "print":
@@ -55,6 +57,7 @@ def open_session(where, artifact, threads):
     folder = where
     kind = Emulated if artifact.path == "emulated" else Echo
     if artifact.path == "abort": os.abort()
+    if artifact.path == "hang": time.sleep(100)
     if artifact.path == "raise": raise ValueError("junk in the file")
     return kind(artifact.inputs, artifact.outputs)
 """
@@ -67,10 +70,10 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def opened(folder: Path, path: str = "main") -> IsolatedSession:
+def opened(folder: Path, path: str = "main", timeout_s: float | None = None) -> IsolatedSession:
     spec = TensorSpec(name="x", dtype="float32", shape=("batch",))
     artifact = Artifact(target="made-up", path=path, inputs=(spec,), outputs=(spec,))
-    return IsolatedSession("made_up_runtime:open_session", folder, artifact)
+    return IsolatedSession("made_up_runtime:open_session", folder, artifact, timeout_s=timeout_s)
 
 
 def refused(code: str, exit_code: int, call: object) -> VlexportError:
@@ -166,6 +169,23 @@ def test_errors_keep_their_code_and_the_session_lives_when_a_run_raises(runtime:
         assert session.run(ONE)["x"].tolist() == [1]
 
 
+def test_objects_are_refused_and_the_session_lives_when_they_are_no_arrays(runtime: Path) -> None:
+    with opened(runtime) as session:
+        for call in (session.run, lambda arrays: session.time_ms(arrays, warmup=1, runs=1)):
+            error = refused("VLX0507", 1, lambda call=call: call({"x": np.array([None])}))
+            assert error.where == "x"
+        assert session.run(ONE)["x"].tolist() == [1]
+
+
+def test_child_finds_the_runtime_when_only_this_process_knows_its_folder(
+    runtime: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONPATH")
+    monkeypatch.syspath_prepend(str(runtime))
+    with opened(runtime) as session:
+        assert session.run(ONE)["x"].tolist() == [1]
+
+
 def test_channel_holds_when_the_child_prints(runtime: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (runtime / "act").write_text("print")
     with opened(runtime) as session:
@@ -234,6 +254,61 @@ def test_times_are_measured_in_the_child_when_timing_is_real(shared: IsolatedSes
     assert len(times) == 6
     assert all(0 < t < 1000 for t in times)
     assert shared.load_ms > 0
+
+
+def test_child_is_killed_when_it_gives_no_answer_in_time(runtime: Path) -> None:
+    with opened(runtime, timeout_s=20) as session:  # the interpreter's start counts, too
+        pid = pid_of(session)
+        assert session.run(ONE)["x"].tolist() == [1]
+        session._timeout_s = 0.3
+        (runtime / "act").write_text("hang")
+        started = time.monotonic()
+        assert "no answer within 0.3 s and was killed" in refused("VLX0506", 4, lambda: session.run(ONE)).message
+        assert time.monotonic() - started < 10
+        assert gone(session, pid)
+        refused("VLX0506", 4, lambda: session.run(ONE))
+
+
+def test_child_is_killed_when_opening_takes_too_long(runtime: Path) -> None:
+    before = len(list(Path("/proc/self/task").iterdir()))
+    error = refused("VLX0506", 4, lambda: opened(runtime, "hang", timeout_s=2))
+    assert "no answer within 2 s" in error.message
+    assert len(list(Path("/proc/self/task").iterdir())) <= before  # no timer is left
+
+
+def test_child_is_killed_when_it_does_not_read_in_time(runtime: Path) -> None:
+    with opened(runtime, timeout_s=20) as session:
+        os.kill(pid_of(session), signal.SIGSTOP)
+        session._timeout_s = 0.3
+        large = {"x": np.zeros(5_000_000, np.float32)}  # above any pipe: the parent waits in a write
+        assert "no answer within" in refused("VLX0506", 4, lambda: session.run(large)).message
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads VmHWM")
+def test_peak_memory_is_the_childs_when_asked_for(runtime: Path) -> None:
+    with opened(runtime) as session:
+        before = session.peak_memory_bytes()
+        (runtime / "act").write_text("fill")
+        session.run(ONE)
+        after = session.peak_memory_bytes()
+    assert before is not None
+    assert after is not None
+    assert 10e6 < before < 500e6  # an interpreter with numpy
+    assert 55e6 < after - before < 80e6  # 60 MB were held and let go again
+
+
+def test_peak_memory_is_none_when_the_system_does_not_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    assert _peak_memory_bytes() is None
+
+
+def test_loads_are_timed_apart_when_cold_and_warm(shared: IsolatedSession) -> None:
+    assert 0 < shared.load_ms < shared.cold_load_ms
+    assert 0 < shared.reload_ms() < shared.cold_load_ms
+    assert shared.run(ONE)["x"].tolist() == [1]  # the first session lives on
 
 
 def test_times_are_refused_when_timing_is_not_real(runtime: Path) -> None:

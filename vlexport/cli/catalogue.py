@@ -1,30 +1,51 @@
-"""``vlexport targets`` and ``vlexport passes``."""
+"""``vlexport targets`` and ``vlexport passes``: what there is, plugins of installed packages among it."""
 
 from __future__ import annotations
 
 import inspect
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
 from vlexport.cli.measure import JsonOption
 from vlexport.cli.outcome import Outcome
+from vlexport.core.bundle_schema import plain_json
+from vlexport.core.errors import CapabilityError
 from vlexport.core.halves import require_build_half
+from vlexport.core.option_records import option_lines, option_records
+from vlexport.core.plugins import Offer, only_one
 
 
-def targets(json_output: JsonOption = False) -> Outcome:
-    """List the targets and what is installed here."""
-    from vlexport.targets import CATALOGUE, open_target
+def targets(
+    name: Annotated[
+        str | None, typer.Argument(help="A target, for its options.", metavar="NAME", show_default=False)
+    ] = None,
+    json_output: JsonOption = False,
+) -> Outcome:
+    """List the targets and what is installed here, or describe one with its options."""
+    from vlexport.targets import offered_targets, open_target
 
-    lines, payload = [], {}
-    for name in CATALOGUE:
-        target = open_target(name)
+    def about(offer: Offer) -> tuple[list[str], dict[str, Any]]:
+        target = open_target(offer.name)
         probe = target.probe()
-        state = f"{probe.version}, {', '.join(probe.providers)}" if probe.available else f"not here: {probe.reason}"
-        lines += [f"{name}: {target.summary}", f"  runs {', '.join(target.precisions)}; {state}"]
-        lines += [f"  --set {name}.{key}={field.default}" for key, field in target.Options.model_fields.items()]
-        payload[name] = probe.model_dump(mode="json")
-    return Outcome(lines, {"targets": payload})
+        state = ", ".join((probe.version, *probe.providers)) if probe.available else f"not here: {probe.reason}"
+        lines = [
+            f"{offer.name}: {target.summary}{_origin(offer)}",
+            f"  runs {', '.join(target.precisions)} ({target.precisions[0]} by default: {target.precision_reason}); "
+            f"{state}",
+        ]
+        records = option_records(target.Options)
+        payload = {**probe.model_dump(mode="json"), "summary": target.summary, "precisions": list(target.precisions)}
+        lines += option_lines(offer.name, records) if name is not None else []
+        return lines, {**payload, "distribution": offer.origin, "options": [plain_json(each) for each in records]}
+
+    if name is not None:
+        open_target(name)
+        lines, payload = about(only_one(offered_targets()[name]))
+        return Outcome(lines, {"name": name, **payload})
+    lines, found, broken = _listed(offered_targets(), about)
+    return Outcome(lines, {"targets": found, "broken": broken})
 
 
 def passes(
@@ -33,14 +54,54 @@ def passes(
     ] = None,
     json_output: JsonOption = False,
 ) -> Outcome:
-    """List the passes in pipeline order, or describe one."""
+    """List the passes in pipeline order, or describe one with its options."""
     require_build_half("vlexport passes")
-    from vlexport.passes import CATALOGUE, pass_class
+    from vlexport.passes import offered_passes, pass_class
 
     if name is not None:
-        module = inspect.getmodule(pass_class(name))
-        text = inspect.cleandoc((module.__doc__ if module else None) or "")
-        return Outcome(text.splitlines(), {"name": name, "description": text})
-    found = {each: pass_class(each) for each in CATALOGUE}
-    lines = [f"{each} ({kind.stage}, {kind.effect}): {inspect.getdoc(kind)}" for each, kind in found.items()]
-    return Outcome(lines, {"passes": [{"name": n, "stage": k.stage, "effect": k.effect} for n, k in found.items()]})
+        kind = pass_class(name)
+        module = inspect.getmodule(kind)
+        text = inspect.cleandoc((module.__doc__ if module else None) or inspect.getdoc(kind) or "")
+        records = option_records(kind.Options)
+        lines = [*text.splitlines(), "", *option_lines(name, records)]
+        payload = {"stage": kind.stage, "effect": kind.effect, "options": [plain_json(each) for each in records]}
+        offer = only_one(offered_passes()[name])
+        return Outcome(lines, {"name": name, "description": text, "distribution": offer.origin, **payload})
+
+    def about(offer: Offer) -> tuple[list[str], dict[str, Any]]:
+        kind = pass_class(offer.name)
+        run = "" if offer.built_in else f"; run with --pass {offer.name}"
+        line = f"{offer.name} ({kind.stage}, {kind.effect}): {inspect.getdoc(kind)}{_origin(offer)}{run}"
+        return [line], {"stage": kind.stage, "effect": kind.effect, "distribution": offer.origin}
+
+    lines, found, broken = _listed(offered_passes(), about)
+    rows = [{"name": each, **payload} for each, payload in found.items()]
+    return Outcome(lines, {"passes": rows, "broken": broken})
+
+
+def _listed(
+    claims: dict[str, tuple[Offer, ...]], about: Callable[[Offer], tuple[list[str], dict[str, Any]]]
+) -> tuple[list[str], dict[str, dict[str, Any]], dict[str, dict[str, str]]]:
+    """Lines, payload by id, and the errors of plugins that cannot be used: they spoil nobody else's listing.
+
+    Raises:
+        CapabilityError: VLX1001 when two packages claim one id.
+    """
+    lines: list[str] = []
+    found: dict[str, dict[str, Any]] = {}
+    broken: dict[str, dict[str, str]] = {}
+    for name, same in claims.items():
+        offer = only_one(same)
+        try:
+            more, found[name] = about(offer)
+        except CapabilityError as error:
+            if offer.built_in:
+                raise
+            broken[name] = error.as_dict()
+            more = [f"{name}: broken: {error.message}", f"  {error.hint}"]
+        lines += more
+    return lines, found, broken
+
+
+def _origin(offer: Offer) -> str:
+    return "" if offer.built_in else f" [{offer.origin}]"

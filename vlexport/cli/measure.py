@@ -10,6 +10,7 @@ import typer
 from vlexport.cli.console import make_reporter
 from vlexport.cli.outcome import Outcome
 from vlexport.core.bundle_schema import Report, plain_json
+from vlexport.core.errors import UsageError
 from vlexport.core.verdict import exit_code, gate_from_text
 
 BundleArgument = Annotated[
@@ -23,28 +24,58 @@ ArchOption = Annotated[
     str | None,
     typer.Option("--arch", help="Architecture, when the reference holds weights only: timm:NAME, FILE.py:FACTORY."),
 ]
+BaselineOption = Annotated[
+    str, typer.Option("--baseline", help="Another bundle, the one to beat; judged with --max-regress.")
+]
+TimeoutOption = Annotated[
+    float, typer.Option("--timeout", help="Seconds that one answer of the runtime may take; 0 means no limit.", min=0)
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
 def validate(
     bundle: BundleArgument,
-    data: Annotated[str, typer.Option("--data", help="Class folders, images, .npz or FILE.py:FUNCTION.")],
+    data: Annotated[str, typer.Option("--data", help="Class folders, images, .npz, .jsonl or FILE.py:FUNCTION.")],
     reference: Annotated[str, typer.Option("--reference", help="Model file or bundle to compare with.")] = "",
     arch: ArchOption = None,
     gate: GateOption = None,
     max_drop: Annotated[float | None, typer.Option("--max-drop", help="Same as --gate drop<=P.", min=0)] = None,
+    baseline: BaselineOption = "",
+    max_regress: Annotated[
+        float | None, typer.Option("--max-regress", help="Largest drop of top-1 against --baseline, in points.", min=0)
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option("--metric", help="Repeatable FILE.py:FUNCTION, (outputs, label) → number a sample."),
+    ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out samples that cannot be read or hold NaN; list them.")
+    ] = False,
     threads: ThreadsOption = 0,
+    timeout: TimeoutOption = 0,
     json_output: JsonOption = False,
 ) -> Outcome:
     """Measure accuracy on labelled samples, and fidelity to a reference."""
-    from vlexport.report.figures import accuracy_phrase
+    from vlexport.core.bundle import read_bundle
+    from vlexport.core.user_metric import metric_names
+    from vlexport.report.figures import accuracy_phrase, metric_phrase
     from vlexport.stages.validate import ValidateConfig
     from vlexport.stages.validate import validate as stage
 
-    texts = [*(gate or []), *([f"drop<={max_drop:g}"] if max_drop is not None else [])]
-    config = ValidateConfig(bundle, data, reference, arch, tuple(map(gate_from_text, texts)), threads)
+    _require_one_baseline(baseline, max_regress, reference, "--reference")
+    if baseline:
+        read_bundle(Path(baseline))
+    drops = [bound for bound in (max_drop, max_regress) if bound is not None]
+    texts = [*(gate or []), *(f"drop<={bound:g}" for bound in drops)]
+    own = tuple(metric or ())
+    names = metric_names(own)
+    config = ValidateConfig(
+        bundle, data, baseline or reference, arch, tuple(gate_from_text(text, extra=names) for text in texts), threads,
+        skip_bad=skip_bad, metrics=own, timeout_s=timeout or None,
+    )  # fmt: skip
     report = stage(config, reporter=make_reporter())
     lines = [accuracy_phrase(report)]
+    lines += [metric_phrase(found) for found in report.metrics if metric_phrase(found) not in lines[0]]
     for name, found in report.fidelity.items():
         agreement = f", same top-1 on {found.agreements} of {found.samples}" if found.agreements is not None else ""
         lines.append(
@@ -64,22 +95,44 @@ def profile(
     arch: ArchOption = None,
     gate: GateOption = None,
     quick: Annotated[bool, typer.Option("--quick", help="Three rounds instead of seven: no verdict.")] = False,
+    baseline: BaselineOption = "",
+    max_regress: Annotated[
+        float | None, typer.Option("--max-regress", help="How much longer than --baseline, in percent of p50.", min=0)
+    ] = None,
+    batch: Annotated[
+        int, typer.Option("--batch", help="Measure at this batch too, where it is dynamic; 0 means no.", min=0)
+    ] = 0,
     threads: ThreadsOption = 0,
+    timeout: TimeoutOption = 0,
     json_output: JsonOption = False,
 ) -> Outcome:
     """Measure latency, interleaved with a baseline, each in its own process."""
     from vlexport.core.errors import EXIT_INCONCLUSIVE
-    from vlexport.report.figures import latency_phrase, size_phrase
+    from vlexport.report.figures import (
+        latency_phrase,
+        load_phrase,
+        memory_phrase,
+        size_phrase,
+        tail_phrase,
+        throughput_phrase,
+    )
     from vlexport.stages.profile import ProfileConfig
     from vlexport.stages.profile import profile as stage
 
-    config = ProfileConfig(bundle, against, reference, arch, tuple(map(gate_from_text, gate or [])), threads, quick)
+    _require_one_baseline(baseline, max_regress, against, "--against")
+    texts = [*(gate or []), *([f"regress<={max_regress:g}"] if max_regress is not None else [])]
+    config = ProfileConfig(
+        bundle, str(Path(baseline).absolute()) if baseline else against, reference, arch,
+        tuple(map(gate_from_text, texts)), threads, quick, batch=batch, timeout_s=timeout or None,
+    )  # fmt: skip
     report = stage(config, reporter=make_reporter())
     assert report.latency is not None
     found = report.latency
     lines = [
         latency_phrase(report),
-        f"load {found.load_ms:.0f} ms, size {size_phrase(report.size_bytes)}, {report.cost.macs / 1e9:.2f} GMACs",
+        f"{tail_phrase(found)}; {throughput_phrase(found)}",
+        f"{load_phrase(found)}; {memory_phrase(found)}",
+        f"size {size_phrase(report.size_bytes)}, {report.cost.macs / 1e9:.2f} GMACs",
     ]
     if found.baseline and found.baseline_p50_ms is not None and found.baseline_load_ms is not None:
         lines.append(
@@ -94,6 +147,22 @@ def profile(
     if outcome.exit_code == 0 and found.verdict == "too noisy to tell":
         return Outcome(outcome.lines, outcome.payload, EXIT_INCONCLUSIVE)
     return outcome
+
+
+def _require_one_baseline(baseline: str, max_regress: float | None, other: str, flag: str) -> None:
+    """Refuse a bound without a baseline, and two things to compare with.
+
+    Raises:
+        UsageError: VLX0703.
+    """
+    if max_regress is not None and not baseline:
+        raise UsageError(
+            "VLX0703", "--max-regress needs a baseline", where="--max-regress", hint="add --baseline BUNDLE"
+        )
+    if baseline and other:
+        raise UsageError(
+            "VLX0703", f"--baseline and {flag} were both given", where="--baseline", hint="give one of them"
+        )
 
 
 def _outcome(lines: list[str], report: Report) -> Outcome:

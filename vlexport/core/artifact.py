@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
+from vlexport.core.errors import InputError, nearest
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -121,6 +123,23 @@ class Session(abc.ABC):
         Raises:
             InputError: VLX0507 when an input is missing, unknown or does not fit its spec.
         """
+
+    def checked(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """``inputs`` as arrays that fit the specs, for :meth:`run` to begin with.
+
+        Raises:
+            InputError: VLX0507 when an input is missing, unknown or does not fit its spec.
+        """
+        known = {spec.name: spec for spec in self.inputs}
+        arrays = {name: np.asarray(value) for name, value in inputs.items()}
+        for name in arrays:
+            if name not in known:
+                raise InputError("VLX0507", f"no input '{name}'{nearest(name, known)}", where=name)
+        for name, spec in known.items():
+            problem = spec.problem(arrays[name]) if name in arrays else "it is missing"
+            if problem:
+                raise InputError("VLX0507", f"input {name}: {problem}", where=name)
+        return arrays
 
     @abc.abstractmethod
     def close(self) -> None:

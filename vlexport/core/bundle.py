@@ -15,6 +15,8 @@ from vlexport.core.errors import BundleError, GateError
 BUNDLE_FILE = "bundle.json"
 ARTIFACT_FOLDER = "artifact"
 GOLDEN_FOLDER = "golden"
+RECORDED_FOLDERS = (ARTIFACT_FOLDER, "assets", GOLDEN_FOLDER)
+"""Folders all of whose files ``bundle.json`` records."""
 RECIPE_FILE = "recipe.toml"
 MEASURED_FOLDER = "measured"
 _CHUNK = 1 << 20
@@ -70,7 +72,9 @@ def read_bundle(folder: Path) -> Bundle:
         raise BundleError("VLX0601", "bundle.json has no component", where=str(folder), hint="build it again")
     paths = [*bundle.files]
     for component in bundle.components.values():
-        paths += [f"{ARTIFACT_FOLDER}/{component.artifact.path}", component.golden.inputs, component.golden.outputs]
+        paths.append(f"{ARTIFACT_FOLDER}/{component.artifact.path}")
+        for golden in (component.golden, component.golden_smallest):
+            paths += [golden.inputs, golden.outputs] if golden is not None else []
     for path in paths:
         inside(folder, path)
     return bundle
@@ -112,7 +116,7 @@ def check_files(folder: Path, bundle: Bundle) -> None:
             raise _altered(folder, f"{path} is missing")
         if file.stat().st_size != record.size_bytes or file_record(file).sha256 != record.sha256:
             raise _altered(folder, f"{path} was altered")
-    for part in (ARTIFACT_FOLDER, GOLDEN_FOLDER):
+    for part in RECORDED_FOLDERS:
         for file in sorted((folder / part).rglob("*")):
             name = file.relative_to(folder).as_posix()
             if (file.is_symlink() or not file.is_dir()) and name not in bundle.files:
@@ -132,7 +136,7 @@ def file_record(file: Path) -> FileRecord:
 
 def recorded_files(folder: Path) -> Iterator[tuple[str, FileRecord]]:
     """Every file of ``artifact/``, ``golden/`` and ``assets/``, and the recipe, with its record."""
-    for part in (ARTIFACT_FOLDER, "assets", GOLDEN_FOLDER):
+    for part in RECORDED_FOLDERS:
         for file in sorted((folder / part).rglob("*")):
             if file.is_file():
                 yield file.relative_to(folder).as_posix(), file_record(file)

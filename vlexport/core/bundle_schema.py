@@ -111,7 +111,9 @@ class Component(Frozen):
         dims: Ranges of the dynamic dims.
         preprocess: Input name → how an image becomes that input.
         labels: Class names by index of the first output, if known.
-        golden: Its golden vectors.
+        golden: Its golden vectors, every dynamic dim two above its smallest size where its range allows: a size that
+            capture does not trace with.
+        golden_smallest: Golden vectors at the smallest sizes; None where no dim is dynamic.
         passes: What was done to the graph, in order.
         cost: What one run costs.
     """
@@ -121,6 +123,7 @@ class Component(Frozen):
     preprocess: dict[str, Preprocess]
     labels: tuple[str, ...]
     golden: Golden
+    golden_smallest: Golden | None = None
     passes: tuple[PassRecord, ...]
     cost: CostRecord
 
@@ -229,19 +232,64 @@ class Disagreement(Frozen):
     close: bool
 
 
+class MetricResult(Frozen):
+    """A metric of the user's: the mean over samples of what his function returned, each with its 95 % interval.
+
+    Attributes:
+        name: Name of the function.
+        samples: Number of samples.
+        value: Mean of ours.
+        low: Lower bound of the normal interval over samples; infinite for one sample.
+        high: Upper bound.
+        reference: Mean of the reference's, where there is one.
+        change: Ours minus the reference's, paired by sample.
+        change_low: Lower bound of its normal interval.
+        change_high: Upper bound.
+    """
+
+    name: str
+    samples: int
+    value: float
+    low: float
+    high: float
+    reference: float | None = None
+    change: float | None = None
+    change_low: float | None = None
+    change_high: float | None = None
+
+
+class BadSample(Frozen):
+    """A sample that was left out: its id, the code of its error and what is wrong with it."""
+
+    sample: str
+    code: str
+    reason: str
+
+
 class LatencyResult(Frozen):
     """Latency of one artifact, and against a baseline where one was given.
 
     Attributes:
-        p50_ms: Median over all runs at batch 1 (opt dims), milliseconds.
-        baseline_p50_ms: The same of the baseline.
+        p50_ms: Median over all runs of rounds that held, at ``batch`` samples a run (opt dims), milliseconds.
+        p90_ms: The time that nine runs of ten stay within; None with fewer than 20 runs.
+        p99_ms: The same for 99 of 100; None with fewer than 200 runs.
+        load_ms: First opening in a fresh process, milliseconds, without importing the runtime.
+        cold_load_ms: The same with importing it.
+        warm_load_ms: Opening a second time in the same process.
+        peak_memory_bytes: The most memory that the process held at once up to the last run at ``batch``, with
+            interpreter and runtime; None where this system does not tell.
+        batch: Samples a run.
+        throughput: Samples a second at ``batch``, from the mean of the same runs.
+        large_batch: The batch that was asked for beside it.
+        large_batch_p50_ms: Median of a run at it, measured alone, after the rounds.
+        large_batch_throughput: Samples a second at it.
+        baseline_p50_ms: Median of the baseline's runs.
         ratio: Median over rounds of baseline p50 / our p50; above 1 is faster.
         ratio_low: Lower bound of the ratio's 95 % interval (of its range, where there are too few rounds for one).
         rounds: Rounds whose control held.
         repeated: Rounds thrown away because the baseline drifted by more than 5 %.
         verdict: ``faster``, ``slower``, ``no difference shown``, ``too noisy to tell``, ``quick`` (too few rounds for
-        an
-            interval) or ``alone`` (nothing to compare with).
+            an interval) or ``alone`` (nothing to compare with).
     """
 
     p50_ms: float
@@ -258,6 +306,16 @@ class LatencyResult(Frozen):
     rounds: int = 0
     repeated: int = 0
     verdict: str = "alone"
+    p90_ms: float | None = None
+    p99_ms: float | None = None
+    cold_load_ms: float | None = None
+    warm_load_ms: float | None = None
+    peak_memory_bytes: int | None = None
+    batch: int = 1
+    throughput: float | None = None
+    large_batch: int | None = None
+    large_batch_p50_ms: float | None = None
+    large_batch_throughput: float | None = None
 
 
 class Report(Frozen):
@@ -267,6 +325,9 @@ class Report(Frozen):
         reference: What the artifact was compared with (``source program``, ``model``, a bundle's digest) or empty.
         notes: What the reader should know.
         disagreements: Samples whose top-1 differs from the reference's, at most 100.
+        metrics: What the user's own metrics gave.
+        skipped: Samples that were left out because they are bad.
+        bad_samples: The first 100 of them.
     """
 
     schema_version: int = REPORT_SCHEMA
@@ -282,6 +343,9 @@ class Report(Frozen):
     samples: int = 0
     accuracy: AccuracyResult | None = None
     fidelity: dict[str, OutputFidelity] = Field(default_factory=dict)
+    metrics: tuple[MetricResult, ...] = ()
+    skipped: int = 0
+    bad_samples: tuple[BadSample, ...] = ()
     measured: tuple[Measured, ...] = ()
     disagreements: tuple[Disagreement, ...] = ()
     latency: LatencyResult | None = None
@@ -310,6 +374,7 @@ def digest_of(bundle: Bundle) -> str:
 __all__ = [
     "AccuracyResult",
     "Artifact",
+    "BadSample",
     "Bundle",
     "Change",
     "ChangeSummary",
@@ -320,6 +385,7 @@ __all__ = [
     "Golden",
     "LatencyResult",
     "Machine",
+    "MetricResult",
     "NearMissRecord",
     "OutputFidelity",
     "PassRecord",

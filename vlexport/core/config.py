@@ -54,8 +54,15 @@ class BuildConfig(BaseModel):
         None, "Unlabelled samples; one of them probes the numeric gate.", "--calib", recipe=False
     )
     data: str | None = _option(
-        None, "Evaluation samples: class folders, images, .npz or FILE.py:FUNCTION.", "--data", recipe=False
+        None, "Evaluation samples: class folders, images, .npz, .jsonl or FILE.py:FUNCTION.", "--data", recipe=False
     )
+    skip_bad: bool = _option(
+        False, "Leave out samples that cannot be read or hold NaN; the report lists them.", "--skip-bad", recipe=False
+    )
+    metric: tuple[str, ...] = _option(
+        (), "Repeatable FILE.py:FUNCTION, (outputs, label) → number a sample; gates use its name.", "--metric",
+        recipe=False,
+    )  # fmt: skip
     gate: tuple[str, ...] = _option((), 'Repeatable "METRIC OP VALUE", as "drop<=0.5"; judges only.', "--gate")
     max_drop: float | None = _option(
         None, "Largest drop of top-1 in points; same as --gate drop<=P here.", "--max-drop", ge=0
@@ -66,6 +73,9 @@ class BuildConfig(BaseModel):
     )
     arch: str | None = _option(None, "Architecture for weights: timm:NAME or FILE.py:FACTORY.", "--arch")
     weights_key: str | None = _option(None, "Entry of a training checkpoint that holds the weights.", "--weights-key")
+    passes: tuple[str, ...] = _option(
+        (), "Repeatable: a plugin's pass to run too, where its stage belongs; ours always run.", "--pass"
+    )
     options: Annotated[dict[str, str], BeforeValidator(_texts)] = _option(
         {}, "Repeatable SCOPE.NAME=VALUE: any option of a pass or target.", "--set"
     )
@@ -159,6 +169,11 @@ def read_recipe(path: Path) -> dict[str, Any]:
         )
     allowed = [n for n, f in BuildConfig.model_fields.items() if _extra(f)["recipe"]]
     for key in values:
+        if key == "metric":
+            raise UsageError(
+                "VLX0705", "a recipe may not name code", where=str(path),
+                hint="give --metric FILE.py:FUNCTION on the command line",
+            )  # fmt: skip
         if key not in allowed:
             raise UsageError(
                 "VLX0705", f"a recipe has no key '{key}'{nearest(key, allowed)}", where=str(path),

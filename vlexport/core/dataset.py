@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from vlexport.core.errors import DataError, nearest
 from vlexport.core.preprocess import guess_spec
 
 Label = int | Array | dict[str, Any] | None
+SKIPPABLE = ("VLX0203", "VLX0204")
+"""Codes of samples that are bad in themselves (unreadable, NaN); anything else is wrong with the data as a whole."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +32,15 @@ class Sample:
     inputs: dict[str, Array]
     label: Label = None
 
+    def content_hash(self) -> str:
+        """SHA-256 of the inputs as the model gets them (names, dtypes, shapes, values); id and label do not count."""
+        digest = hashlib.sha256()
+        for name in sorted(self.inputs):
+            array = np.ascontiguousarray(self.inputs[name])
+            digest.update(f"{name} {array.dtype.str} {np.shape(self.inputs[name])}\n".encode())
+            digest.update(array.tobytes())
+        return digest.hexdigest()
+
 
 class Dataset:
     """Samples in a fixed order. Each ``iter()`` starts anew and reads samples as they are asked for.
@@ -39,9 +51,11 @@ class Dataset:
             fails, VLX0210 a label is missing although the first sample has one. Each names the sample.
 
     Attributes:
-        kind: ``class-folders``, ``photos``, ``npz`` or ``function``.
+        kind: ``class-folders``, ``photos``, ``npz``, ``jsonl`` or ``function``.
         labelled: Whether samples have labels.
         classes: Names of the classes that occur, sorted; empty unless the data names them.
+        skip_bad: Leave out samples that cannot be read or hold NaN (VLX0203, VLX0204) instead of raising.
+        skipped: Id of every sample that was left out so far → the error that it would have been.
     """
 
     def __init__(
@@ -49,7 +63,7 @@ class Dataset:
         *,
         kind: str,
         count: Callable[[], int],
-        read: Callable[[], Iterator[Sample]],
+        read: Callable[[], Iterator[Sample | DataError]],
         inputs: Sequence[TensorSpec],
         labelled: bool,
         labels: Sequence[str] | None,
@@ -58,6 +72,8 @@ class Dataset:
         self.kind = kind
         self.labelled = labelled
         self.classes = classes
+        self.skip_bad = False
+        self.skipped: dict[str, DataError] = {}
         self._count = count
         self._read = read
         self._labels = labels
@@ -65,13 +81,23 @@ class Dataset:
         self._length: int | None = None
 
     def __len__(self) -> int:
-        """Number of samples. For a function that returns no list, its samples are counted once."""
+        """Number of samples, bad ones included. For a function that returns no list, they are counted once."""
         if self._length is None:
             self._length = self._count()
         return self._length
 
     def __iter__(self) -> Iterator[Sample]:
-        return map(self._checked, self._read())
+        for found in self._read():
+            try:
+                if isinstance(found, DataError):
+                    raise found
+                sample = self._checked(found)
+            except DataError as error:
+                if not self.skip_bad or error.code not in SKIPPABLE:
+                    raise
+                self.skipped[error.where] = error
+                continue
+            yield sample
 
     def _checked(self, sample: Sample) -> Sample:
         unknown = sorted(set(sample.inputs) - set(self._rows))
@@ -105,6 +131,24 @@ class Dataset:
         if self._labels and label >= len(self._labels):
             known = f"the model has {len(self._labels)} labels, counted from 0"
             raise DataError("VLX0208", f"sample {where} has label {label}, {known}", where=where)
+
+
+def first_sample(read: Callable[[], Iterator[Sample | DataError]]) -> Sample | None:
+    """The first sample that can be read, or None where there is none at all.
+
+    Raises:
+        DataError: The first error, when every sample is bad, or when it is no sample's fault.
+    """
+    problem: DataError | None = None
+    for found in read():
+        if isinstance(found, Sample):
+            return found
+        if found.code not in SKIPPABLE:
+            raise found
+        problem = problem or found
+    if problem is not None:
+        raise problem
+    return None
 
 
 def misfit(message: str, where: str, hint: str = "") -> DataError:

@@ -57,6 +57,7 @@ CODES: dict[str, str] = {
     "VLX0209": "the data's function cannot be used",
     "VLX0210": "the data has no labels",
     "VLX0211": "the reference is no better than guessing",
+    "VLX0212": "the metric's function cannot be used",
     # 03: capture
     "VLX0301": "the model is in train mode",
     "VLX0302": "the example inputs do not fit the model",
@@ -72,6 +73,7 @@ CODES: dict[str, str] = {
     "VLX0405": "the order of passes is impossible",
     "VLX0406": "a pass edited a parameter in place",
     "VLX0407": "a pass did not establish a fact it claims",
+    "VLX0408": "an outside optimizer failed or damaged the graph",
     # 05: targets
     "VLX0501": "the target's runtime is not installed",
     "VLX0502": "the target does not run this precision",
@@ -94,10 +96,14 @@ CODES: dict[str, str] = {
     "VLX0703": "an option is not understood",
     "VLX0705": "a recipe is not understood",
     # 08: judging and measuring
-    "VLX0803": "too noisy to tell",
+    "VLX0803": "latency cannot be told: too noisy, or the timing is not real",
     "VLX0804": "a gate needs something that was not measured",
     # 09: our bugs
     "VLX0901": "vlexport broke its own contract",
+    # 10: plugins
+    "VLX1001": "two installed packages offer the same pass or target",
+    "VLX1002": "a plugin was written for another version of the interface",
+    "VLX1003": "a plugin cannot be used",
 }
 """Stable code → the kind of problem it stands for. A test keeps it equal to the codes that are really raised."""
 

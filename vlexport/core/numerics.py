@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from vlexport.core.artifact import Array, Frozen
 from vlexport.core.errors import DataError
+from vlexport.core.intervals import Z95
 
 Floats = npt.NDArray[np.float64]
 
@@ -306,3 +307,39 @@ class PairedAccuracy:
         self.both += int(np.sum(right & reference_right))
         self.only_reference += int(np.sum(~right & reference_right))
         self.only_ours += int(np.sum(right & ~reference_right))
+
+
+class RunningMean:
+    """Mean of a stream of figures with its 95 % interval (Welford's sums: nothing is kept, nothing cancels).
+
+    Attributes:
+        samples: Number of figures.
+        mean: Their mean; NaN before the first.
+    """
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self.mean = math.nan
+        self._squares = 0.0
+
+    def add(self, value: float) -> None:
+        """Add one figure."""
+        self.samples += 1
+        before = 0.0 if self.samples == 1 else self.mean
+        self.mean = before + (value - before) / self.samples
+        self._squares += (value - before) * (value - self.mean)
+
+    def interval(self) -> tuple[float, float]:
+        """The normal interval of the mean over samples.
+
+        Equation:
+            mean ± 1.96·s/√n, with s² = Σ(x − mean)²/(n − 1).
+
+        Returns:
+            Lower and upper bound; infinite for fewer than two samples. Without spread its width is zero, and with few
+            samples it is too narrow: whoever shows it says on how many it rests.
+        """
+        if self.samples < 2:
+            return -math.inf, math.inf
+        half = Z95 * math.sqrt(self._squares / (self.samples - 1) / self.samples)
+        return self.mean - half, self.mean + half

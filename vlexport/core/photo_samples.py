@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
 from vlexport.core.artifact import Array, TensorSpec
-from vlexport.core.dataset import Dataset, Sample, label_index, misfit, unknown_preprocess
+from vlexport.core.dataset import Dataset, Label, Sample, label_index, misfit, unknown_preprocess
 from vlexport.core.errors import DataError
 from vlexport.core.preprocess import Preprocess
 
@@ -38,9 +39,30 @@ def _photo_input(inputs: Sequence[TensorSpec], preprocess: Mapping[str, Preproce
     return inputs[0].name
 
 
-def _photo(file: Path, name: str, preprocess: Preprocess) -> Array:
+def read_photo(file: Path, name: str, preprocess: Preprocess) -> Array:
+    """A photo as the input that it fills, without batch dim.
+
+    Args:
+        file: Where it lies.
+        name: What errors call it.
+        preprocess: How it becomes the input.
+
+    Raises:
+        DataError: VLX0203 when it cannot be read; whatever the preprocessing refuses.
+    """
+    return _array(partial(Image.open, file), name, preprocess)
+
+
+def image_array(image: Image.Image, name: str, preprocess: Preprocess) -> Array:
+    """The same for an image that is open already, but perhaps not read yet."""
+    return _array(lambda: contextlib.nullcontext(image), name, preprocess)
+
+
+def _array(
+    opened: Callable[[], contextlib.AbstractContextManager[Image.Image]], name: str, preprocess: Preprocess
+) -> Array:
     try:
-        with Image.open(file) as image:
+        with opened() as image:
             image.load()
             return preprocess.apply(image)
     except DataError as error:
@@ -138,9 +160,16 @@ def open_folder(
 
 def _read_photos(
     files: Mapping[str, Path], name: str, preprocess: Preprocess, index: Mapping[str, int]
-) -> Iterator[Sample]:
+) -> Iterator[Sample | DataError]:
     for sample_id, file in files.items():
-        yield Sample(sample_id, {name: _photo(file, sample_id, preprocess)}, index.get(sample_id.split("/")[0]))
+        yield _photo_sample(sample_id, file, name, preprocess, index.get(sample_id.split("/")[0]))
+
+
+def _photo_sample(sample_id: str, file: Path, name: str, preprocess: Preprocess, label: Label) -> Sample | DataError:
+    try:
+        return Sample(sample_id, {name: read_photo(file, sample_id, preprocess)}, label)
+    except DataError as error:
+        return error
 
 
 def _folder_label(folder: str, folders: Sequence[str], labels: Sequence[str] | None) -> int:

@@ -2,43 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 from PIL import Image
 
 from vlexport.core.artifact import Array, TensorSpec
-from vlexport.core.dataset import Dataset, Sample, as_label, unknown_preprocess
-from vlexport.core.errors import DataError, VlexportError, nearest
+from vlexport.core.dataset import Dataset, Sample, as_label, first_sample, unknown_preprocess
+from vlexport.core.errors import DataError
+from vlexport.core.photo_samples import image_array
 from vlexport.core.preprocess import Preprocess
-from vlexport.core.user_code import import_user_file
-
-
-class _Blamed(contextlib.AbstractContextManager[None]):
-    """Turns an exception raised inside into VLX0209, naming the last line of the user's file on the way to it."""
-
-    def __init__(self, file: Path, doing: str) -> None:
-        self._file = file
-        self._doing = doing
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if not isinstance(error, (Exception, SystemExit)) or isinstance(error, VlexportError):
-            return  # Ctrl-C and our own errors pass
-        path = str(self._file.resolve())
-        lines = [frame.lineno for frame in traceback.extract_tb(trace) if frame.filename == path]
-        if isinstance(error, SyntaxError) and error.filename == path:
-            lines = [error.lineno]
-        where = f"{self._file}:{lines[-1]}" if lines and lines[-1] else str(self._file)
-        said = f"{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}"
-        raise DataError("VLX0209", f"{self._doing} {self._file} failed at {where}: {said}", where=where) from error
+from vlexport.core.user_code import Blamed, user_object
 
 
 class UserFunction:
@@ -61,24 +38,12 @@ class UserFunction:
         """
         self.name = f"{file}:{function}"
         self._file = file
-        if not file.is_file():
-            raise DataError("VLX0201", f"'{file}' does not exist", where=self.name)
-        with _Blamed(file, "importing"):
-            module = import_user_file(file)
-        found = getattr(module, function, None)
-        if not callable(found):
-            functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-            raise DataError(
-                "VLX0209",
-                f"{file} has no function '{function}'{nearest(function, functions)}",
-                where=self.name,
-                hint="functions: " + (", ".join(functions) or "none"),
-            )
+        found = user_object(file, function)
         self._function: Callable[[], object] = found
         self._last: object = None
 
     def _call(self) -> Iterable[object]:
-        with _Blamed(self._file, f"{self.name.rpartition(':')[2]} in"):
+        with Blamed(self._file, f"{self.name.rpartition(':')[2]} in"):
             made = self._function()
         if isinstance(made, (str, bytes, dict)) or not isinstance(made, Iterable):
             raise DataError(
@@ -105,11 +70,11 @@ class UserFunction:
         """
         made = self._call()
         doing = f"{self.name.rpartition(':')[2]} in"
-        with _Blamed(self._file, doing):
+        with Blamed(self._file, doing):
             iterator = iter(made)
         end = object()
         while True:
-            with _Blamed(self._file, doing):
+            with Blamed(self._file, doing):
                 item = next(iterator, end)
             if item is end:
                 return
@@ -146,7 +111,7 @@ def open_function(
     """
     user = UserFunction(file, function)
     read = partial(_read_user, user, inputs, preprocess, labels)
-    first = next(read(), None)
+    first = first_sample(read)
     if first is None:
         raise DataError("VLX0202", f"{user.name} yields no sample", where=user.name)
     return Dataset(
@@ -161,15 +126,19 @@ def open_function(
 
 def _read_user(
     user: UserFunction, inputs: Sequence[TensorSpec], preprocess: Mapping[str, Preprocess], labels: Sequence[str] | None
-) -> Iterator[Sample]:
+) -> Iterator[Sample | DataError]:
     specs = {spec.name: spec for spec in inputs}
     for i, item in enumerate(user.items()):
         sample_id = f"#{i}"
         sample = item if isinstance(item, Sample) else _sample_from_item(item, sample_id, inputs, user.name)
-        arrays = {
-            name: _user_array(value, name, specs.get(name), preprocess, sample.id)
-            for name, value in sample.inputs.items()
-        }
+        try:
+            arrays = {
+                name: _user_array(value, name, specs.get(name), preprocess, sample.id)
+                for name, value in sample.inputs.items()
+            }
+        except DataError as error:
+            yield error
+            continue
         yield replace(sample, inputs=arrays, label=as_label(sample.label, labels, sample.id))
 
 
@@ -198,5 +167,5 @@ def _user_array(
     if not isinstance(value, Image.Image):
         return np.asarray(value)
     if name in preprocess:
-        return preprocess[name].apply(value)
+        return image_array(value, where, preprocess[name])
     raise unknown_preprocess(spec or TensorSpec(name=name, dtype="float32", shape=()), where)

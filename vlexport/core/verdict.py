@@ -51,11 +51,15 @@ METRICS: dict[str, Metric] = {
     "agreement": Metric(unit="%", example="agreement>=99", flag=_ANY_SAMPLES),
     "cosine": Metric(unit="", example="cosine>=0.99", flag=_ANY_SAMPLES),
     "sqnr": Metric(unit="dB", example="sqnr>=30", flag=_ANY_SAMPLES),
+    "regress": Metric(
+        unit="%", example="regress<=5", flag="give `--against OTHER` to `vlexport profile`, without `--quick`"
+    ),
     "p50_ms": Metric(unit="ms", example="p50_ms<=8", flag=_TIMED),
     "load_ms": Metric(unit="ms", example="load_ms<=500", flag=_TIMED),
     "size_mb": Metric(unit="MB", example="size_mb<=25", flag="give `-o DIR`, so that the artifact is written"),
 }
-"""Metric → its unit, an example and how to have it measured. ``drop`` is top-1 of the reference minus ours."""
+"""Metric → its unit, an example and how to have it measured. ``drop`` is top-1 of the reference minus ours; ``regress``
+is how much longer a run takes than the baseline's, in percent of the baseline's p50."""
 
 
 class Gate(Frozen):
@@ -244,14 +248,35 @@ class Verdict(Frozen):
     def __str__(self) -> str:
         unit = f" {self.measured.unit}" if self.measured.unit else ""
         shown = f"{self.gate}: {self.outcome}, {self.measured.metric} is {self.measured.value:.4g}{unit}"
+        low, high = self.measured.interval or (math.nan, math.nan)
+        if math.isinf(low) or math.isinf(high):
+            return f"{shown}, without an interval: {'too noisy' if self.measured.samples is None else 'one sample'}"
         if self.measured.interval is not None:
-            low, high = self.measured.interval
             shown += f" (95 %: {low:.4g} to {high:.4g})"
         if self.outcome != "inconclusive":
             return shown
+        if self.measured.samples is None:
+            return f"{shown}; a quieter machine may decide"
         if self.samples_needed is None:
             return f"{shown}; the value lies on the bound, more samples would not decide"
         return f"{shown}; about {self.samples_needed} samples would decide, {self.measured.samples} were given"
+
+
+def measured_regress(ratio: float, interval: tuple[float, float] | None) -> Measured:
+    """How much longer a run takes than the baseline's, in percent: negative where ours is faster.
+
+    Args:
+        ratio: Baseline's p50 over ours.
+        interval: Its 95 % interval; None where the rounds were too noisy for one, which no gate then decides on.
+    """
+    low, high = interval or (0.0, math.inf)
+    return Measured(
+        metric="regress",
+        value=100 * (1 / ratio - 1),
+        low=100 * (1 / high - 1) if math.isfinite(high) else -100.0,
+        high=100 * (1 / low - 1) if low > 0 else math.inf,
+        unit="%",
+    )
 
 
 def judge(gate: Gate, measured: Iterable[Measured]) -> Verdict:

@@ -116,6 +116,7 @@ def _from_file(file: Path, factory: str) -> Architecture:
     where = f"--arch {file}:{factory}"
     if not file.is_file():
         raise ModelFileError("VLX0110", "the architecture's file does not exist", where=where, hint="check the path")
+    compat.declare_torchvision_operators()  # the file may import timm
     try:
         module = import_user_file(file)
     except (Exception, SystemExit) as error:  # the user's own code may raise anything

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from vlexport.core.artifact import DimRange, Signature, TensorSpec
-from vlexport.core.errors import CaptureError, VlexportError, nearest
+from vlexport.core.errors import CODES, CaptureError, VlexportError, nearest
 from vlexport.core.numerics import relative_error
 from vlexport.frontends.clean import clean, functional
 from vlexport.frontends.inline import inline_regions
@@ -408,7 +408,8 @@ def _export_hint(error: BaseException) -> str:
 def _why_fixed(error: CaptureError, lines: Sequence[str], reference: nn.Module, arguments: _Arguments) -> str:
     """Why the batch could not be made dynamic, naming the user's line if there is one."""
     line = lines[-1] if lines else parting_line(lambda size: _eager(reference, arguments, _batched(arguments, size)))
-    reason = f"{line} depends on it" if line else error.message
+    # never the message itself: torch's and the user's texts may hold paths, and notes travel in files
+    reason = f"{line} depends on it" if line else f"{CODES[error.code]} ({error.code})"
     return f"the batch is fixed at {arguments.flat[0].shape[0]}: {reason}"
 
 

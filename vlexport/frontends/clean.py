@@ -72,7 +72,7 @@ def _cast(program: Program, node: Node) -> None:
 
 def _trains(node: Node, name: str) -> bool:
     position = _DROPOUT_TRAIN.get(name)
-    return position is not None and bool(node.args[position])
+    return position is not None and bool(node.args[position]) and bool(node.args[1] != 0)
 
 
 def _writes(node: Node) -> bool:

@@ -119,7 +119,15 @@ def _fits(exported: ExportedProgram, signature: Signature) -> bool:
     names, results = exported.graph_signature.user_inputs, exported.graph_signature.user_outputs
     if len(names) != len(signature.inputs) or len(results) != len(signature.outputs):
         return False
-    values = {node.name: node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder"}
+    values = {node.name: node.meta.get("val") for node in exported.graph.nodes}
+    for spec, name in zip(signature.outputs, results, strict=True):
+        value = values.get(str(name))
+        if not isinstance(value, torch.Tensor) or str(value.dtype) != f"torch.{spec.dtype}":
+            return False
+        if value.ndim != len(spec.shape) or any(
+            isinstance(claimed, int) and claimed != size for size, claimed in zip(value.shape, spec.shape, strict=True)
+        ):
+            return False
     for spec, name in zip(signature.inputs, names, strict=True):
         value = values[str(name)]
         if str(value.dtype) != f"torch.{spec.dtype}" or value.ndim != len(spec.shape):

@@ -38,7 +38,7 @@ def cost(program: Program, dims: Mapping[str, int] | None = None) -> Cost:
     dims = dims or {}
     return Cost(
         macs=sum(node_macs(program, node, dims) for node in program.calls()),
-        parameters=sum(t.numel() for t in program.used_tensors().values() if t.is_floating_point()),
+        parameters=sum(map(_elements, program.used_tensors().values())),
         size_bytes=program.size_bytes,
         opaque=tuple(sorted({dialect.op_name(n) for n in program.calls() if dialect.is_opaque(n)})),
     )
@@ -49,9 +49,53 @@ def node_macs(program: Program, node: Node, dims: Mapping[str, int]) -> int:
     row = dialect.info(node)
     if row is None or row.macs is None:
         return 0
+    arguments = dialect.operands(node)
+    given = [a for each in arguments for a in (each if isinstance(each, (list, tuple)) else [each])]
     operands: list[Sequence[int]] = [
         program.sizes(a.meta["val"].shape, dims)
-        for a in node.args
+        for a in given
         if isinstance(a, Node) and isinstance(a.meta.get("val"), torch.Tensor)
     ]
-    return row.macs(operands, program.sizes(node.meta["val"].shape, dims))
+    return row.macs(operands, program.sizes(node.meta["val"].shape, dims), arguments)
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What goes with a node, counted as :class:`Cost` counts.
+
+    Attributes:
+        calls: Calls.
+        macs: Multiply-accumulates.
+        parameters: Elements of floating tensors that nothing else reads.
+    """
+
+    calls: int
+    macs: int
+    parameters: int
+
+
+def saving(program: Program, node: Node) -> Saving:
+    """What a Program would lose if nobody read ``node`` any more: the node, and upwards what only it read.
+
+    Ask before the readers go elsewhere; ``Program.replace`` and ``erase_dead`` then erase exactly this.
+    """
+    gone = {node}
+    pending = list(node.all_input_nodes)
+    while pending:
+        operand = pending.pop()
+        if operand not in gone and operand.op in ("call_function", "get_attr") and gone.issuperset(operand.users):
+            gone.add(operand)
+            pending.extend(operand.all_input_nodes)
+    calls = [n for n in gone if n.op == "call_function"]
+    names = {str(n.target) for n in gone if n.op == "get_attr"}
+    if names:
+        names -= {str(n.target) for n in program.graph.nodes if n.op == "get_attr" and n.users and n not in gone}
+    return Saving(
+        calls=len(calls),
+        macs=sum(node_macs(program, n, {}) for n in calls),
+        parameters=sum(_elements(program.tensors[name]) for name in names),
+    )
+
+
+def _elements(tensor: torch.Tensor) -> int:
+    return tensor.numel() if tensor.is_floating_point() else 0

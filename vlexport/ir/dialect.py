@@ -16,7 +16,7 @@ from torch.fx import Node
 
 Category = Literal["affine", "elementwise", "view", "reduction", "select", "attention", "quant", "make", "shape"]
 Shape = Sequence[int]
-MacsRule = Callable[[list[Shape], Shape], int]
+MacsRule = Callable[[list[Shape], Shape, tuple[Any, ...]], int]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class OpInfo:
 
     Attributes:
         category: What kind of op it is; passes reason on it.
-        macs: Multiply-accumulates from the shapes of the tensor operands (in order) and of the output; None means none.
+        macs: Multiply-accumulates from the shapes of the tensor operands (in order, lists opened) and of the output,
+            and from all operands as the call has them; None means none.
         quantizable: Whether quantization may consider it.
     """
 
@@ -38,30 +39,44 @@ def _numel(shape: Shape) -> int:
     return math.prod(shape)
 
 
-def _conv(operands: list[Shape], out: Shape) -> int:
+def _conv(operands: list[Shape], out: Shape, args: tuple[Any, ...]) -> int:
     weight = operands[1]
     return _numel(out) * _numel(weight[1:])
 
 
-def _conv_transpose(operands: list[Shape], out: Shape) -> int:
+def _conv_transpose(operands: list[Shape], out: Shape, args: tuple[Any, ...]) -> int:
     return _numel(operands[0]) * _numel(operands[1][1:])
 
 
-def _matmul(operands: list[Shape], out: Shape) -> int:
+def _matmul(operands: list[Shape], out: Shape, args: tuple[Any, ...]) -> int:
     return _numel(out) * operands[0][-1]
 
 
-def _linear(operands: list[Shape], out: Shape) -> int:
+def _linear(operands: list[Shape], out: Shape, args: tuple[Any, ...]) -> int:
     return _numel(out) * operands[0][-1]
 
 
-def _addmm(operands: list[Shape], out: Shape) -> int:
+def _addmm(operands: list[Shape], out: Shape, args: tuple[Any, ...]) -> int:
     return _numel(out) * operands[1][-1]
 
 
-def _attention(operands: list[Shape], out: Shape) -> int:
+def _attention(operands: list[Shape], out: Shape, args: tuple[Any, ...]) -> int:
     query, key, value = operands[:3]
     return _numel(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _einsum(operands: list[Shape], out: Shape, args: tuple[Any, ...]) -> int:
+    """The product of all index sizes, however the call orders its products; one operand is only moved or summed."""
+    if len(operands) < 2:
+        return 0
+    sizes: dict[str, int] = {}
+    for term, shape in zip(args[0].replace(" ", "").partition("->")[0].split(","), operands, strict=True):
+        before, dots, after = term.partition("...")
+        hidden = len(shape) - len(before) - len(after)  # broadcast dims, counted from the right
+        names = [*before, *(f"...{hidden - i}" for i in range(hidden if dots else 0)), *after]
+        for name, size in zip(names, shape, strict=True):
+            sizes[name] = max(sizes.get(name, 0), size)
+    return math.prod(sizes.values())
 
 
 def _row(category: Category, names: str, macs: MacsRule | None = None) -> dict[str, OpInfo]:
@@ -76,7 +91,8 @@ OPS: dict[str, OpInfo] = {
     **_row("affine", "linear.default", _linear),
     **_row("affine", "matmul.default mm.default bmm.default", _matmul),
     **_row("affine", "addmm.default baddbmm.default", _addmm),
-    **_row("affine", "batch_norm.default einsum.default avg_pool1d.default avg_pool2d.default"),
+    **_row("affine", "einsum.default", _einsum),
+    **_row("affine", "batch_norm.default avg_pool1d.default avg_pool2d.default"),
     **_row("affine", "adaptive_avg_pool1d.default adaptive_avg_pool2d.default"),
     **_row("attention", "scaled_dot_product_attention.default", _attention),
     **_row("reduction", "layer_norm.default group_norm.default rms_norm.default instance_norm.default"),
@@ -147,9 +163,12 @@ OPS: dict[str, OpInfo] = {
 """``aten.NAME.OVERLOAD`` → what it is."""
 
 _CHECKS = {
-    "aten._assert_scalar.default", "aten._assert_async.msg", "aten.sym_constrain_range_for_size.default",
-    "aten.sym_constrain_range.default", "aten._assert_tensor_metadata.default",
+    "aten._assert_scalar.default", "aten._assert_async.default", "aten._assert_async.msg",
+    "aten.sym_constrain_range_for_size.default", "aten.sym_constrain_range.default",
+    "aten._assert_tensor_metadata.default",
 }  # fmt: skip
+_UNDEFINED = {"aten.empty.memory_format", "aten.empty_like.default", "aten.new_empty.default"}
+_DROP_RATES = ("p", "dropout", "dropout_p")
 _PYTHON_MODULES = ("_operator", "operator", "math", "builtins", "torch")
 
 
@@ -162,6 +181,12 @@ def op_name(node: Node) -> str:
         return str(target)
     module = (getattr(target, "__module__", "") or "").removeprefix("_")
     return f"{module}.{getattr(target, '__name__', target)}"
+
+
+def plain_name(call: Node | str) -> str:
+    """``conv2d`` for ``aten.conv2d.default``, ``getitem`` for ``operator.getitem``: what messages call an operator."""
+    library, _, rest = (call if isinstance(call, str) else op_name(call)).partition(".")
+    return rest.partition(".")[0] or library
 
 
 def info(node: Node) -> OpInfo | None:
@@ -184,9 +209,31 @@ def checks_at_run_time(node: Node) -> bool:
 
 
 def is_random(node: Node) -> bool:
-    """Whether a call gives another value each time."""
+    """Whether a call may give another value each time: it draws, or leaves memory as it finds it.
+
+    A call with a drop rate draws only if the rate is not 0.
+    """
     target = node.target
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    if op_name(node) in _UNDEFINED:
+        return True
+    if torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    rates = [v for a, v in zip(target._schema.arguments, operands(node), strict=True) if a.name in _DROP_RATES]
+    return not rates or any(rate != 0 for rate in rates)
+
+
+def operands(node: Node) -> tuple[Any, ...]:
+    """All operands of a call in the order of its schema, whether given by position, by keyword or by default.
+
+    A call without a schema (arithmetic on sizes) has its arguments, then its keyword arguments by name.
+    """
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return (*node.args, *(node.kwargs[key] for key in sorted(node.kwargs)))
+    rest = target._schema.arguments[len(node.args) :]
+    return (*node.args, *(node.kwargs.get(a.name, a.default_value) for a in rest))
 
 
 def mutates(target: Any) -> bool:

@@ -1,7 +1,7 @@
 """Seeded input values for a Program: probes of the gate, golden vectors, the example inside a saved file.
 
 Floats are standard normal (what normalised images look like), ids stay inside the vocabulary of the embedding that
-reads them, booleans are all true (a mask that hides nothing).
+reads them, booleans are masks: all true, or random with at least one true in every row.
 """
 
 from __future__ import annotations
@@ -14,11 +14,22 @@ from torch.fx import Node
 from vlexport.ir import dialect
 from vlexport.ir.program import Program
 
+_TRUE_SHARE = 0.7
 _PASS_THROUGH = ("view", "elementwise")
 
 
-def draw(program: Program, generator: torch.Generator, dims: Mapping[str, int]) -> tuple[torch.Tensor, ...]:
-    """One value per input, with the dynamic dims set to ``dims``."""
+def draw(
+    program: Program, generator: torch.Generator, dims: Mapping[str, int], *, masks: bool = False
+) -> tuple[torch.Tensor, ...]:
+    """One value per input, with the dynamic dims set to ``dims``.
+
+    Args:
+        program: Its inputs are drawn.
+        generator: Source of randomness.
+        dims: Size of every dynamic dim.
+        masks: Draw booleans at random, with the first entry of the last dim true, so that no mask hides everything;
+            otherwise they are all true.
+    """
     values = []
     for node, spec in zip(program.placeholders, program.signature.inputs, strict=True):
         shape = tuple(dims[d] if isinstance(d, str) else d for d in spec.shape)
@@ -26,7 +37,11 @@ def draw(program: Program, generator: torch.Generator, dims: Mapping[str, int]) 
         if dtype.is_floating_point:
             values.append(torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype))
         elif dtype is torch.bool:
-            values.append(torch.ones(shape, dtype=torch.bool))
+            value = torch.ones(shape, dtype=torch.bool)
+            if masks and shape:
+                value = torch.rand(shape, generator=generator) < _TRUE_SHARE
+                value[..., :1] = True
+            values.append(value)
         else:
             high = vocabulary(program, node)
             values.append(torch.randint(0, high, shape, generator=generator, dtype=torch.int64).to(dtype))

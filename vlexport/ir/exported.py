@@ -44,7 +44,8 @@ def program_from_exported(exported: ExportedProgram, signature: Signature) -> Pr
         signature: Public names for its user inputs and outputs, in order.
 
     Raises:
-        CaptureError: VLX0305 when the graph mutates a buffer or an input, VLX0306 when an output is no tensor.
+        CaptureError: VLX0303 when a sub-graph is left, VLX0305 when the graph mutates a buffer or an
+            input, VLX0306 when an output is no tensor.
     """
     require_no_mutation(exported)
     graph = Graph()
@@ -54,6 +55,12 @@ def program_from_exported(exported: ExportedProgram, signature: Signature) -> Pr
     inputs = iter(signature.inputs)
     specs = {s.arg.name: s for s in exported.graph_signature.input_specs if hasattr(s.arg, "name")}
     for node in exported.graph.nodes:
+        if node.op == "get_attr":
+            raise CaptureError(
+                "VLX0303",
+                "forward branches on a tensor's value (torch.cond), which no target takes",
+                hint="compute both branches and choose with torch.where",
+            )
         if node.op != "placeholder":
             mapping[node] = graph.node_copy(node, lambda n: mapping[n])
             mapping[node].meta = dict(node.meta)
@@ -126,6 +133,7 @@ def exported_from_program(program: Program) -> ExportedProgram:
             mapping[node] = lifted[name]
     for node in program.placeholders:
         mapping[node] = graph.placeholder(str(node.target))
+        mapping[node].name = str(node.target)  # as torch.export does: FX would call `input` `input_1`
         mapping[node].meta = dict(node.meta)
         specs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(mapping[node].name), None))
     for node in program.graph.nodes:

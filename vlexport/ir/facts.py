@@ -45,14 +45,14 @@ def no_foldable_batch_norm(program: Program) -> bool:
 
 
 def _is_foldable(program: Program, node: Node) -> bool:
+    _, gamma, beta, mean, variance, training, *_ = dialect.operands(node)
     producer: Any = node.args[0]
-    if dialect.op_name(producer) not in _BEFORE_BATCH_NORM or len(producer.users) != 1 or len(producer.args) < 2:
+    if training or dialect.op_name(producer) not in _BEFORE_BATCH_NORM or len(producer.users) != 1:
         return False
-    weight, mean, variance = map(program.tensor_of, (producer.args[1], node.args[3], node.args[4]))
-    if weight is None or mean is None or variance is None or producer.meta["val"].ndim != weight.ndim:
-        return False
-    optional = (*node.args[1:3], *producer.args[2:3], producer.kwargs.get("bias"))
-    return not node.args[5] and all(a is None or program.tensor_of(a) is not None for a in optional)
+    weight, bias = dialect.operands(producer)[1:3]
+    stored = all(program.tensor_of(each) is not None for each in (weight, mean, variance))
+    optional = all(each is None or program.tensor_of(each) is not None for each in (bias, gamma, beta))
+    return stored and optional and producer.meta["val"].ndim == weight.meta["val"].ndim
 
 
 def no_dead_calls(program: Program) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from vlexport.core.bundle_schema import PassRecord, Report
+import math
+
+from vlexport.core.bundle_schema import LatencyResult, MetricResult, PassRecord, Report
 
 
 def size_phrase(size_bytes: int) -> str:
@@ -26,10 +28,57 @@ def accuracy_phrase(report: Report) -> str:
         if found.drop is not None and found.drop_low is not None and found.drop_high is not None:
             shown += f", drop {found.drop:+.2f} points ({found.drop_low:+.2f} to {found.drop_high:+.2f})"
         return shown
+    if report.metrics:
+        return "; ".join(map(metric_phrase, report.metrics))
     if report.fidelity:
         name, worst = min(report.fidelity.items(), key=lambda item: item[1].cosine_min)
         return f"{name} against the {report.reference}: cosine ≥ {worst.cosine_min:.6f} on {worst.samples} samples"
     return "not measured: give samples with --data"
+
+
+def metric_phrase(found: MetricResult) -> str:
+    """A metric of the user's, with the kind of its interval."""
+    shown = f"{found.name} {found.value:.4g} ({_normal(found.low, found.high)}) on {found.samples} samples"
+    if found.change is None or found.change_low is None or found.change_high is None or found.reference is None:
+        return shown
+    change = _normal(found.change_low, found.change_high)
+    return f"{shown}, reference {found.reference:.4g}, paired change {found.change:+.4g} ({change})"
+
+
+def _normal(low: float, high: float) -> str:
+    return "one sample, no interval" if math.isinf(low) else f"95 %, normal: {low:.4g} to {high:.4g}"
+
+
+def load_phrase(found: LatencyResult) -> str:
+    """The three kinds of loading."""
+    cold = f", {found.cold_load_ms:.0f} ms with the runtime's import" if found.cold_load_ms is not None else ""
+    warm = f"; {found.warm_load_ms:.0f} ms when warm" if found.warm_load_ms is not None else ""
+    return f"load {found.load_ms:.0f} ms in a fresh process{cold}{warm}"
+
+
+def tail_phrase(found: LatencyResult) -> str:
+    """Percentiles above the median, or why there are none."""
+    p90 = f"p90 {found.p90_ms:.2f} ms" if found.p90_ms is not None else "p90 not measured"
+    p99 = f"p99 {found.p99_ms:.2f} ms" if found.p99_ms is not None else "p99 not measured"
+    few = " (too few)" if found.p99_ms is None else ""
+    return f"{p90}, {p99}, of {found.runs} runs{few}"
+
+
+def throughput_phrase(found: LatencyResult) -> str:
+    """Samples a second, at the batch of the rounds and at the one that was asked for."""
+    if found.throughput is None:
+        return "throughput not measured"
+    shown = f"{found.throughput:.1f} samples/s at batch {found.batch}"
+    if found.large_batch is None or found.large_batch_throughput is None:
+        return shown
+    return f"{shown}, {found.large_batch_throughput:.1f} at batch {found.large_batch}"
+
+
+def memory_phrase(found: LatencyResult) -> str:
+    """The process's peak memory, where this system tells it."""
+    if found.peak_memory_bytes is None:
+        return "peak memory not measured here"
+    return f"peak memory {size_phrase(found.peak_memory_bytes)} with interpreter and runtime"
 
 
 def latency_phrase(report: Report) -> str:

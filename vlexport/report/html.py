@@ -7,7 +7,15 @@ from functools import lru_cache
 import jinja2
 
 from vlexport.core.bundle_schema import Bundle, Report
-from vlexport.report.figures import accuracy_phrase, latency_phrase, size_phrase
+from vlexport.report.figures import (
+    accuracy_phrase,
+    latency_phrase,
+    load_phrase,
+    memory_phrase,
+    size_phrase,
+    tail_phrase,
+    throughput_phrase,
+)
 
 
 @lru_cache(maxsize=1)
@@ -34,6 +42,9 @@ def html_from_report(report: Report, bundle: Bundle) -> str:
             component=bundle.main,
             accuracy=accuracy_phrase(report),
             latency_text=latency_phrase(report),
+            latency_more=[f(latency) for f in (tail_phrase, throughput_phrase, load_phrase, memory_phrase)]
+            if latency
+            else [],
             size=size_phrase(report.size_bytes),
             slowest=slowest,
         )

@@ -12,19 +12,20 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 import vlexport
-from vlexport.core.artifact import Array, TensorSpec
+from vlexport.core.artifact import Array, Artifact, TensorSpec
 from vlexport.core.bundle import ARTIFACT_FOLDER
-from vlexport.core.bundle_schema import Bundle, Component, CostRecord, PassRecord, Report
+from vlexport.core.bundle_schema import Bundle, Component, CostRecord, Golden, PassRecord, Report
 from vlexport.core.config import BuildConfig
+from vlexport.core.dataset import Dataset
 from vlexport.core.devices import available_cores, this_machine
 from vlexport.core.errors import DataError
 from vlexport.core.progress import Reporter, Silent, StageClock
+from vlexport.core.user_metric import open_metrics
 from vlexport.frontends.source import Source, open_source
 from vlexport.ir.cost import cost
 from vlexport.ir.draw import draw
@@ -41,12 +42,18 @@ from vlexport.stages.choices import (
     passes_of,
     precision_of,
     profile_of,
+    tools_of,
+    why_untimed,
 )
-from vlexport.stages.golden import check_golden
+from vlexport.stages.golden import check_component
+from vlexport.stages.lowered import lower_and_rewrite
 from vlexport.stages.profile import QUICK, Measurable, measure_latency
-from vlexport.stages.validate import TIMED, judge_gates, measure_accuracy, require_measured
+from vlexport.stages.validate import TIMED, judge_gates, measure_accuracy, require_measured, skipped_phrase
 from vlexport.stages.write_bundle import require_folder, require_free, staging, write_bundle, write_golden
 from vlexport.targets import open_target
+
+GOLDEN_STEP = 2
+"""Golden vectors lie so far above the smallest size: capture traces with batch 2, which would hide a baked-in size."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,7 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
     options = options_of(config, target)
     passes = passes_of(config)
     device = profile_of(config)
+    metrics = open_metrics(config.metric)
     output = output_of(config)
     require_free(output, force=config.force)
     require_folder(config.dump)
@@ -92,10 +100,11 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
 
     with clock.stage("open the model"):
         source = open_source(config)
-    dataset = open_dataset(config.data, source)
+    dataset = open_dataset(config.data, source, skip_bad=config.skip_bad)
     if dataset is not None:
         require_measured([g for g in gates if g.metric not in TIMED], dataset, referenced=True)
-    calibration = _calibration(config.calib, source)
+    calibration_data = open_dataset(config.calib, source, skip_bad=config.skip_bad)
+    calibration = _calibration(calibration_data, source)
 
     timing = TimingHook()
     with clock.stage("passes"):
@@ -106,13 +115,17 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
 
     with staging(output) as folder:
         with clock.stage(f"lower to {target.id}"):
-            artifact = target.lower(program, folder / ARTIFACT_FOLDER, options=options, threads=config.threads)
-        inputs = golden_inputs(source.program, config.seed)
-        outputs = source.run(inputs)
-        golden = write_golden(folder, "main", inputs, outputs)
+            artifact, lowered_records = lower_and_rewrite(
+                target, program, folder / ARTIFACT_FOLDER, options=options, threads=config.threads,
+                probes=probes if config.numeric_gate else None, hooks=[timing],
+                dump=Path(config.dump) / "lowered" if config.dump else None,
+            )  # fmt: skip
+        goldens = _write_goldens(folder, source, config.seed)
+        component = _component(source, program, (*records, *lowered_records), artifact, goldens)
         with target.open(folder / ARTIFACT_FOLDER, artifact, threads=threads) as session:
             with clock.stage("golden check"):
-                check_golden(session, inputs, outputs, tolerance=golden.tolerance, code="VLX0504")
+                check_component(session, folder, component, code="VLX0504")
+            untimed = why_untimed(session, gates)
             bundle = write_bundle(
                 folder,
                 Bundle(
@@ -122,8 +135,8 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
                     precision=precision,
                     device_profile=device.id,
                     source_hash=source.source_hash,
-                    components={"main": _component(source, program, records, artifact, golden)},
-                    tools=target.tools(),
+                    components={"main": component},
+                    tools=tools_of(config, target),
                     instruction_set=this_machine().instruction_set,
                     compatibility=target.compatibility(options),
                     files={},
@@ -133,12 +146,17 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
             report = new_report(bundle, notes=source.notes)
             if dataset is not None:
                 with clock.stage("validate"):
-                    judged = measure_accuracy(session, dataset, bundle.main, reference=source.run, reporter=reporter)
+                    judged = measure_accuracy(
+                        session, dataset, bundle.main, reference=source.run, reporter=reporter, metrics=metrics,
+                        calibrated_on=frozenset(sample.content_hash() for sample in calibration_data or ()),
+                    )  # fmt: skip
                 notes = (*source.notes, *judged.pop("notes"))
                 report = report.model_copy(update={**judged, "notes": notes, "reference": "source program"})
         if config.profile and not device.is_this(this_machine()):
             elsewhere = f"latency was not measured: this machine is no {device.id}"
             report = report.model_copy(update={"notes": (*report.notes, elsewhere)})
+        elif config.profile and untimed:
+            report = report.model_copy(update={"notes": (*report.notes, untimed)})
         elif config.profile:
             with clock.stage("profile"), tempfile.TemporaryDirectory(prefix="vlexport-") as scratch:
                 naive = Measurable("naive", target, Path(scratch), target.lower_naive(source.program, Path(scratch)))
@@ -146,6 +164,9 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
                 inputs = opt_inputs(source.program, config.seed)
                 latency = measure_latency(ours, inputs, baseline=naive, plan=QUICK, threads=threads, reporter=reporter)
             report = report.model_copy(update={"latency": latency})
+        if calibration_data is not None and calibration_data.skipped:
+            note = skipped_phrase(calibration_data, "calibration samples")
+            report = report.model_copy(update={"notes": (*report.notes, note)})
         report = judge_gates(report, gates)
         seconds = {**clock.seconds, **{f"pass {name}": spent for name, spent in timing.seconds.items()}}
         report = report.model_copy(update={"stage_seconds": {k: round(v, 2) for k, v in seconds.items()}})
@@ -155,9 +176,21 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
 
 
 def golden_inputs(program: Program, seed: int) -> dict[str, Array]:
-    """Seeded inputs with every dynamic dim one above its smallest size, where its range allows."""
-    sizes = {name: r.min + 1 if r.max is None or r.max > r.min else r.min for name, r in program.signature.dims.items()}
-    return _drawn(program, seed + 1, sizes)
+    """Seeded inputs with every dynamic dim two above its smallest size, or at its largest."""
+    dims = program.signature.dims
+    sizes = {n: r.min + GOLDEN_STEP if r.max is None else min(r.min + GOLDEN_STEP, r.max) for n, r in dims.items()}
+    return _drawn(program, seed + 1, sizes, masks=True)
+
+
+def _write_goldens(folder: Path, source: Source, seed: int) -> tuple[Golden, Golden | None]:
+    """Golden vectors at the larger sizes, and at the smallest where a dim is dynamic."""
+    larger = golden_inputs(source.program, seed)
+    golden = write_golden(folder, "main", larger, source.run(larger))
+    dims = source.program.signature.dims
+    if not dims:
+        return golden, None
+    smallest = _drawn(source.program, seed + 1, {name: r.min for name, r in dims.items()})
+    return golden, write_golden(folder, "main", smallest, source.run(smallest), suffix="-smallest")
 
 
 def opt_inputs(program: Program, seed: int) -> dict[str, Array]:
@@ -165,14 +198,13 @@ def opt_inputs(program: Program, seed: int) -> dict[str, Array]:
     return _drawn(program, seed + 2, {name: r.opt for name, r in program.signature.dims.items()})
 
 
-def _drawn(program: Program, seed: int, sizes: dict[str, int]) -> dict[str, Array]:
-    values = draw(program, torch.Generator().manual_seed(seed), sizes)
+def _drawn(program: Program, seed: int, sizes: dict[str, int], *, masks: bool = False) -> dict[str, Array]:
+    values = draw(program, torch.Generator().manual_seed(seed), sizes, masks=masks)
     return {spec.name: value.numpy() for spec, value in zip(program.signature.inputs, values, strict=True)}
 
 
-def _calibration(data: str | None, source: Source) -> Sequence[torch.Tensor] | None:
+def _calibration(dataset: Dataset | None, source: Source) -> Sequence[torch.Tensor] | None:
     """The first calibration sample, with batch dim."""
-    dataset = open_dataset(data, source)
     if dataset is None:
         return None
     first = next(iter(dataset), None)
@@ -188,14 +220,19 @@ def _batched(row: Array, spec: TensorSpec) -> torch.Tensor:
 
 
 def _component(
-    source: Source, program: Program, records: tuple[PassRecord, ...], artifact: Any, golden: Any
+    source: Source,
+    program: Program,
+    records: tuple[PassRecord, ...],
+    artifact: Artifact,
+    goldens: tuple[Golden, Golden | None],
 ) -> Component:
     return Component(
         artifact=artifact,
         dims=program.signature.dims,
         preprocess=source.preprocess,
         labels=source.labels,
-        golden=golden,
+        golden=goldens[0],
+        golden_smallest=goldens[1],
         passes=records,
         cost=cost_record(program),
     )

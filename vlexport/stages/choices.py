@@ -5,15 +5,17 @@ build stops at the first problem here, plan collects them all.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from vlexport.core.artifact import Frozen
+from vlexport.core.artifact import Frozen, Session
 from vlexport.core.config import BuildConfig
 from vlexport.core.device_profiles import DeviceProfile, device_profile
-from vlexport.core.errors import InternalError, UsageError, nearest
+from vlexport.core.errors import CapabilityError, InternalError, UsageError, nearest
 from vlexport.core.samples import Dataset, open_data
+from vlexport.core.user_metric import metric_names
 from vlexport.core.verdict import Gate, gate_from_text
 from vlexport.frontends.source import Source
 from vlexport.ir.program import Program
@@ -47,8 +49,18 @@ def gates_of(config: BuildConfig) -> tuple[Gate, ...]:
         UsageError: VLX0702, VLX0804.
     """
     texts = [*config.gate, *([f"drop<={config.max_drop:g}"] if config.max_drop is not None else [])]
-    gates = tuple(gate_from_text(text) for text in texts)
+    own = metric_names(config.metric)
+    gates = tuple(gate_from_text(text, extra=own) for text in texts)
+    if own and config.data is None:
+        raise UsageError("VLX0804", "--metric needs samples", where="--metric", hint="add --data DATA")
     for gate in gates:
+        if gate.metric == "regress":
+            raise UsageError(
+                "VLX0804",
+                f"gate {gate} needs full rounds, a build makes quick ones",
+                where="--gate",
+                hint="give it to `vlexport profile BUNDLE --against naive --reference MODEL`",
+            )
         needs_data = gate.metric not in (*TIMED, "size_mb")
         if (needs_data and config.data is None) or (gate.metric in TIMED and not config.profile):
             flag = "--data DATA" if needs_data else "--profile"
@@ -110,6 +122,21 @@ def tools_of(config: BuildConfig, target: Target) -> dict[str, str]:
     return {**target.tools(), **plugins}
 
 
+def why_untimed(session: Session, gates: Sequence[Gate]) -> str:
+    """Why latency is not measured on a session, or an empty string.
+
+    Raises:
+        CapabilityError: VLX0803 when a gate needs it.
+    """
+    if session.timing == "real":
+        return ""
+    why = f"latency is not measured: the target's timing is {session.timing}"
+    for gate in gates:
+        if gate.metric in TIMED:
+            raise CapabilityError("VLX0803", f"gate {gate}: {why}", where="--gate", hint="leave that --gate out")
+    return why
+
+
 def _typed(kind: type[Frozen], values: dict[str, str], scope: str) -> Frozen:
     try:
         return kind.model_validate(values)
@@ -134,8 +161,8 @@ def profile_of(config: BuildConfig) -> DeviceProfile:
     return device_profile(config.device_profile, target=config.target)
 
 
-def open_dataset(data: str | None, source: Source) -> Dataset | None:
-    """DATA for a model, or None where none was given.
+def open_dataset(data: str | None, source: Source, *, skip_bad: bool = False) -> Dataset | None:
+    """DATA for a model, or None where none was given; ``skip_bad`` leaves out what cannot be read or holds NaN.
 
     Raises:
         DataError: VLX02xx.
@@ -143,5 +170,6 @@ def open_dataset(data: str | None, source: Source) -> Dataset | None:
     if data is None:
         return None
     return open_data(
-        data, inputs=source.program.signature.inputs, preprocess=source.preprocess, labels=source.labels or None
-    )
+        data, inputs=source.program.signature.inputs, preprocess=source.preprocess, labels=source.labels or None,
+        skip_bad=skip_bad,
+    )  # fmt: skip

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from vlexport.core.artifact import Array, Session, TensorSpec
+from vlexport.core.artifact import Array, Artifact, Session, TensorSpec
 from vlexport.core.bundle import inside
-from vlexport.core.bundle_schema import Component
+from vlexport.core.bundle_schema import Component, Golden
 from vlexport.core.errors import BundleError, GateError
 from vlexport.core.numerics import relative_error
 
@@ -21,7 +21,25 @@ def read_golden(folder: Path, component: Component) -> tuple[dict[str, Array], d
     Raises:
         BundleError: VLX0601 when they are no arrays, or not those of the component.
     """
-    golden, artifact = component.golden, component.artifact
+    return _pair(folder, component.golden, component.artifact)
+
+
+def check_component(session: Session, folder: Path, component: Component, *, code: str) -> float:
+    """Check all golden vectors of a component; returns the largest error.
+
+    Raises:
+        BundleError: VLX0601.
+        GateError: ``code``.
+    """
+    worst = 0.0
+    for golden in (component.golden, component.golden_smallest):
+        if golden is not None:
+            inputs, outputs = _pair(folder, golden, component.artifact)
+            worst = max(worst, check_golden(session, inputs, outputs, tolerance=golden.tolerance, code=code))
+    return worst
+
+
+def _pair(folder: Path, golden: Golden, artifact: Artifact) -> tuple[dict[str, Array], dict[str, Array]]:
     return _vectors(folder, golden.inputs, artifact.inputs), _vectors(folder, golden.outputs, artifact.outputs)
 
 
@@ -38,7 +56,10 @@ def _vectors(folder: Path, name: str, wanted: Sequence[TensorSpec]) -> dict[str,
 def worst_error(session: Session, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> tuple[float, str]:
     """Largest ``max|a−b| / max|b|`` over outputs, and the output it was found at."""
     found = session.run(inputs)
-    errors = {name: relative_error(found[name], expected) for name, expected in outputs.items()}
+    errors = {
+        name: relative_error(found[name], expected) if found[name].dtype == expected.dtype else float("inf")
+        for name, expected in outputs.items()
+    }
     worst = max(errors, key=lambda name: errors[name])
     return errors[worst], worst
 

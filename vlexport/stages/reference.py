@@ -13,13 +13,16 @@ from vlexport.core.bundle_schema import Bundle
 from vlexport.core.config import BuildConfig
 from vlexport.core.errors import InputError, ModelFileError
 
+_OTHER_PREPROCESSING = "the reference records another preprocessing; both were measured on this bundle's"
+
 
 @dataclass(frozen=True)
 class Reference:
-    """Something that computes the outputs a bundle should give, by public names."""
+    """Something that computes the outputs a bundle should give, by public names, and what to know about it."""
 
     name: str
     compute: Callable[[Mapping[str, Array]], dict[str, Array]]
+    notes: tuple[str, ...] = ()
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Compute."""
@@ -43,7 +46,8 @@ def open_reference(path: str, bundle: Bundle, *, arch: str | None = None) -> Ite
         check_files(Path(path), other)
         _require_same(path, wanted_names(bundle), wanted_names(other))
         with open_target(other.target).open(Path(path) / ARTIFACT_FOLDER, other.main.artifact) as session:
-            yield Reference("bundle", session.run)
+            notes = () if other.main.preprocess == bundle.main.preprocess else (_OTHER_PREPROCESSING,)
+            yield Reference("bundle", session.run, notes)
         return
     try:
         from vlexport.frontends.source import open_source

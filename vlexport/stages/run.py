@@ -165,10 +165,22 @@ def run(folder: Path, data: str, *, threads: int = 0) -> list[tuple[str, dict[st
     with LoadedBundle(folder, threads=threads, isolated=True) as loaded:
         main = loaded.bundle.main
         if Path(data).is_file() and Path(data).suffix.lower() not in (".npz", ".py"):
-            return [(Path(data).name, _first_rows(loaded.run(loaded.prepare(data))))]
+            inputs = loaded.prepare(data)
+            return [(Path(data).name, _first_rows(loaded.run(inputs), batch_of(inputs)))]
         dataset = open_data(data, inputs=main.artifact.inputs, preprocess=main.preprocess, labels=main.labels or None)
-        return [(each.id, _first_rows(loaded.run(loaded.batched(each.inputs)))) for each in dataset]
+        found = []
+        for each in dataset:
+            inputs = loaded.batched(each.inputs)
+            found.append((each.id, _first_rows(loaded.run(inputs), batch_of(inputs))))
+        return found
 
 
-def _first_rows(outputs: Mapping[str, Array]) -> dict[str, Array]:
-    return {name: value[0] if value.ndim else value for name, value in outputs.items()}
+def batch_of(inputs: Mapping[str, Array]) -> int:
+    """Size of the batch: dim 0 of the first input."""
+    first = next(iter(inputs.values()))
+    return int(first.shape[0]) if first.ndim else 1
+
+
+def _first_rows(outputs: Mapping[str, Array], batch: int) -> dict[str, Array]:
+    """The first sample's part of each output; an output whose dim 0 is not the batch is kept whole."""
+    return {n: v[0] if v.ndim and v.shape[0] == batch else v for n, v in outputs.items()}

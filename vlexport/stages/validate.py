@@ -7,7 +7,7 @@ bundle without.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,23 @@ import numpy as np
 
 from vlexport.core.artifact import Array, Session, TensorSpec
 from vlexport.core.bundle import ARTIFACT_FOLDER, check_files, read_bundle
-from vlexport.core.bundle_schema import AccuracyResult, Component, Disagreement, Report
+from vlexport.core.bundle_schema import (
+    AccuracyResult,
+    BadSample,
+    Component,
+    Disagreement,
+    LatencyResult,
+    MetricResult,
+    Report,
+)
 from vlexport.core.dataset import Dataset, Sample
 from vlexport.core.errors import DataError, UsageError
 from vlexport.core.intervals import clopper_pearson
 from vlexport.core.numerics import Accuracy, Fidelity, OutputFidelity, PairedAccuracy
 from vlexport.core.progress import Reporter, Silent
 from vlexport.core.samples import open_data
-from vlexport.core.verdict import Gate, Measured, judge, measured_drop, measured_rate
+from vlexport.core.user_metric import CHANGE, MetricTally, UserMetric, measured_metric, open_metrics
+from vlexport.core.verdict import Gate, Measured, judge, measured_drop, measured_rate, measured_regress
 from vlexport.report.write import new_report, require_writable, write_report
 from vlexport.stages.reference import Reference, open_reference
 from vlexport.stages.write_bundle import GOLDEN_TOLERANCE
@@ -32,10 +41,11 @@ from vlexport.targets import open_target
 Run = Callable[[Mapping[str, Array]], dict[str, Array]]
 CLOSE_MARGIN = 10 * GOLDEN_TOLERANCE
 """A top-1 that differs on a smaller relative margin may be rounding; it is listed as close."""
-TIMED = ("p50_ms", "load_ms")
+TIMED = ("p50_ms", "load_ms", "regress")
 """Metrics of gates that profile measures, and validate does not."""
 _MAX_LISTED = 100
 _TOP5_FROM = 6
+_ENOUGH_FOR_NORMAL = 30
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,9 @@ class ValidateConfig:
         arch: Architecture, when the reference holds weights only.
         gates: To judge.
         threads: 0 takes the bundle's recorded number.
+        skip_bad: Leave out samples that cannot be read or hold NaN, and list them in the report.
+        metrics: ``FILE.py:FUNCTION`` of every metric of the user's.
+        timeout_s: Seconds that one answer of the runtime may take; None waits for ever.
     """
 
     bundle: Path
@@ -57,30 +70,37 @@ class ValidateConfig:
     arch: str | None = None
     gates: tuple[Gate, ...] = ()
     threads: int = 0
+    skip_bad: bool = False
+    metrics: tuple[str, ...] = ()
+    timeout_s: float | None = None
 
 
 def validate(config: ValidateConfig, *, reporter: Reporter | None = None) -> Report:
     """Measure a bundle on samples and add the report to ``measured/``.
 
     Raises:
-        VlexportError: VLX02xx for the data, VLX06xx for the bundle.
+        VlexportError: VLX02xx for the data and the metrics, VLX06xx for the bundle.
     """
     reporter = reporter or Silent()
+    metrics = open_metrics(config.metrics)
     bundle = read_bundle(config.bundle)
     check_files(config.bundle, bundle)
     require_writable(config.bundle)
     component = bundle.main
     target = open_target(bundle.target)
     dataset = open_data(
-        config.data, inputs=component.artifact.inputs, preprocess=component.preprocess, labels=component.labels or None
-    )
+        config.data, inputs=component.artifact.inputs, preprocess=component.preprocess,
+        labels=component.labels or None, skip_bad=config.skip_bad,
+    )  # fmt: skip
     require_measured(config.gates, dataset, referenced=bool(config.reference))
-    opened = target.open(config.bundle / ARTIFACT_FOLDER, component.artifact, threads=config.threads)
+    place = config.bundle / ARTIFACT_FOLDER
+    opened = target.open(place, component.artifact, threads=config.threads, timeout_s=config.timeout_s)
     with opened as session, open_reference(config.reference, bundle, arch=config.arch) as reference:
-        found = measure_accuracy(session, dataset, component, reference=reference, reporter=reporter)
+        found = measure_accuracy(session, dataset, component, reference=reference, metrics=metrics, reporter=reporter)
     report = new_report(bundle).model_copy(update=found)
     if reference is not None:
-        report = report.model_copy(update={"reference": reference.name})
+        notes = (*report.notes, *reference.notes)
+        report = report.model_copy(update={"reference": reference.name, "notes": notes})
     report = judge_gates(report, config.gates)
     write_report(config.bundle, bundle, report)
     return report
@@ -96,7 +116,9 @@ class _Tally:
     paired: PairedAccuracy = field(default_factory=PairedAccuracy)
     classes: Counter[int] = field(default_factory=Counter)
     disagreements: list[Disagreement] = field(default_factory=list)
+    metrics: tuple[MetricTally, ...] = ()
     samples: int = 0
+    seen_before: int = 0
 
 
 def measure_accuracy(
@@ -106,6 +128,8 @@ def measure_accuracy(
     *,
     reference: Run | Reference | None,
     reporter: Reporter,
+    metrics: Sequence[UserMetric] = (),
+    calibrated_on: Container[str] = frozenset(),
 ) -> dict[str, Any]:
     """Stream samples through the session, and through the reference where there is one.
 
@@ -115,37 +139,47 @@ def measure_accuracy(
         component: Its specs.
         reference: Computes the same outputs; None for accuracy alone.
         reporter: Progress.
+        metrics: The user's own.
+        calibrated_on: Content hashes of the calibration samples; those that come up again are counted in a note.
 
     Returns:
         Fields of a :class:`Report`.
 
     Raises:
-        DataError: VLX0210 when there is neither a label nor a reference.
+        DataError: VLX0202 when no sample is left, VLX0210 when there is neither a label nor a reference nor a metric.
     """
-    if reference is None and not dataset.labelled:
+    if reference is None and not dataset.labelled and not metrics:
         raise DataError(
             "VLX0210", "the samples have no labels and there is no reference to compare with", where="--data",
             hint="give labelled samples, or --reference MODEL",
         )  # fmt: skip
     output = component.artifact.outputs[0].name
-    tally = _Tally()
+    tally = _Tally(metrics=tuple(map(MetricTally, metrics)))
     with reporter.steps("validate", len(dataset)) as advance:
         for batch, rows in _batches(dataset, component.artifact.inputs):
             inputs = _stacked(batch, component.artifact.inputs)
             ours = _rows(session.run(inputs), rows)
             theirs = _rows(reference(inputs), rows) if reference is not None else None
             _count(tally, batch[:rows], ours, theirs, output)
+            if calibrated_on:
+                tally.seen_before += sum(sample.content_hash() in calibrated_on for sample in batch[:rows])
             for _ in range(rows):
                 advance()
     if not tally.samples:
-        raise DataError("VLX0202", "the data holds no sample", where="--data")
-    accuracy = _accuracy(tally, reference is not None) if dataset.labelled else None
-    notes = _guessing(accuracy, tally)
+        bad = f"all {len(dataset.skipped)} samples are bad" if dataset.skipped else "the data holds no sample"
+        raise DataError("VLX0202", bad, where="--data")
+    accuracy = _accuracy(tally, reference is not None) if tally.ours.samples else None
+    found = tuple(each.result() for each in tally.metrics)
+    skipped = [skipped_phrase(dataset)] if dataset.skipped else []
+    notes = [*skipped, *_overlap(tally), *_few(found), *_guessing(accuracy, tally)]
     return {
         "samples": tally.samples,
         "accuracy": accuracy,
         "fidelity": tally.fidelity.result(),
-        "measured": tuple(_measured(tally, accuracy, output)),
+        "metrics": found,
+        "skipped": len(dataset.skipped),
+        "bad_samples": tuple(_bad_samples(dataset)),
+        "measured": (*_measured(tally, accuracy, output), *(m for each in found for m in measured_metric(each))),
         "disagreements": tuple(tally.disagreements[:_MAX_LISTED]),
         "notes": tuple(notes),
     }
@@ -156,10 +190,20 @@ def judge_gates(report: Report, gates: Sequence[Gate]) -> Report:
     figures = list(report.measured)
     figures.append(Measured(metric="size_mb", value=report.size_bytes / 1e6, unit="MB"))
     if report.latency is not None:
+        figures += _regress(report.latency)
         figures.append(Measured(metric="p50_ms", value=report.latency.p50_ms, unit="ms"))
         figures.append(Measured(metric="load_ms", value=report.latency.load_ms, unit="ms"))
     verdicts = tuple(judge(gate, figures) for gate in gates)
     return report.model_copy(update={"verdicts": verdicts, "measured": tuple(figures)})
+
+
+def _regress(found: LatencyResult) -> list[Measured]:
+    """Against a baseline only, and never on quick rounds, which have no interval."""
+    if found.baseline_p50_ms is None or found.verdict == "quick":
+        return []
+    if found.ratio is None or found.ratio_low is None or found.ratio_high is None:
+        return [measured_regress(found.baseline_p50_ms / found.p50_ms, None)]
+    return [measured_regress(found.ratio, (found.ratio_low, found.ratio_high))]
 
 
 def _batches(dataset: Dataset, inputs: Sequence[TensorSpec]) -> Iterator[tuple[list[Sample], int]]:
@@ -189,7 +233,10 @@ def _count(
 ) -> None:
     tally.samples += len(batch)
     scores = ours[output]
-    labels = _labels(batch, scores)
+    for row, sample in enumerate(batch):
+        for metric in tally.metrics:
+            metric.add(sample, _row(ours, row), None if theirs is None else _row(theirs, row))
+    labels = _labels(batch, scores, required=not tally.metrics)
     if labels is not None:
         tally.ours.update(scores, labels)
         tally.classes.update(labels.tolist())
@@ -215,21 +262,28 @@ def _count(
                 )
 
 
+def _row(outputs: Mapping[str, Array], row: int) -> dict[str, Array]:
+    return {name: np.asarray(value[row]) for name, value in outputs.items()}
+
+
 def _unicode(name: str) -> str:
     """A file name that is no Unicode, as Linux allows, in a spelling that JSON and HTML can hold."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def _labels(batch: Sequence[Sample], scores: Array) -> Array | None:
+def _labels(batch: Sequence[Sample], scores: Array, *, required: bool) -> Array | None:
+    """Class indices, or None where there are none; labels of other kinds are left to the user's metrics."""
     if batch[0].label is None:
         return None
-    labels = np.asarray([sample.label for sample in batch])
-    if labels.ndim != 1 or labels.dtype.kind not in "iu" or scores.ndim != 2:
-        raise DataError(
-            "VLX0208", "built-in accuracy needs one class index a sample and one score vector as first output",
-            where=batch[0].id, hint="leave the labels out to compare with a reference only",
-        )  # fmt: skip
-    return labels
+    if scores.ndim == 2 and all(isinstance(sample.label, int) for sample in batch):
+        return np.asarray([sample.label for sample in batch])
+    if not required:
+        return None
+    raise DataError(
+        "VLX0208", "built-in accuracy needs one class index a sample and one score vector as first output",
+        where=batch[0].id,
+        hint="give --metric FILE.py:FUNCTION, or leave the labels out to compare with a reference only",
+    )  # fmt: skip
 
 
 def _margin(scores: Array) -> float:
@@ -281,6 +335,34 @@ def _measured(tally: _Tally, accuracy: AccuracyResult | None, output: str) -> It
         yield measured_rate("agreement", fidelity.agreements, fidelity.samples)
 
 
+def _bad_samples(dataset: Dataset) -> Iterator[BadSample]:
+    for name, error in list(dataset.skipped.items())[:_MAX_LISTED]:
+        yield BadSample(sample=_unicode(name), code=error.code, reason=_unicode(error.message))
+
+
+def skipped_phrase(dataset: Dataset, what: str = "samples") -> str:
+    """How many samples were left out because they are bad, and the first three of them."""
+    names = [_unicode(name) for name in dataset.skipped]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{len(names)} of {len(dataset)} {what} are bad and were skipped: {', '.join(names[:3])}{more}"
+
+
+def _overlap(tally: _Tally) -> Iterator[str]:
+    if tally.seen_before:
+        yield (
+            f"{tally.seen_before} of {tally.samples} evaluation samples are calibration samples as well: "
+            "what is measured on them flatters"
+        )
+
+
+def _few(found: Sequence[MetricResult]) -> Iterator[str]:
+    for each in found:
+        if each.samples < _ENOUGH_FOR_NORMAL:
+            yield f"{each.name}: {each.samples} samples are few for a normal interval, which is then too narrow"
+        elif each.low == each.high:
+            yield f"{each.name} is the same for all {each.samples} samples: its normal interval has no width"
+
+
 def _guessing(accuracy: AccuracyResult | None, tally: _Tally) -> list[str]:
     """Warn when the float reference is hardly better than always answering the commonest class; stop at chance.
 
@@ -323,6 +405,8 @@ def require_measured(gates: Sequence[Gate], dataset: Dataset, *, referenced: boo
 def _lacks(metric: str, *, labelled: bool, referenced: bool) -> tuple[str, str] | None:
     if metric in TIMED:
         return "a latency, which validate does not measure", "give it to `vlexport profile`"
+    if metric.endswith(CHANGE) and not referenced:
+        return "a reference to compare with", "add --reference MODEL"
     if metric in ("drop", "top1", "top5") and not labelled:
         return "labelled samples", "give class folders, or .npz with `label`"
     if metric in ("drop", "agreement", "cosine", "sqnr") and not referenced:

@@ -8,7 +8,7 @@ from pathlib import Path
 from vlexport.core.bundle import ARTIFACT_FOLDER, check_files, read_bundle
 from vlexport.core.bundle_schema import Bundle
 from vlexport.core.progress import Reporter, Silent
-from vlexport.stages.golden import check_golden, read_golden
+from vlexport.stages.golden import check_component
 from vlexport.targets import open_target
 
 
@@ -20,7 +20,7 @@ class Verified:
     errors: dict[str, float]
 
 
-def verify(folder: Path, *, threads: int = 0, reporter: Reporter | None = None) -> Verified:
+def verify(folder: str | Path, *, threads: int = 0, reporter: Reporter | None = None) -> Verified:
     """Check digest, files and golden vectors.
 
     Raises:
@@ -29,14 +29,14 @@ def verify(folder: Path, *, threads: int = 0, reporter: Reporter | None = None) 
         CapabilityError: VLX0501, VLX0505 when this machine cannot run it.
     """
     reporter = reporter or Silent()
+    folder = Path(folder)
     bundle = read_bundle(folder)
     with reporter.stage("check files"):
         check_files(folder, bundle)
     target = open_target(bundle.target)
     errors = {}
     for name, component in bundle.components.items():
-        inputs, outputs = read_golden(folder, component)
         opened = target.open(folder / ARTIFACT_FOLDER, component.artifact, threads=threads)
         with opened as session, reporter.stage(f"golden check of {name}"):
-            errors[name] = check_golden(session, inputs, outputs, tolerance=component.golden.tolerance, code="VLX0606")
+            errors[name] = check_component(session, folder, component, code="VLX0606")
     return Verified(bundle, errors)

@@ -109,14 +109,15 @@ def staging(output: Path) -> Iterator[Path]:
         raise
 
 
-def write_golden(folder: Path, component: str, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Golden:
-    """Golden vectors of a component as two ``.npz`` files."""
-    place = folder / GOLDEN_FOLDER / component
-    place.mkdir(parents=True)
-    for name, arrays in (("inputs", inputs), ("outputs", outputs)):
-        write_npz(place / f"{name}.npz", arrays)
-    prefix = f"{GOLDEN_FOLDER}/{component}"
-    return Golden(inputs=f"{prefix}/inputs.npz", outputs=f"{prefix}/outputs.npz", tolerance=GOLDEN_TOLERANCE)
+def write_golden(
+    folder: Path, component: str, inputs: Mapping[str, Array], outputs: Mapping[str, Array], *, suffix: str = ""
+) -> Golden:
+    """Golden vectors of a component as two ``.npz`` files, ``inputs{suffix}.npz`` and ``outputs{suffix}.npz``."""
+    (folder / GOLDEN_FOLDER / component).mkdir(parents=True, exist_ok=True)
+    names = [f"{GOLDEN_FOLDER}/{component}/{kind}{suffix}.npz" for kind in ("inputs", "outputs")]
+    for name, arrays in zip(names, (inputs, outputs), strict=True):
+        write_npz(folder / name, arrays)
+    return Golden(inputs=names[0], outputs=names[1], tolerance=GOLDEN_TOLERANCE)
 
 
 def write_npz(file: Path, arrays: Mapping[str, Array]) -> None:

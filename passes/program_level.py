@@ -1,0 +1,132 @@
+"""The level of Programs: they run in PyTorch, in any floating dtype, and their nodes carry provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch.fx import Node
+
+from vlexport.core.numerics import relative_error
+from vlexport.ir import dialect, facts, provenance
+from vlexport.ir.program import Program
+from vlexport.ir.text import fingerprint, tensor_digest, text
+from vlexport.passes.level import Failure, Level, Outputs
+from vlexport.passes.probes import Probe, as_array
+
+
+class ProgramLevel(Level[Program]):
+    """Programs of torch.fx nodes in the vlexport dialect."""
+
+    runs_float64: ClassVar[bool] = True
+
+    @property
+    def facts(self) -> Mapping[str, Callable[[Program], bool]]:
+        """Those of ``ir/facts``."""
+        return facts.FACTS
+
+    def copy(self, ir: Program) -> Program:
+        """Tensors are shared."""
+        return ir.copy()
+
+    def text(self, ir: Program) -> str:
+        """One line a call."""
+        return text(ir)
+
+    def fingerprint(self, ir: Program) -> str:
+        """Of text and tensors."""
+        return fingerprint(ir)
+
+    def face(self, ir: Program) -> dict[str, object]:
+        """What a user of the graph addresses: names and dtypes of inputs and outputs, in order."""
+        specs = (*ir.signature.inputs, *ir.signature.outputs)
+        return {"the names or dtypes of inputs or outputs": [(spec.name, spec.dtype) for spec in specs]}
+
+    def problems(self, ir: Program) -> Iterator[tuple[str, str]]:
+        """Topological order, dialect, shapes, provenance, stored tensors, number of outputs."""
+        seen = set()
+        for node in ir.graph.nodes:
+            found = list(dialect.problems(node))
+            found += [
+                f"it reads {operand.name} before it is made" for operand in node.all_input_nodes if operand not in seen
+            ]
+            if node.op == "get_attr" and node.target not in ir.tensors:
+                found.append(f"tensor {node.target} is not stored")
+            if node.op == "call_function" and not provenance.origins(node):
+                found.append("it has no origins")
+            yield from ((provenance.describe(node), what) for what in found)
+            seen.add(node)
+        if len(ir.results) != len(ir.signature.outputs):
+            yield "", "the number of outputs has changed"
+
+    def describe(self, node: Node) -> str:
+        """Operator, module path and source line."""
+        return provenance.describe(node)
+
+    def weights(self, ir: Program) -> list[tuple[str, torch.Tensor]]:
+        """Tensors that a node reads."""
+        return list(ir.used_tensors().items())
+
+    def digest(self, weight: torch.Tensor, *, fresh: bool = False) -> str:
+        """Kept on the tensor."""
+        return tensor_digest(weight, fresh=fresh)
+
+    def size_bytes(self, ir: Program) -> int:
+        """Bytes of the tensors in use."""
+        return ir.size_bytes
+
+    def double(self, ir: Program) -> Program:
+        """Every Program has a twin."""
+        return ir.double()
+
+    def run(self, ir: Program, probes: Sequence[Probe]) -> Iterator[Outputs | Failure]:
+        """In PyTorch; a failure names the call that was reached."""
+        for probe in probes:
+            reached: list[Node] = []
+            found: Outputs | Failure
+            try:
+                found = ir.run(*probe.values, observe=lambda node, _: reached.append(node))  # noqa: B023
+            except (RuntimeError, TypeError, IndexError, ValueError) as error:
+                done = set(reached)
+                node = next((n for n in ir.calls() if n not in done), None)
+                where = provenance.describe(node) if node is not None else ""
+                found = Failure(str(error).splitlines()[0] if str(error) else type(error).__name__, where, error)
+            yield found
+
+    def first_difference(self, before: Program, after: Program, probe: Probe, bound: float) -> str:
+        """The first node whose value differs from that of the node it stands for."""
+        values: dict[int, torch.Tensor] = {}
+
+        def keep(node: Node, value: object) -> None:
+            if isinstance(value, torch.Tensor) and provenance.origins(node):
+                values[provenance.origins(node)[-1]] = value
+
+        before.run(*probe.values, observe=keep)
+        found: list[Node] = []
+        last: dict[int, Node] = {}
+        for node in after.calls():
+            if provenance.origins(node):
+                last[provenance.origins(node)[-1]] = node
+
+        def compare(node: Node, value: object) -> None:
+            origin = provenance.origins(node)[-1:]
+            if found or not origin or not isinstance(value, torch.Tensor) or origin[0] not in values:
+                return
+            expected = values[origin[0]]
+            if last[origin[0]] is node and not relative_error(as_array(value), as_array(expected)) <= bound:
+                found.append(node)
+
+        after.run(*probe.values, observe=compare)
+        if found:
+            return provenance.describe(found[0])
+        names = [
+            spec.name
+            for spec, old, new in zip(before.signature.outputs, before.results, after.results, strict=True)
+            if provenance.origins(old)[-1:] != provenance.origins(new)[-1:]
+        ]
+        return f"the order of outputs ({', '.join(names)})" if names else "an output"
+
+
+PROGRAM = ProgramLevel()
+"""The level of every pass unless another is named."""

@@ -1,0 +1,64 @@
+"""Running ONNX with ONNX Runtime: artifacts of any target that reads ONNX, and graphs between passes. No torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnxruntime
+
+from vlexport.core.artifact import Array, Artifact, Session, artifact_file
+from vlexport.core.errors import CapabilityError
+
+_LEVELS = {
+    "none": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
+_ERRORS_ONLY = 3
+
+
+class OnnxRuntimeSession(Session):
+    """One ONNX Runtime session on the CPU provider."""
+
+    timing = "real"
+
+    def __init__(self, folder: Path, artifact: Artifact, threads: int) -> None:
+        super().__init__(artifact.inputs, artifact.outputs)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = _ERRORS_ONLY
+        options.intra_op_num_threads = threads or int(artifact.session_options.get("threads", 0))
+        options.graph_optimization_level = _LEVELS[str(artifact.session_options.get("graph_optimization", "all"))]
+        try:
+            self._session = onnxruntime.InferenceSession(
+                str(artifact_file(folder, artifact)), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime's exceptions share no public base class
+            raise CapabilityError(
+                "VLX0505", f"ONNX Runtime {onnxruntime.__version__} refuses {artifact.path}: {_said(error, folder)}",
+                where=artifact.path, hint="see `vlexport verify` for whether the file is intact",
+            ) from error  # fmt: skip
+        self._names = [spec.name for spec in artifact.outputs]
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once."""
+        if self._session is None:
+            raise CapabilityError("VLX0506", "the session is closed")
+        return dict(zip(self._names, self._session.run(None, self.checked(inputs)), strict=True))
+
+    def close(self) -> None:
+        """Drop the session; ONNX Runtime frees its memory with it."""
+        self._session = None
+
+
+def open_session(folder: Path, artifact: Artifact, threads: int) -> Session:
+    """Open an artifact in this process."""
+    return OnnxRuntimeSession(folder, artifact, threads)
+
+
+def _said(error: Exception, folder: Path) -> str:
+    """What the runtime says, without the place of the artifact on this machine."""
+    said = str(error).strip().replace(f"{folder}{os.sep}", "")
+    return said.splitlines()[0] if said else type(error).__name__
