@@ -11,8 +11,10 @@ Options: ``tensor_limit_bytes``, the largest tensor that folding may make, and `
 Numerical effect: exact up to the order of sums (1e-7 measured). Deterministic; module paths are put back.
 
 Off unless asked for (``--set onnxruntime.simplify=true``): nodes went from 455 to 395 on deit_tiny, 49 to 49 on
-resnet18, 555 to 537 on swin_tiny, 371 to 358 on levit_128s in .2 to .5 s, but ONNX Runtime does as much when it loads
-the graph (latency ratio .98 to 1.05 there, within its spread), and a build pays for one more gate.
+resnet18, 555 to 537 on swin_tiny, 371 to 358 on levit_128s. No gain in ONNX Runtime has been shown: a rough look (one
+thread, both sessions in one busy process, 7 rounds) gave median ratios of 1.02, .93, 1.01 and 1.04, swin_tiny's rounds
+from .81 to 1.33; ``profile`` has not judged it. onnxsim itself took .1 to .5 s, with its process and the gate some
+seconds.
 onnxsim runs in a child process: its crash is this pass's error, not the build's end. Source: onnxsim 0.8.
 """
 

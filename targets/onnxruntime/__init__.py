@@ -27,7 +27,7 @@ class OnnxRuntimeOptions(Frozen):
         opset: Version of ONNX's standard domain.
         graph_optimization: ONNX Runtime's own optimisation level when the artifact is opened.
         optimize: Run optimize-onnx (onnxscript's optimizer) on the lowered graph. Off: the exporter leaves it nothing.
-        simplify: Run simplify-onnx (onnxsim) before it. Off: fewer nodes, no faster in ONNX Runtime.
+        simplify: Run simplify-onnx (onnxsim) before it. Off: fewer nodes, no gain in speed shown.
     """
 
     opset: int = Field(default=20, ge=18, le=24)

@@ -50,14 +50,21 @@ _MAX_RUNS = 200
 
 @dataclass(frozen=True)
 class Plan:
-    """How long to measure: rounds, and seconds per block of runs."""
+    """How long to measure.
+
+    Attributes:
+        rounds: Rounds whose control must hold.
+        block_seconds: Seconds per block of runs.
+        limit_seconds: No further round is begun after so long, once one has held; None means no limit.
+    """
 
     rounds: int
     block_seconds: float
+    limit_seconds: float | None = None
 
 
-QUICK = Plan(rounds=3, block_seconds=0.7)
-"""≤ 30 s; too few rounds for an interval, and marked so."""
+QUICK = Plan(rounds=3, block_seconds=0.7, limit_seconds=20.0)
+"""About 20 s, or one round of a model that takes longer; too few rounds for an interval, and marked so."""
 FULL = Plan(rounds=7, block_seconds=1.5)
 
 
@@ -246,8 +253,11 @@ def _interleaved(
     our_times: list[float] = []
     baseline_times: list[float] = []
     drifted: list[tuple[list[float], list[float]]] = []
+    started = time.monotonic()
     with reporter.steps("profile", plan.rounds) as advance:
         while len(ratios) < plan.rounds and len(drifted) <= MAX_REPEATS:
+            if ratios and plan.limit_seconds is not None and time.monotonic() - started > plan.limit_seconds:
+                break
             before = _block(baseline, inputs, baseline_runs)
             mine = _block(ours, inputs, our_runs)
             after = _block(baseline, inputs, baseline_runs)
@@ -259,7 +269,7 @@ def _interleaved(
             baseline_times += [*before, *after]
             ratios.append(statistics.median([*before, *after]) / statistics.median(mine))
             advance()
-    steady = len(ratios) == plan.rounds
+    steady = bool(ratios) and len(drifted) <= MAX_REPEATS
     low, high = median_interval(ratios)
     if not ratios:  # better a rough figure, marked as noisy, than none
         our_times = [t for mine, _ in drifted for t in mine]
@@ -355,7 +365,7 @@ def _baseline(config: ProfileConfig, reporter: Reporter) -> Iterator[Measurable 
         bundle = read_bundle(other)
         check_files(other, bundle)
         yield Measurable(
-            other.resolve().name or "other bundle",
+            f"bundle {bundle.digest[:12]}",
             open_target(bundle.target),
             other / ARTIFACT_FOLDER,
             bundle.main.artifact,

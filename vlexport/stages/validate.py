@@ -115,6 +115,7 @@ class _Tally:
     theirs: Accuracy = field(default_factory=Accuracy)
     paired: PairedAccuracy = field(default_factory=PairedAccuracy)
     classes: Counter[int] = field(default_factory=Counter)
+    width: int = 0  # scores of the first output
     disagreements: list[Disagreement] = field(default_factory=list)
     metrics: tuple[MetricTally, ...] = ()
     samples: int = 0
@@ -158,8 +159,8 @@ def measure_accuracy(
     with reporter.steps("validate", len(dataset)) as advance:
         for batch, rows in _batches(dataset, component.artifact.inputs):
             inputs = _stacked(batch, component.artifact.inputs)
-            ours = _rows(session.run(inputs), rows)
-            theirs = _rows(reference(inputs), rows) if reference is not None else None
+            ours = _rows(session.run(inputs), rows, len(batch))
+            theirs = _rows(reference(inputs), rows, len(batch)) if reference is not None else None
             _count(tally, batch[:rows], ours, theirs, output)
             if calibrated_on:
                 tally.seen_before += sum(sample.content_hash() in calibrated_on for sample in batch[:rows])
@@ -224,8 +225,12 @@ def _stacked(batch: Sequence[Sample], inputs: Sequence[TensorSpec]) -> dict[str,
     return {spec.name: np.stack([sample.inputs[spec.name] for sample in batch]) for spec in inputs}
 
 
-def _rows(outputs: Mapping[str, Array], rows: int) -> dict[str, Array]:
-    return {name: value[:rows] if value.ndim else value[None] for name, value in outputs.items()}
+def _rows(outputs: Mapping[str, Array], rows: int, batch: int) -> dict[str, Array]:
+    """Outputs by sample; one whose dim 0 is not the batch belongs to every sample of it, whole."""
+    return {
+        name: value[:rows] if value.ndim and value.shape[0] == batch else np.stack([value] * rows)
+        for name, value in outputs.items()
+    }
 
 
 def _count(
@@ -240,6 +245,7 @@ def _count(
     if labels is not None:
         tally.ours.update(scores, labels)
         tally.classes.update(labels.tolist())
+        tally.width = scores.shape[1]
     if theirs is None:
         return
     tally.fidelity.update(ours, theirs)
@@ -296,7 +302,7 @@ def _accuracy(tally: _Tally, referenced: bool) -> AccuracyResult:
     ours, theirs = tally.ours, tally.theirs
     n = ours.samples
     low, high = clopper_pearson(ours.top1, n)
-    wide = max(tally.classes, default=0) + 1 >= _TOP5_FROM
+    wide = tally.width >= _TOP5_FROM
     result = AccuracyResult(
         samples=n,
         top1=100 * ours.top1 / n,
@@ -367,7 +373,7 @@ def _guessing(accuracy: AccuracyResult | None, tally: _Tally) -> list[str]:
     """Warn when the float reference is hardly better than always answering the commonest class; stop at chance.
 
     Raises:
-        DataError: VLX0211 when its interval does not lie above 1/classes either.
+        DataError: VLX0211 when it is not above one in as many as the model has classes either.
     """
     if accuracy is None:
         return []
@@ -375,9 +381,9 @@ def _guessing(accuracy: AccuracyResult | None, tally: _Tally) -> list[str]:
     who = "the reference" if tally.theirs.samples else "the artifact"
     low, _ = clopper_pearson(counted.top1, counted.samples)
     top1 = 100 * counted.top1 / counted.samples
-    classes = max(len(tally.classes), 2)
+    classes = max(tally.width, 2)
     said = f"{who} is right on {top1:.1f} % of {counted.samples}"
-    if low <= 1 / classes and counted.samples >= 10 * classes:
+    if counted.top1 * classes <= counted.samples and counted.samples >= 10 * classes:
         raise DataError(
             "VLX0211", f"{said}, no better than guessing among {classes} classes", where="--data",
             hint="check the preprocessing (mean, std, range, RGB or BGR, crop) and the order of labels",
