@@ -14,7 +14,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from vlexport.core.bundle_schema import Change, GateRecord
 from vlexport.core.errors import GateError
@@ -28,6 +31,8 @@ FLOAT32_BOUND = 1e-5
 """Above this an exact pass must be proven in float64. Rounding of a fold on a deep net is about 1e-6."""
 FLOAT64_BOUND = 1e-9
 """Folds measured 4e-16 to 7e-16 in float64; a wrong weight shows at 1e-6 or more."""
+PART_BOUND = 1e-2
+"""A part of an output that moved by so much of its own size asks for the float64 proof, however small it is."""
 UNPROVED_BOUND = 1e-4
 """What is accepted, and recorded as unproved, where the float64 run would not fit in memory or does not exist."""
 FLOAT64_WEIGHTS_LIMIT = 1 << 30
@@ -53,9 +58,10 @@ class NumericGate:
         self.probes = probes
         self.level = level
         self.kept: list[Outputs] = []
+        self.blind: tuple[int, ...] = ()
         if not sighted:
             self.kept = self._sound(source, probes)
-            require_sight(self.kept)
+            self.blind = require_sight(self.kept)
         self._digests = self._digested(source)
 
     def check(self, applied: Pass[Any], before: Any, after: Any) -> GateRecord:
@@ -67,16 +73,22 @@ class NumericGate:
         self.kept = self.kept or self._sound(before, self.probes)
         outputs = []
         worst, where = 0.0, self.probes[0]
+        aside, suspicious = 0, False
         for probe, kept, found in zip(self.probes, self.kept, self.level.run(after, self.probes), strict=True):
             outputs.append(_required(applied, probe, found))
-            error = _worst(outputs[-1], kept)
+            if [as_array(v).dtype for v in outputs[-1]] != [as_array(v).dtype for v in kept]:
+                raise self._culprit(applied, before, after, probe, math.inf, FLOAT32_BOUND)
+            error, rows = self._judged(outputs[-1], kept, probe, FLOAT32_BOUND)
+            aside += rows
+            suspicious = suspicious or small_part_changed(outputs[-1], kept)
             if not error <= worst:
                 worst, where = error, probe
         record = GateRecord(worst=one_digit(worst), proof="float32", probes=len(self.probes))
         if worst == 0.0:
             record = record.model_copy(update={"proof": "identical"})
-        elif not worst <= FLOAT32_BOUND:
+        elif suspicious or not worst <= FLOAT32_BOUND:
             record = self._prove(applied, before, after, where, worst)
+        record = record.model_copy(update={"set_aside": aside})
         self.kept = outputs
         self._digests = self._digested(after)
         return record
@@ -96,6 +108,20 @@ class NumericGate:
                     hint="a pass replaces a tensor with a new one; please report this",
                 )
 
+    def _judged(self, found: Outputs, kept: Outputs, probe: Probe, bound: float) -> tuple[float, int]:
+        """The error, and how many rows were set aside for it: undecided ones, when they alone disagree.
+
+        Nothing is set aside where more than half of all rows are undecided: what is left would prove too little.
+        """
+        error = _worst(found, kept)
+        if error <= bound or not probe.undecided:
+            return error, 0
+        rows = sum(_batch(each) for each in self.probes)
+        if 2 * sum(len(each.undecided) for each in self.probes) > rows:
+            return error, 0
+        batch = _batch(probe)
+        return _worst(_without(found, probe, batch), _without(kept, probe, batch)), len(probe.undecided)
+
     def _digested(self, graph: Any) -> list[tuple[str, Any, str]]:
         return [(name, weight, self.level.digest(weight)) for name, weight in self.level.weights(graph)]
 
@@ -110,27 +136,31 @@ class NumericGate:
 
     def _prove(self, applied: Pass[Any], before: Any, after: Any, probe: Probe, worst: float) -> GateRecord:
         count = len(self.probes)
-        twins = self._twins(applied, before)
+        twins = self._twins(applied, before, after)
         if twins is None:
             if worst <= UNPROVED_BOUND:
                 return GateRecord(worst=one_digit(worst), proof="unproved", probes=count)
-            raise self._culprit(applied, before, after, probe, worst)
+            raise self._culprit(applied, before, after, probe, worst, FLOAT32_BOUND)
         doubled, reapplied, complete = twins
         if not complete:
-            raise self._culprit(applied, before, after, probe, worst)
+            raise self._culprit(applied, before, after, probe, worst, FLOAT32_BOUND)
         probes = [_doubled(each) for each in self.probes]
         ran = zip(probes, self.level.run(reapplied, probes), self._sound(doubled, probes), strict=True)
         for each, found, wanted in ran:
-            error = _worst(_required(applied, each, found), wanted)
+            error, _ = self._judged(_required(applied, each, found), wanted, each, FLOAT64_BOUND)
             if not error <= FLOAT64_BOUND:
-                raise self._culprit(applied, doubled, reapplied, each, error)
+                raise self._culprit(applied, doubled, reapplied, each, error, FLOAT64_BOUND)
         # an integer output that rounding tipped over is infinitely far off, and equal in float64: no figure for that
         return GateRecord(worst=one_digit(worst) if math.isfinite(worst) else 1.0, proof="float64", probes=count)
 
-    def _twins(self, applied: Pass[Any], before: Any) -> tuple[Any, Any, bool] | None:
+    def _twins(self, applied: Pass[Any], before: Any, after: Any) -> tuple[Any, Any, bool] | None:
         """The float64 copy before and after the pass, and whether the pass did to it all that it did in float32.
 
-        None where there is no such copy, or where a pass may rightly do less to it.
+        None where there is no such copy, where it does not run, or where a pass may rightly do less to it.
+
+        Raises:
+            GateError: VLX0401 when the pass gives another graph when it is applied again: then a proof of what it does
+                in float64 says nothing about what it did.
         """
         level = self.level
         if level.size_bytes(before) > FLOAT64_WEIGHTS_LIMIT:
@@ -139,19 +169,26 @@ class NumericGate:
         if doubled is None:
             return None
         first = _doubled(self.probes[0])
-        if not level.runs_float64 and isinstance(next(iter(level.run(doubled, [first]))), Failure):
+        if isinstance(next(iter(level.run(doubled, [first]))), Failure):
             return None
-        reapplied = level.copy(doubled)
-        wanted, _ = applied.run(level.copy(before))
+        reapplied, again = level.copy(doubled), level.copy(before)
+        wanted, _ = applied.run(again)
+        if level.fingerprint(again) != level.fingerprint(after):
+            raise GateError(
+                "VLX0401",
+                f"pass {applied.name} gives another graph when it is applied again",
+                where=applied.name,
+                hint=_HINT,
+            )
         changes, _ = applied.run(reapplied)
         complete = not Counter(map(_deed, wanted)) - Counter(map(_deed, changes))
         if not complete and not level.runs_float64:
             return None
         return doubled, reapplied, complete  # what was not done again proves nothing
 
-    def _culprit(self, applied: Pass[Any], before: Any, after: Any, probe: Probe, worst: float) -> GateError:
-        in_float64 = any(as_array(v).dtype == "float64" for v in probe.values)
-        bound = FLOAT64_BOUND if in_float64 else FLOAT32_BOUND
+    def _culprit(
+        self, applied: Pass[Any], before: Any, after: Any, probe: Probe, worst: float, bound: float
+    ) -> GateError:
         return GateError(
             "VLX0401",
             f"pass {applied.name} changed what the model computes: {worst:.1e} on the {probe.name} (bound {bound:.0e})",
@@ -165,7 +202,20 @@ def _deed(change: Change) -> tuple[str, tuple[str, ...]]:
 
 
 def _doubled(probe: Probe) -> Probe:
-    return Probe(probe.name, tuple(v.double() if v.is_floating_point() else v for v in probe.values))
+    return replace(probe, values=tuple(v.double() if v.is_floating_point() else v for v in probe.values))
+
+
+def _batch(probe: Probe) -> int:
+    return int(probe.values[0].shape[0]) if probe.values and probe.values[0].ndim else 1
+
+
+def _without(outputs: Outputs, probe: Probe, batch: int) -> Outputs:
+    """Outputs without the undecided rows; one whose dim 0 is not the batch cannot be split and is left out."""
+    kept = []
+    for value in map(as_array, outputs):
+        batched = value.ndim and value.shape[0] == batch
+        kept.append(np.delete(value, probe.undecided, axis=0) if batched else value[:0] if value.ndim else value * 0)
+    return tuple(kept)
 
 
 def one_digit(value: float) -> float:
@@ -192,3 +242,21 @@ def _worst(found: Outputs, expected: Outputs) -> float:
     if len(found) != len(expected):
         return float("inf")
     return max((relative_error(as_array(a), as_array(b)) for a, b in zip(found, expected, strict=True)), default=0.0)
+
+
+def small_part_changed(found: Outputs, expected: Outputs) -> bool:
+    """Whether some index of an output's later dims moved by more than :data:`PART_BOUND` of its own largest value.
+
+    The metric measures against the largest value of the whole output, so that scores beside box coordinates could
+    vanish within it. Such a change is no verdict; it asks for the float64 proof.
+    """
+    for a, b in zip(map(as_array, found), map(as_array, expected), strict=True):
+        if a.shape != b.shape or a.dtype.kind != "f" or a.ndim < 2:
+            continue
+        finite = np.isfinite(a) & np.isfinite(b)
+        moved, size = np.where(finite, np.abs(a - b), 0.0), np.where(finite, np.abs(b), 0.0)
+        for axis in range(1, a.ndim):
+            others = tuple(i for i in range(a.ndim) if i != axis)
+            if bool(np.any(moved.max(axis=others, initial=0.0) > PART_BOUND * size.max(axis=others, initial=0.0))):
+                return True
+    return False

@@ -8,7 +8,7 @@ bound).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from vlexport.core.artifact import Array
 from vlexport.core.errors import CapabilityError
 from vlexport.ir.draw import draw
 from vlexport.ir.program import Program
+from vlexport.passes.selection import undecided_rows
 
 MAX_IMAGES = 8
 _UNBOUNDED_STEP = 2
@@ -27,10 +28,15 @@ _SEED_STEP = 3
 
 @dataclass(frozen=True)
 class Probe:
-    """Named input values, one tensor per input."""
+    """Named input values, one tensor per input.
+
+    Attributes:
+        undecided: Rows (dim 0 of the first input) whose result hangs on a selection that rounding could tip.
+    """
 
     name: str
     values: tuple[torch.Tensor, ...]
+    undecided: tuple[int, ...] = ()
 
 
 def make_probes(program: Program, *, calibration: Sequence[torch.Tensor] | None, seed: int) -> list[Probe]:
@@ -47,14 +53,16 @@ def make_probes(program: Program, *, calibration: Sequence[torch.Tensor] | None,
         probes.append(Probe("calibration sample", tuple(calibration)))
     dims = program.signature.dims
     smallest = {name: r.min for name, r in dims.items()}
-    probes.append(Probe("draw at the smallest size" if dims else "draw", draw(program, generator, smallest)))
+    probes.append(
+        Probe("draw at the smallest size" if dims else "draw", draw(program, generator, smallest, masks=not dims))
+    )
     if dims:
         spent = sum(_images(p) for p in probes)
         largest = {name: r.max if r.max is not None else r.min + _UNBOUNDED_STEP for name, r in dims.items()}
         batch = _batch_dims(program)
         largest = {n: max(min(s, MAX_IMAGES - spent), dims[n].min) if n in batch else s for n, s in largest.items()}
         probes.append(Probe("draw at the largest size", draw(program, generator, largest, masks=True)))
-    return probes
+    return [replace(probe, undecided=undecided_rows(program, probe.values)) for probe in probes]
 
 
 def as_array(value: Any) -> Array:
@@ -64,11 +72,14 @@ def as_array(value: Any) -> Array:
     return np.asarray(value)
 
 
-def require_sight(outputs: Sequence[tuple[Any, ...]]) -> None:
+def require_sight(outputs: Sequence[tuple[Any, ...]]) -> tuple[int, ...]:
     """Refuse probes on which no output varies.
 
     Args:
         outputs: The source graph's outputs on every probe, tensors or arrays.
+
+    Returns:
+        Positions of outputs that do not vary: what a pass does to them, the gate cannot see.
 
     Raises:
         CapabilityError: VLX0402.
@@ -77,10 +88,14 @@ def require_sight(outputs: Sequence[tuple[Any, ...]]) -> None:
     for values in outputs:
         for kept, value in zip(rows, map(as_array, values), strict=True):
             kept.extend(value if value.ndim else [value])
-    for seen in rows:
-        # NaN equals NaN: an output that is always NaN shows nothing.
-        if any(not np.array_equal(v, seen[0], equal_nan=v.dtype.kind == "f") for v in seen[1:]):
-            return
+    # NaN equals NaN: an output that is always NaN shows nothing.
+    blind = tuple(
+        position
+        for position, seen in enumerate(rows)
+        if all(np.array_equal(v, seen[0], equal_nan=v.dtype.kind == "f") for v in seen[1:])
+    )
+    if len(blind) < len(rows):
+        return blind
     raise CapabilityError(
         "VLX0402",
         "the gate is blind: no output changes from probe to probe",

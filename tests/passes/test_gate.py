@@ -433,7 +433,7 @@ def test_probes_keep_the_limits_when_everything_is_dynamic() -> None:
         image, ids, mask = probe.values
         assert int(ids.min()) >= 0
         assert int(ids.max()) < 7, "ids stay inside the smallest table that reads them"
-        assert mask.all()
+        assert mask[..., 0].all()  # no mask hides everything
         assert len({v.shape[0] for v in probe.values}) == 1
         assert ids.shape == mask.shape
         assert program.run(*probe.values)[0].shape == (image.shape[0], 1)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from vlexport.cli.main import main
+from vlexport.core.bundle import read_bundle
 from vlexport.core.bundle_schema import LatencyResult, Report
 from vlexport.core.errors import VlexportError
 from vlexport.core.isolate import IsolatedSession
@@ -244,10 +245,11 @@ def test_profile_names_the_other_bundle_when_against_one(
     paced(lambda block: 2.0)
     assert main(["profile", "bundle", "--against", "other"]) == 0
     out = capfd.readouterr().out
-    assert "1.00× against other (95 %: 1.00 to 1.00, no difference shown)" in out
+    digest = read_bundle(other_bundle).digest[:12]
+    assert f"1.00× against bundle {digest} (95 %: 1.00 to 1.00, no difference shown)" in out
     monkeypatch.chdir(other_bundle)
     assert main(["profile", str(bundle), "--against", "."]) == 0
-    assert "against other" in capfd.readouterr().out
+    assert f"against bundle {digest}" in capfd.readouterr().out
 
 
 def test_profile_exits_5_without_a_ratio_when_it_is_too_noisy(

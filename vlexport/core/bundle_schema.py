@@ -67,11 +67,13 @@ class GateRecord(Frozen):
         proof: ``identical`` (nothing changed), ``float32`` (within the bound), ``float64`` (above it, and proven to be
             rounding in float64), ``unproved`` (above it, model too large for the float64 run), ``off``.
         probes: Number of probes compared.
+        set_aside: Rows that disagree only because a selection in them hangs on rounding, and do not count.
     """
 
     worst: float
     proof: Proof
     probes: int
+    set_aside: int = 0
 
 
 class PassRecord(Frozen):

@@ -143,14 +143,14 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
                 ),
                 config.recipe(),
             )
-            report = new_report(bundle, notes=source.notes)
+            report = new_report(bundle, notes=(*source.notes, *_blind(gate, source)))
             if dataset is not None:
                 with clock.stage("validate"):
                     judged = measure_accuracy(
                         session, dataset, bundle.main, reference=source.run, reporter=reporter, metrics=metrics,
                         calibrated_on=frozenset(sample.content_hash() for sample in calibration_data or ()),
                     )  # fmt: skip
-                notes = (*source.notes, *judged.pop("notes"))
+                notes = (*report.notes, *judged.pop("notes"))
                 report = report.model_copy(update={**judged, "notes": notes, "reference": "source program"})
         if config.profile and not device.is_this(this_machine()):
             elsewhere = f"latency was not measured: this machine is no {device.id}"
@@ -217,6 +217,14 @@ def _batched(row: Array, spec: TensorSpec) -> torch.Tensor:
     """A sample with its batch dim: 1, or repeated to the size that the graph fixes."""
     size = spec.shape[0] if spec.shape and isinstance(spec.shape[0], int) else 1
     return torch.from_numpy(np.repeat(row[None], size, axis=0))
+
+
+def _blind(gate: NumericGate | None, source: Source) -> list[str]:
+    """A note for outputs that the gate's probes do not move."""
+    names = [source.program.signature.outputs[i].name for i in (gate.blind if gate is not None else ())]
+    if not names:
+        return []
+    return [f"the numeric gate cannot see {', '.join(names)}: it does not change from probe to probe; give --calib"]
 
 
 def _component(
