@@ -73,7 +73,7 @@ def test_wheel_holds_only_the_package_when_built(wheel: dict[str, bytes]) -> Non
     strangers = [n for n in wheel if not re.match(r"vlexport/|vlexport-[\w.]+\.dist-info/", n)]
     assert strangers == []
     data = {n for n in wheel if n.startswith("vlexport/") and not n.endswith(".py")}
-    assert data == {"vlexport/py.typed", "vlexport/report/report.html.j2"}
+    assert data == {"vlexport/py.typed", "vlexport/report/report.html.j2", "vlexport/core/device_profiles.json"}
     assert any(n.endswith(".dist-info/licenses/LICENSE") for n in wheel)
 
 

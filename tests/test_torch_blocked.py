@@ -19,7 +19,10 @@ from vlexport.core.config import BuildConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKED = ("torch", "torchvision", "onnx", "onnx_ir", "onnxscript", "timm", "transformers", "safetensors", "sympy")
-NEEDS_TORCH = ("ir", "frontends", "passes", "stages/build.py", "stages/lowered.py", "stages/naive.py", "targets/onnx/")
+NEEDS_TORCH = (
+    "ir", "frontends", "passes", "stages/build.py", "stages/choices.py", "stages/lowered.py", "stages/naive.py",
+    "stages/plan.py", "targets/onnx/",
+)  # fmt: skip
 """What belongs to the other half: the extra ``build`` installs what it imports."""
 
 # Python imports sitecustomize at start, in the children that isolate a runtime as well.

@@ -85,7 +85,7 @@ def test_places_are_not_recorded_when_a_recipe_is_written() -> None:
     assert text.startswith("vlexport_recipe = 1\n")
 
 
-@pytest.mark.parametrize("name", sorted(PLACES | {"threads", "force", "profile"}))
+@pytest.mark.parametrize("name", sorted(PLACES | {"force", "profile"}))
 def test_recipe_is_refused_when_it_gives_what_is_not_recorded(tmp_path: Path, name: str) -> None:
     file = tmp_path / "recipe.toml"
     file.write_text(f'{name} = "x"\n', encoding="utf-8")

@@ -139,6 +139,12 @@ class Session(abc.ABC):
             problem = spec.problem(arrays[name]) if name in arrays else "it is missing"
             if problem:
                 raise InputError("VLX0507", f"input {name}: {problem}", where=name)
+        sizes: dict[str, tuple[int, str]] = {}
+        for name, spec in known.items():
+            for size, dim in zip(arrays[name].shape, spec.shape, strict=True):
+                first, other = sizes.setdefault(str(dim), (size, name))
+                if isinstance(dim, str) and size != first:
+                    raise InputError("VLX0507", f"{dim} is {size} in input {name}, but {first} in {other}", where=name)
         return arrays
 
     @abc.abstractmethod

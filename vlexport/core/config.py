@@ -6,13 +6,14 @@ recipe records it. What names a place on this machine (model, data, output) or t
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from vlexport.core.errors import UsageError, nearest
 
@@ -87,11 +88,15 @@ class BuildConfig(BaseModel):
         "--threads",
         ge=0,
         le=1024,
-        recipe=False,
     )
     seed: int = _option(0, "Seed of probes and golden vectors.", "--seed", ge=0, le=2**32 - 1)
     force: bool = _option(False, "Replace an existing bundle.", "--force", recipe=False)
     dump: str | None = _option(None, "Folder for the graph's text after every pass.", "--dump", recipe=False)
+
+    @field_validator("model", "output", "calib", "data", "dump", mode="before")
+    @classmethod
+    def _path_as_text(cls, value: object) -> object:
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
 
     def recipe(self) -> str:
         """The resolved recipe as TOML: everything that decides the artifact, nothing that names a place."""

@@ -31,7 +31,9 @@ def receipt(bundle: Bundle, report: Report, shown_path: str) -> list[str]:
     if report.notes:
         more = f" (and {len(report.notes) - 1} more in the report)" if len(report.notes) > 1 else ""
         lines.append(f"Note     {report.notes[0]}{more}")
-    lines.append(f"Next     vlexport profile {shown_path}   (full rounds; the quick figure has no verdict)")
+    quick = report.latency is not None and report.latency.verdict == "quick"
+    why = "full rounds; the quick figure has no verdict" if quick else "measure latency"
+    lines.append(f"Next     vlexport profile {shown_path}   ({why})")
     lines.append("Use it:")
     return [*lines, *snippet(bundle, shown_path)]
 
@@ -53,6 +55,7 @@ def _gates(bundle: Bundle) -> str:
     proven = [p.name for p in records if p.gate.proof == "float64"]
     unproved = [p.name for p in records if p.gate.proof == "unproved"]
     worst = max((p.gate.worst for p in records), default=0.0)
-    said = f"{len(records)} passes gated, largest change {worst:.0e}"
+    change = f"largest change {worst:.0e}" if worst else "no output changed by a bit"
+    said = f"{len(records)} passes gated, {change}"
     said += f", proven rounding in float64: {', '.join(proven)}" if proven else ""
     return said + (f", unproved: {', '.join(unproved)}" if unproved else "")

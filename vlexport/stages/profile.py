@@ -108,6 +108,10 @@ class ProfileConfig:
     batch: int = 0
     timeout_s: float | None = None
 
+    def __post_init__(self) -> None:
+        """A path given as text becomes one."""
+        object.__setattr__(self, "bundle", Path(self.bundle))
+
 
 def profile(config: ProfileConfig, *, reporter: Reporter | None = None) -> Report:
     """Measure a bundle's latency and add the report to ``measured/``.

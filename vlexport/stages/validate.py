@@ -74,6 +74,10 @@ class ValidateConfig:
     metrics: tuple[str, ...] = ()
     timeout_s: float | None = None
 
+    def __post_init__(self) -> None:
+        """A path given as text becomes one."""
+        object.__setattr__(self, "bundle", Path(self.bundle))
+
 
 def validate(config: ValidateConfig, *, reporter: Reporter | None = None) -> Report:
     """Measure a bundle on samples and add the report to ``measured/``.
