@@ -111,6 +111,7 @@ def profile(
     from vlexport.report.figures import (
         latency_phrase,
         load_phrase,
+        macs_phrase,
         memory_phrase,
         size_phrase,
         tail_phrase,
@@ -132,7 +133,7 @@ def profile(
         latency_phrase(report),
         f"{tail_phrase(found)}; {throughput_phrase(found)}",
         f"{load_phrase(found)}; {memory_phrase(found)}",
-        f"size {size_phrase(report.size_bytes)}, {report.cost.macs / 1e9:.2f} GMACs",
+        f"size {size_phrase(report.size_bytes)}, {macs_phrase(report.cost.macs, report.cost.opaque)}",
     ]
     if found.baseline and found.baseline_p50_ms is not None and found.baseline_load_ms is not None:
         lines.append(

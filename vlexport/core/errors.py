@@ -11,8 +11,9 @@ The tree::
     ├── UsageError           exit 2   the command line, a recipe or an option is wrong
     ├── GateError            exit 3   a numeric or accuracy gate failed, or `verify` did
     ├── CapabilityError      exit 4   this machine cannot make or verify what was asked
-    ├── InconclusiveError    exit 5   too noisy, or too few samples, to say
     └── InternalError        exit 70  a contract inside vlexport was broken: our bug
+
+Exit 5, inconclusive, is no error: verdicts and noisy measurements decide it.
 
 A message says what is wrong, ``where`` says where, ``hint`` says what to do.
 """
@@ -170,12 +171,6 @@ class CapabilityError(VlexportError):
     """This machine cannot make or verify what was asked (exit 4)."""
 
     exit_code = EXIT_CAPABILITY
-
-
-class InconclusiveError(VlexportError):
-    """Too noisy, or too few samples, to say (exit 5)."""
-
-    exit_code = EXIT_INCONCLUSIVE
 
 
 class InternalError(VlexportError):
