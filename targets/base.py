@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import abc
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vlexport.core.artifact import Artifact, Frozen, Session
+from vlexport.core.artifact import Artifact, Frozen, Session, Timing
+from vlexport.core.device_profiles import DeviceProfile, device_profiles
 from vlexport.core.errors import CapabilityError, InternalError
 from vlexport.core.isolate import IsolatedSession
+from vlexport.core.preprocess import Preprocess
 
 if TYPE_CHECKING:
     from vlexport.ir.program import Program
@@ -32,6 +35,8 @@ class Probe(Frozen):
 
     Attributes:
         available: Whether artifacts can be run here.
+        timing: What the sessions that :meth:`Target.open` gives here are good for: ``real``, ``emulated`` (right
+            numbers, wrong speed) or ``none`` where nothing runs.
         version: Version of the runtime, empty when it is not installed.
         providers: Execution providers or devices it offers.
         instruction_set: Of this machine's processor.
@@ -39,10 +44,36 @@ class Probe(Frozen):
     """
 
     available: bool
+    timing: Timing = "real"
     version: str = ""
     providers: tuple[str, ...] = ()
     instruction_set: tuple[str, ...] = ()
     reason: str = ""
+
+
+@dataclass(frozen=True)
+class Brief:
+    """What lowering depends on beside the Program.
+
+    Attributes:
+        options: Typed options of the target.
+        device: The machine that will run the artifact.
+        precision: One of the target's precisions; the Program is typed accordingly already.
+        threads: Recorded in the artifact; 0 leaves it to wherever it is opened.
+        name: Of the component; names the artifact's files.
+        labels: Class names of the first output, if known.
+        preprocess: Input name → how an image becomes that input.
+        rewrite: Runs ``lowered_passes`` on the lowered graph before it is written; None when there are none.
+    """
+
+    options: Frozen
+    device: DeviceProfile = field(default_factory=lambda: device_profiles()["this"])
+    precision: str = "fp32"
+    threads: int = 0
+    name: str = "main"
+    labels: tuple[str, ...] = ()
+    preprocess: Mapping[str, Preprocess] = field(default_factory=dict)
+    rewrite: Callable[[Any], Any] | None = None
 
 
 class Target(abc.ABC):
@@ -55,6 +86,7 @@ class Target(abc.ABC):
         precision_reason: Why the first one is the default.
         Options: Typed options of lowering and opening.
         session_entry: ``module:function`` that opens a session in a child process.
+        fixed_batch: Whether the batch is narrowed to 1 where the user asks for nothing else.
     """
 
     id: ClassVar[str]
@@ -63,29 +95,24 @@ class Target(abc.ABC):
     precision_reason: ClassVar[str]
     Options: ClassVar[type[Frozen]]
     session_entry: ClassVar[str]
+    fixed_batch: ClassVar[bool] = False
 
     @abc.abstractmethod
     def probe(self) -> Probe:
         """What is installed here. Never raises."""
 
+    def missing_tools(self, brief: Brief) -> str:
+        """What lowering needs and this machine lacks, and how to install it; empty when nothing is missing."""
+        return ""
+
     @abc.abstractmethod
-    def lower(
-        self,
-        program: Program,
-        folder: Path,
-        *,
-        options: Frozen,
-        threads: int,
-        rewrite: Callable[[Any], Any] | None = None,
-    ) -> Artifact:
+    def lower(self, program: Program, folder: Path, brief: Brief) -> Artifact:
         """Write the artifact for a Program into ``folder``.
 
         Args:
             program: As ``program_passes`` spelled it.
             folder: Made where it does not exist.
-            options: Typed options of this target.
-            threads: Recorded in the artifact; 0 leaves it to wherever it is opened.
-            rewrite: Runs ``lowered_passes`` on the lowered graph before it is written; None when there are none.
+            brief: Options, device, precision and names.
 
         Raises:
             CapabilityError: VLX0503 when an operator cannot be expressed.
@@ -95,7 +122,7 @@ class Target(abc.ABC):
     def lower_naive(self, program: Program, folder: Path) -> Artifact:
         """The plain path of a user without vlexport, from the same captured graph: the denominator of speed-ups."""
 
-    def program_passes(self) -> Sequence[Pass[Program]]:
+    def program_passes(self, brief: Brief) -> Sequence[Pass[Program]]:
         """Passes that spell the Program as this target wants it, run last."""
         return ()
 
@@ -111,7 +138,7 @@ class Target(abc.ABC):
         """
         raise InternalError("VLX0901", f"{self.id} has no lowered passes")
 
-    def compatibility(self, options: Frozen) -> dict[str, str]:
+    def compatibility(self, brief: Brief) -> dict[str, str]:
         """Facts that a device can be checked against before it opens the artifact."""
         return {}
 
@@ -144,6 +171,15 @@ class Target(abc.ABC):
         if not found.available:
             raise CapabilityError("VLX0501", f"{self.id} cannot run here: {found.reason}", hint=found.reason)
         return found
+
+    def require_tools(self, brief: Brief) -> None:
+        """Refuse to build where lowering cannot work; the machine that builds need not be one that runs.
+
+        Raises:
+            CapabilityError: VLX0501.
+        """
+        if missing := self.missing_tools(brief):
+            raise CapabilityError("VLX0501", f"{self.id} cannot be built here: {missing}", hint=missing)
 
     def open(
         self, folder: Path, artifact: Artifact, *, threads: int = 0, timeout_s: float | None = None

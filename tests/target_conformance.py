@@ -36,7 +36,7 @@ from vlexport.frontends.capture import capture
 from vlexport.ir.program import Program
 from vlexport.stages.golden import check_golden
 from vlexport.targets import open_target
-from vlexport.targets.base import Target
+from vlexport.targets.base import Brief, Target
 
 FLOAT_TOLERANCE = 1e-4
 """Bound of max|a−b| / max|b| that a build promises for fp32; these nets are two layers deep and stay far below it."""
@@ -144,7 +144,7 @@ class TargetConformance:
     @staticmethod
     def lowered(target: Target, module: nn.Module, inputs: Any, folder: Path, *, threads: int = 1) -> Case:
         program = capture(module.eval(), inputs).program
-        return Case(program, folder, target.lower(program, folder, options=target.Options(), threads=threads))
+        return Case(program, folder, target.lower(program, folder, Brief(target.Options(), threads=threads)))
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -187,7 +187,7 @@ class TargetConformance:
 
     def test_output_without_dims_keeps_its_shape_when_run(self, target: Target, tmp_path: Path) -> None:
         program = capture(NoBatch().eval(), torch.rand(3, 2), dynamic=False).program
-        artifact = target.lower(program, tmp_path, options=target.Options(), threads=1)
+        artifact = target.lower(program, tmp_path, Brief(target.Options(), threads=1))
         case = Case(program, tmp_path, artifact)
         assert [spec.shape for spec in artifact.outputs] == [(), (3, 2)]
         with target.open_here(tmp_path, artifact, threads=1) as session:
@@ -330,7 +330,7 @@ class TargetConformance:
             require_equal(session.run(case.inputs()), case.expected(case.inputs()))
 
     def test_artifact_is_the_same_when_lowered_again(self, target: Target, one: Case, tmp_path: Path) -> None:
-        again = target.lower(one.program, tmp_path, options=target.Options(), threads=1)
+        again = target.lower(one.program, tmp_path, Brief(target.Options(), threads=1))
         assert again == one.artifact
 
         def contents(folder: Path) -> dict[str, bytes]:
@@ -343,7 +343,7 @@ class TargetConformance:
         from vlexport.ir.text import fingerprint
 
         before = fingerprint(one.program)
-        target.lower(one.program, tmp_path / "a", options=target.Options(), threads=1)
+        target.lower(one.program, tmp_path / "a", Brief(target.Options(), threads=1))
         target.lower_naive(one.program, tmp_path / "b")
         assert fingerprint(one.program) == before
 
@@ -366,7 +366,7 @@ class TargetConformance:
                 return self.inner(x + 1)
 
         program = capture(Outer().eval(), torch.rand(2, 4)).program
-        error = refused("VLX0503", lambda: target.lower(program, tmp_path / "out", options=target.Options(), threads=1))
+        error = refused("VLX0503", lambda: target.lower(program, tmp_path / "out", Brief(target.Options(), threads=1)))
         assert "bessel_j0" in error.message + error.where
         assert "inner" in error.where
         assert not (tmp_path / "out").exists(), "nothing is written before it is known that everything can be"
@@ -382,7 +382,7 @@ class TargetConformance:
         assert Artifact.model_validate_json(artifact.model_dump_json()) == artifact
 
     def test_facts_are_plain_text_when_recorded(self, target: Target) -> None:
-        facts = target.compatibility(target.Options())
+        facts = target.compatibility(Brief(target.Options()))
         tools = target.tools()
         assert facts, "a device needs something to be checked against"
         assert all(re.fullmatch(r"\d[\w.]*", version) for version in tools.values()), tools

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -12,7 +12,7 @@ from pydantic import Field
 
 from vlexport.core.artifact import Artifact, Frozen
 from vlexport.core.devices import this_machine
-from vlexport.targets.base import Probe, Target
+from vlexport.targets.base import Brief, Probe, Target
 
 if TYPE_CHECKING:
     from vlexport.ir.program import Program
@@ -52,7 +52,12 @@ class OnnxRuntimeTarget(Target):
         try:
             runtime = importlib.import_module("onnxruntime")
         except ImportError:
-            return Probe(available=False, instruction_set=instruction_set, reason="pip install 'vlexport[onnxruntime]'")
+            return Probe(
+                available=False,
+                timing="none",
+                instruction_set=instruction_set,
+                reason="pip install 'vlexport[onnxruntime]'",
+            )
         return Probe(
             available=True,
             version=runtime.__version__,
@@ -60,29 +65,21 @@ class OnnxRuntimeTarget(Target):
             instruction_set=instruction_set,
         )
 
-    def lower(
-        self,
-        program: Program,
-        folder: Path,
-        *,
-        options: Frozen,
-        threads: int,
-        rewrite: Callable[[Any], Any] | None = None,
-    ) -> Artifact:
+    def lower(self, program: Program, folder: Path, brief: Brief) -> Artifact:
         """Write ``main.onnx``."""
         from vlexport.targets.onnx.lower import MAIN_FILE, onnx_from_program, write_onnx
         from vlexport.targets.onnx.model import OnnxModel
 
-        chosen = cast("OnnxRuntimeOptions", options)
+        chosen = cast("OnnxRuntimeOptions", brief.options)
         lowered = OnnxModel(onnx_from_program(program, opset=chosen.opset), program.signature)
-        lowered = rewrite(lowered) if rewrite is not None else lowered
+        lowered = brief.rewrite(lowered) if brief.rewrite is not None else lowered
         write_onnx(lowered.model, folder)
         return Artifact(
             target=self.id,
             path=MAIN_FILE,
             inputs=program.signature.inputs,
             outputs=program.signature.outputs,
-            session_options={"graph_optimization": chosen.graph_optimization, "threads": threads},
+            session_options={"graph_optimization": chosen.graph_optimization, "threads": brief.threads},
         )
 
     def lower_naive(self, program: Program, folder: Path) -> Artifact:
@@ -109,10 +106,10 @@ class OnnxRuntimeTarget(Target):
 
         return ONNX
 
-    def compatibility(self, options: Frozen) -> dict[str, str]:
+    def compatibility(self, brief: Brief) -> dict[str, str]:
         """The opset decides which ONNX Runtime is new enough."""
         return {
-            "opset": str(cast("OnnxRuntimeOptions", options).opset),
+            "opset": str(cast("OnnxRuntimeOptions", brief.options).opset),
             "domains": "ai.onnx",
             "provider": "CPUExecutionProvider",
         }

@@ -24,6 +24,7 @@ from vlexport.core.artifact import Frozen
 from vlexport.frontends.capture import capture
 from vlexport.passes import pass_class
 from vlexport.targets import open_target
+from vlexport.targets.base import Brief
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -181,7 +182,7 @@ def test_options_of_the_toy_target_hold_when_given(tmp_path: Path) -> None:
     program = capture(Tiny().eval(), torch.rand(2, 4)).program
 
     def lower(options: Frozen) -> Any:
-        return target.lower(program, tmp_path / "out", options=options, threads=1)
+        return target.lower(program, tmp_path / "out", Brief(options, threads=1))
 
     error = refused("VLX0503", lambda: lower(target.check_options({"max_steps": 2})))
     assert "at most 2" in error.message

@@ -16,7 +16,7 @@ from vlexport.core.bundle import read_bundle
 from vlexport.core.bundle_schema import PassRecord
 from vlexport.core.config import BuildConfig
 from vlexport.core.errors import CapabilityError, GateError
-from vlexport.targets.base import Target
+from vlexport.targets.base import Brief, Target
 from vlexport.targets.onnx.model import OnnxModel
 from vlexport.targets.onnxruntime import OnnxRuntimeTarget
 
@@ -128,8 +128,8 @@ class Plain(Target):
     def probe(self) -> Any:
         raise NotImplementedError
 
-    def lower(self, program: Any, folder: Path, *, options: Any, threads: int) -> Any:  # type: ignore[override]
-        return f"artifact with {threads} threads"
+    def lower(self, program: Any, folder: Path, brief: Any) -> Any:
+        return f"artifact with {brief.threads} threads"
 
     def lower_naive(self, program: Any, folder: Path) -> Any:
         raise NotImplementedError
@@ -140,5 +140,5 @@ def test_target_is_lowered_as_ever_when_it_has_no_lowered_passes(tmp_path: Path)
 
     program: Any = None
     options: Any = None
-    found = lower_and_rewrite(Plain(), program, tmp_path, options=options, threads=3, probes=None)
+    found = lower_and_rewrite(Plain(), program, tmp_path, Brief(options, threads=3), probes=None)
     assert found == ("artifact with 3 threads", ())

@@ -21,6 +21,7 @@ from vlexport.core.devices import this_machine
 from vlexport.core.errors import VlexportError
 from vlexport.frontends.capture import capture
 from vlexport.targets import CATALOGUE, open_target
+from vlexport.targets.base import Brief
 from vlexport.targets.onnxruntime import OnnxRuntimeOptions, OnnxRuntimeTarget
 from vlexport.targets.onnxruntime.session import OnnxRuntimeSession
 
@@ -60,7 +61,7 @@ def program() -> Any:
 def lowered(program: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Artifact]:
     folder = tmp_path_factory.mktemp("artifact")
     options = OnnxRuntimeOptions(opset=19, graph_optimization="basic")
-    return folder, OnnxRuntimeTarget().lower(program, folder, options=options, threads=3)
+    return folder, OnnxRuntimeTarget().lower(program, folder, Brief(options, threads=3))
 
 
 def arrays(batch: int = 1) -> dict[str, Any]:
@@ -140,7 +141,7 @@ def test_artifact_names_module_paths_but_no_machine_when_lowered(lowered: tuple[
 
 def test_artifact_has_the_same_bytes_when_lowered_again(program: Any, lowered: Any, tmp_path: Path) -> None:
     options = OnnxRuntimeOptions(opset=19, graph_optimization="basic")
-    OnnxRuntimeTarget().lower(program, tmp_path / "again", options=options, threads=3)
+    OnnxRuntimeTarget().lower(program, tmp_path / "again", Brief(options, threads=3))
     assert (tmp_path / "again/main.onnx").read_bytes() == (lowered[0] / "main.onnx").read_bytes()
 
 
@@ -154,7 +155,7 @@ def test_weights_lie_beside_the_graph_when_they_are_large(
     program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vlexport.targets.onnx.lower.EXTERNAL_ABOVE_BYTES", 100)
-    artifact = OnnxRuntimeTarget().lower(program, tmp_path, options=OnnxRuntimeOptions(), threads=1)
+    artifact = OnnxRuntimeTarget().lower(program, tmp_path, Brief(OnnxRuntimeOptions(), threads=1))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["main.onnx", "weights.bin"]
     with OnnxRuntimeTarget().open_here(tmp_path, artifact) as session:
         found = session.run({"image": INPUTS[0].numpy(), "ids": INPUTS[1].numpy()})
@@ -187,7 +188,7 @@ class Wrapped(nn.Module):
 def test_operator_is_named_with_its_module_when_onnx_cannot_express_it(tmp_path: Path) -> None:
     program = capture(Wrapped(Unlowered()).eval(), torch.rand(2, 4)).program
     error = refused(
-        "VLX0503", lambda: OnnxRuntimeTarget().lower(program, tmp_path / "a", options=OnnxRuntimeOptions(), threads=1)
+        "VLX0503", lambda: OnnxRuntimeTarget().lower(program, tmp_path / "a", Brief(OnnxRuntimeOptions(), threads=1))
     )
     assert error.exit_code == 4
     assert "bessel_j0" in error.message + error.where
@@ -208,7 +209,7 @@ def test_custom_operator_is_named_when_nothing_lowers_it(tmp_path: Path) -> None
         program = capture(Wrapped(Custom()).eval(), torch.rand(2, 4)).program
         error = refused(
             "VLX0503",
-            lambda: OnnxRuntimeTarget().lower(program, tmp_path / "a", options=OnnxRuntimeOptions(), threads=1),
+            lambda: OnnxRuntimeTarget().lower(program, tmp_path / "a", Brief(OnnxRuntimeOptions(), threads=1)),
         )
     assert "strange" in error.where
     assert "inner" in error.where
@@ -273,7 +274,7 @@ def test_output_reads_right_when_it_has_the_name_of_an_input(tmp_path: Path) -> 
             return {"y": output + 1, "output": y * 2, "output.out": y - 1, "same": y}
 
     program = capture(Echo().eval(), (torch.zeros(1, 2), torch.ones(1, 2))).program
-    artifact = OnnxRuntimeTarget().lower(program, tmp_path, options=OnnxRuntimeOptions(), threads=1)
+    artifact = OnnxRuntimeTarget().lower(program, tmp_path, Brief(OnnxRuntimeOptions(), threads=1))
     with OnnxRuntimeTarget().open_here(tmp_path, artifact) as session:
         found = session.run({"output": np.full((1, 2), 5, np.float32), "y": np.full((1, 2), 7, np.float32)})
     assert {name: value[0, 0] for name, value in found.items()} == {"y": 6, "output": 14, "output.out": 6, "same": 7}

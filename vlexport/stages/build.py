@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +51,7 @@ from vlexport.stages.profile import QUICK, Measurable, measure_latency
 from vlexport.stages.validate import TIMED, judge_gates, measure_accuracy, require_measured, skipped_phrase
 from vlexport.stages.write_bundle import require_folder, require_free, staging, write_bundle, write_golden
 from vlexport.targets import open_target
+from vlexport.targets.base import Brief
 
 GOLDEN_STEP = 2
 """Golden vectors lie so far above the smallest size: capture traces with batch 2, which would hide a baked-in size."""
@@ -88,18 +89,20 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
     target = open_target(config.target)
     precision, reason = precision_of(config, target)
     gates = gates_of(config)
-    options = options_of(config, target)
-    passes = passes_of(config)
     device = profile_of(config)
+    brief = Brief(options_of(config, target), device, precision, config.threads)
+    passes = passes_of(config)
     metrics = open_metrics(config.metric)
     output = output_of(config)
     require_free(output, force=config.force)
     require_folder(config.dump)
     target.require()
+    target.require_tools(brief)
     threads = config.threads or available_cores()
 
     with clock.stage("open the model"):
         source = open_source(config)
+    brief = replace(brief, labels=source.labels, preprocess=source.preprocess)
     dataset = open_dataset(config.data, source, skip_bad=config.skip_bad)
     if dataset is not None:
         require_measured([g for g in gates if g.metric not in TIMED], dataset, referenced=True)
@@ -111,12 +114,14 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
         probes = make_probes(source.program, calibration=calibration, seed=config.seed)
         gate = NumericGate(source.program, probes) if config.numeric_gate else None
         hooks: list[Hook] = [timing, *([DumpHook(Path(config.dump))] if config.dump else [])]
-        program, records = run_pipeline(source.program, [*passes, *target.program_passes()], gate=gate, hooks=hooks)
+        program, records = run_pipeline(
+            source.program, [*passes, *target.program_passes(brief)], gate=gate, hooks=hooks
+        )
 
     with staging(output) as folder:
         with clock.stage(f"lower to {target.id}"):
             artifact, lowered_records = lower_and_rewrite(
-                target, program, folder / ARTIFACT_FOLDER, options=options, threads=config.threads,
+                target, program, folder / ARTIFACT_FOLDER, brief,
                 probes=probes if config.numeric_gate else None, hooks=[timing],
                 dump=Path(config.dump) / "lowered" if config.dump else None,
             )  # fmt: skip
@@ -138,7 +143,7 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
                     components={"main": component},
                     tools=tools_of(config, target),
                     instruction_set=this_machine().instruction_set,
-                    compatibility=target.compatibility(options),
+                    compatibility=target.compatibility(brief),
                     files={},
                 ),
                 config.recipe(),

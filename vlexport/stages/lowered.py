@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vlexport.core.artifact import Artifact, Frozen
+from vlexport.core.artifact import Artifact
 from vlexport.core.bundle_schema import PassRecord
 from vlexport.ir.program import Program
 from vlexport.passes.gate import NumericGate
 from vlexport.passes.pipeline import DumpHook, Hook, run_pipeline
 from vlexport.passes.probes import Probe
-from vlexport.targets.base import Target
+from vlexport.targets.base import Brief, Target
 
 
 def lower_and_rewrite(
     target: Target,
     program: Program,
     folder: Path,
+    brief: Brief,
     *,
-    options: Frozen,
-    threads: int,
     probes: Sequence[Probe] | None,
     hooks: Sequence[Hook] = (),
     dump: Path | None = None,
@@ -32,8 +32,7 @@ def lower_and_rewrite(
         target: Its ``lowered_passes`` are run.
         program: As the passes left it.
         folder: Where the artifact goes.
-        options: Of the target.
-        threads: Recorded in the artifact.
+        brief: What lowering depends on beside the Program.
         probes: Inputs of the gate, on which another gate has seen outputs vary; None switches it off.
         hooks: Watchers.
         dump: Folder for the lowered graph's text after every pass.
@@ -46,9 +45,9 @@ def lower_and_rewrite(
         InternalError: VLX0403 to VLX0407 when a pass breaks its contract.
         GateError: VLX0401, VLX0406 when a pass changes what the model computes.
     """
-    passes = target.lowered_passes(options)
+    passes = target.lowered_passes(brief.options)
     if not passes:
-        return target.lower(program, folder, options=options, threads=threads), ()
+        return target.lower(program, folder, brief), ()
     level = target.lowered_level()
     records: list[PassRecord] = []
 
@@ -59,5 +58,5 @@ def lower_and_rewrite(
         records.extend(found)
         return after
 
-    artifact = target.lower(program, folder, options=options, threads=threads, rewrite=rewrite)
+    artifact = target.lower(program, folder, replace(brief, rewrite=rewrite))
     return artifact, tuple(records)

@@ -30,6 +30,7 @@ from vlexport.stages.choices import (
 )
 from vlexport.stages.write_bundle import require_free
 from vlexport.targets import open_target
+from vlexport.targets.base import Brief
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,14 @@ def plan(config: BuildConfig, *, reporter: Reporter | None = None) -> Plan:
 
     collect(lambda: precision_of(config, target))
     collect(lambda: gates_of(config))
-    collect(lambda: options_of(config, target))
-    collect(lambda: profile_of(config))
+    brief = Brief(target.Options())
+    try:
+        brief = Brief(options_of(config, target), profile_of(config), threads=config.threads)
+    except VlexportError as error:
+        problems.append(error)
     collect(lambda: require_free(output_of(config), force=config.force))
     collect(target.require)
+    collect(lambda: target.require_tools(brief))
     with reporter.stage("open the model"):
         source = open_source(config)
     for data in (config.data, config.calib):
@@ -87,7 +92,7 @@ def plan(config: BuildConfig, *, reporter: Reporter | None = None) -> Plan:
     except VlexportError as error:
         problems.append(error)
     with reporter.stage("passes"):
-        program, records = run_pipeline(source.program, [*passes, *target.program_passes()], gate=None)
+        program, records = run_pipeline(source.program, [*passes, *target.program_passes(brief)], gate=None)
     problems += _opaque(program)
     return Plan(
         passes=records,

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field
 
 from vlexport.core.artifact import Artifact, Frozen
-from vlexport.targets.base import Probe, Target
+from vlexport.targets.base import Brief, Probe, Target
 
 if TYPE_CHECKING:
     from vlexport.ir.program import Program
@@ -45,21 +45,21 @@ class NumpyTarget(Target):
         """numpy is always there."""
         return Probe(available=True, version=np.__version__, providers=("numpy",))
 
-    def lower(self, program: Program, folder: Path, *, options: Frozen, threads: int) -> Artifact:
+    def lower(self, program: Program, folder: Path, brief: Brief) -> Artifact:
         """Write ``main.json`` (the steps) and ``tensors.npz`` beside it."""
         from vlexport_toy.lower import write_steps
 
-        assert isinstance(options, NumpyOptions)
-        path = write_steps(program, folder, max_steps=options.max_steps)
+        assert isinstance(brief.options, NumpyOptions)
+        path = write_steps(program, folder, max_steps=brief.options.max_steps)
         return Artifact(
             target=self.id, path=path, inputs=program.signature.inputs, outputs=program.signature.outputs
         )  # fmt: skip
 
     def lower_naive(self, program: Program, folder: Path) -> Artifact:
         """There is no other way to run a program with numpy: the same steps, of the program as it was captured."""
-        return self.lower(program, folder, options=NumpyOptions(), threads=0)
+        return self.lower(program, folder, Brief(NumpyOptions()))
 
-    def compatibility(self, options: Frozen) -> dict[str, str]:
+    def compatibility(self, brief: Brief) -> dict[str, str]:
         """The version of the format decides which session can open it."""
         from vlexport_toy.steps import FORMAT
 
