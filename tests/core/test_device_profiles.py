@@ -19,7 +19,7 @@ def test_every_fact_names_its_source_when_profiles_are_read() -> None:
     for profile in device_profiles().values():
         assert profile.summary
         for fact in profile.facts.values():
-            assert len(fact.value) > 10
+            assert fact.value
             assert len(fact.source) > 10
 
 
@@ -29,6 +29,7 @@ def test_machine_is_the_device_when_it_has_the_instruction_set() -> None:
     assert not vnni.is_this(machine("avx2", "fma", "avx512f"))
     assert device_profile("this", target="onnxruntime").is_this(this_machine())
     assert device_profile("this", target="onnxruntime").is_this(machine())
+    assert not device_profile("jetson-orin-jp6", target="tensorrt").is_this(this_machine())
 
 
 def test_nearest_name_is_given_when_the_profile_is_unknown() -> None:

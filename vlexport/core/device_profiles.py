@@ -11,6 +11,8 @@ from vlexport.core.bundle_schema import Machine
 from vlexport.core.errors import UsageError, nearest
 
 _FILE = "device_profiles.json"
+THIS = "this"
+"""The profile of the machine that builds."""
 
 
 class Fact(Frozen):
@@ -39,6 +41,8 @@ class DeviceProfile(Frozen):
 
     def is_this(self, machine: Machine) -> bool:
         """Whether what is measured on ``machine`` says something about this device."""
+        if not self.instruction_set:  # nothing is known that this machine could have
+            return self.id == THIS
         return set(self.instruction_set) <= set(machine.instruction_set)
 
 
