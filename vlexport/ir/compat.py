@@ -13,6 +13,8 @@ from torch._export.verifier import Verifier
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.value_ranges import ValueRanges
 
 verifier: type[Verifier] = Verifier
 """The ATen verifier that accepts a functional graph without decomposition."""
@@ -77,3 +79,8 @@ def _key(entry: Any) -> str:
 def public_symbol(name: str) -> Any:
     """The symbol that stands for a public dim name when sizes are printed."""
     return sympy.Symbol(name, integer=True, positive=True)
+
+
+def value_range(smallest: int, largest: int | None) -> Any:
+    """The sizes that a symbol may take, as ``ExportedProgram.range_constraints`` keeps them."""
+    return ValueRanges(smallest, int_oo if largest is None else largest)
