@@ -190,8 +190,8 @@ def test_build_fails_and_leaves_nothing_when_lowering_changes_a_weight(
 ) -> None:
     lower = OnnxRuntimeTarget.lower
 
-    def perturbed(self: OnnxRuntimeTarget, program: Any, folder: Path, **options: Any) -> Any:
-        artifact = lower(self, program, folder, **options)
+    def perturbed(self: OnnxRuntimeTarget, program: Any, folder: Path, brief: Any) -> Any:
+        artifact = lower(self, program, folder, brief)
         model = onnx_ir.load(folder / artifact.path)
         value = next(v for v in model.graph.initializers.values() if "head.weight" in (v.name or ""))
         assert value.const_value is not None
@@ -211,8 +211,8 @@ def test_build_fails_and_leaves_nothing_when_the_runtime_refuses_the_artifact(
 ) -> None:
     lower = OnnxRuntimeTarget.lower
 
-    def cut(self: OnnxRuntimeTarget, program: Any, folder: Path, **options: Any) -> Any:
-        artifact = lower(self, program, folder, **options)
+    def cut(self: OnnxRuntimeTarget, program: Any, folder: Path, brief: Any) -> Any:
+        artifact = lower(self, program, folder, brief)
         (folder / artifact.path).write_bytes(b"\x08\x0ajunk")
         return artifact
 
@@ -370,8 +370,8 @@ def test_golden_check_fails_when_lowering_bakes_the_traced_batch_in(
 ) -> None:
     lower = OnnxRuntimeTarget.lower
 
-    def baked(self: OnnxRuntimeTarget, program: Any, folder: Path, **options: Any) -> Any:
-        artifact = lower(self, program, folder, **options)
+    def baked(self: OnnxRuntimeTarget, program: Any, folder: Path, brief: Any) -> Any:
+        artifact = lower(self, program, folder, brief)
         graph = onnx_ir.load(folder / "main.onnx")
         graph.graph.inputs[0].shape = onnx_ir.Shape([2, *list(graph.graph.inputs[0].shape)[1:]])
         onnx_ir.save(graph, folder / "main.onnx")
