@@ -18,6 +18,8 @@ CATALOGUE: dict[str, str] = {
 """Id → where the class lies. Imported when used."""
 
 
+ALL = "all"
+"""As ``--target``: every one of the catalogue."""
 GROUP = "vlexport.targets"
 """Entry points of plugins: id → class."""
 
@@ -45,3 +47,17 @@ def open_target(name: str) -> Target:
     if found.id != name:
         raise unusable(offer, f"its class calls itself '{found.id}'")
     return found()
+
+
+def target_names(text: str) -> tuple[str, ...]:
+    """Ids that ``--target`` names, each once: one, several with commas, or ``all`` of the catalogue.
+
+    Raises:
+        UsageError: VLX0701 when none is named.
+    """
+    names = tuple(CATALOGUE) if text == ALL else tuple(filter(None, dict.fromkeys(map(str.strip, text.split(",")))))
+    if not names:
+        raise UsageError(
+            "VLX0701", "no target is named", where="--target", hint=f"known: {', '.join(offered_targets())}"
+        )
+    return names

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vlexport.core.artifact import Artifact, Frozen, Session, Timing
-from vlexport.core.device_profiles import DeviceProfile, device_profiles
+from vlexport.core.device_profiles import THIS, DeviceProfile, device_profiles
 from vlexport.core.errors import CapabilityError, InternalError
 from vlexport.core.isolate import IsolatedSession
 from vlexport.core.preprocess import Preprocess
@@ -67,7 +67,7 @@ class Brief:
     """
 
     options: Frozen
-    device: DeviceProfile = field(default_factory=lambda: device_profiles()["this"])
+    device: DeviceProfile = field(default_factory=lambda: device_profiles()[THIS])
     precision: str = "fp32"
     threads: int = 0
     name: str = "main"
@@ -86,7 +86,9 @@ class Target(abc.ABC):
         precision_reason: Why the first one is the default.
         Options: Typed options of lowering and opening.
         session_entry: ``module:function`` that opens a session in a child process.
-        fixed_batch: Whether the batch is narrowed to 1 where the user asks for nothing else.
+        fixed_batch: Whether the batch is narrowed to 1 where the user asks for nothing else; such a target also wants
+            an upper bound for every dynamic dim.
+        default_device: Device profile where none is asked for.
     """
 
     id: ClassVar[str]
@@ -96,6 +98,7 @@ class Target(abc.ABC):
     Options: ClassVar[type[Frozen]]
     session_entry: ClassVar[str]
     fixed_batch: ClassVar[bool] = False
+    default_device: ClassVar[str] = THIS
 
     @abc.abstractmethod
     def probe(self) -> Probe:

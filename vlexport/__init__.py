@@ -16,13 +16,14 @@ _PUBLIC = {
     "ValidateConfig": "vlexport.stages.validate",
     "VlexportError": "vlexport.core.errors",
     "build": "vlexport.stages.build",
+    "build_each": "vlexport.stages.build_each",
     "load": "vlexport.stages.run",
     "profile": "vlexport.stages.profile",
     "save": "vlexport.frontends.save",
     "validate": "vlexport.stages.validate",
     "verify": "vlexport.stages.verify",
 }
-_NEED_BUILD = ("build", "save")
+_NEED_BUILD = ("build", "build_each", "save")
 """Names of the half that is installed by the extra ``build``."""
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "VlexportError",
     "__version__",
     "build",
+    "build_each",
     "load",
     "profile",
     "save",
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from vlexport.core.errors import VlexportError
     from vlexport.frontends.save import save
     from vlexport.stages.build import build
+    from vlexport.stages.build_each import build_each
     from vlexport.stages.profile import ProfileConfig, profile
     from vlexport.stages.run import load
     from vlexport.stages.validate import ValidateConfig, validate

@@ -39,7 +39,7 @@ def test_lowered_pass_is_recorded_last_when_asked_for(model_file: Path, tmp_path
     assert list(found)[-1] == "optimize-onnx"
     assert (found["optimize-onnx"].stage, found["optimize-onnx"].gate.proof) == ("legalize", "identical")
     assert '"onnxruntime.optimize" = "true"' in (bundle / "recipe.toml").read_text(encoding="utf-8")
-    files = sorted(p.name for p in (tmp_path / "dump" / "lowered").iterdir())
+    files = sorted(p.name for p in (tmp_path / "dump" / "onnxruntime" / "lowered").iterdir())
     assert files == ["00-source.txt", "01-optimize-onnx.txt"]
     assert (tmp_path / "dump/lowered/00-source.txt").read_text(encoding="utf-8").startswith("onnx(image: f32[batch,3,")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,9 +12,12 @@ from vlexport.cli.console import make_reporter
 from vlexport.cli.outcome import Outcome
 from vlexport.core.bundle_schema import plain_json
 from vlexport.core.config import PRECISIONS, BuildConfig, config_from, flags_of, options_from_text
-from vlexport.core.errors import UsageError, nearest
+from vlexport.core.errors import EXIT_CAPABILITY, UsageError, nearest
 from vlexport.core.halves import require_build_half
 from vlexport.core.verdict import exit_code
+
+if TYPE_CHECKING:
+    from vlexport.stages.build import BuildResult
 
 
 def build(**values: Any) -> Outcome:
@@ -34,32 +37,77 @@ def build(**values: Any) -> Outcome:
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     config = config_from({**given, "options": options}, recipe=Path(recipe) if recipe else None)
 
-    from vlexport.core.bundle import MEASURED_FOLDER
-    from vlexport.report.receipt import receipt
-    from vlexport.targets import open_target
+    from vlexport.targets import open_target, target_names
 
-    open_target(config.target)
+    names = target_names(config.target)
+    for name in names:
+        open_target(name)
     require_build_half("vlexport build")
-    from vlexport.stages.build import build as build_stage
-
     if planned:
         return _plan(config)
     _use_threads(config.threads)
-    reporter = make_reporter()
-    result = build_stage(config, reporter=reporter)
+    if len(names) > 1:
+        return _several(config)
+    from vlexport.stages.build import build as build_stage
+
+    return Outcome(*_shown(config, build_stage(config, reporter=make_reporter())))
+
+
+def _shown(config: BuildConfig, result: BuildResult) -> tuple[list[str], dict[str, Any], int]:
+    """Receipt, ``--json`` object and exit code of one bundle."""
+    from vlexport.core.bundle import MEASURED_FOLDER
+    from vlexport.report.receipt import receipt
+
     lines = receipt(result.bundle, result.report, str(result.output))
     payload = {
         "bundle": str(result.output),
         "digest": result.bundle.digest,
+        "state": result.bundle.state,
         "report": plain_json(result.report),
         "report_file": str(result.output / MEASURED_FOLDER / "local-1" / "report.html"),
         "seconds": {name: round(spent, 3) for name, spent in result.seconds.items()},
         "use_it": lines[lines.index("Use it:") + 1 :],
     }
-    return Outcome(lines, payload, exit_code(result.report.verdicts))
+    code = exit_code(result.report.verdicts)
+    if not code and config.require == "verified" and result.bundle.state != "verified":
+        code = EXIT_CAPABILITY
+    return lines, payload, code
+
+
+def _several(config: BuildConfig) -> Outcome:
+    from vlexport.core.bundle import COMPARE_FILE
+    from vlexport.report.comparison import comparison_lines
+    from vlexport.stages.build_each import build_each
+
+    made = build_each(config, reporter=make_reporter())
+    shown = {name: _shown(config, result) for name, result in made.results.items()}
+    lines = comparison_lines(made.comparison)
+    lines += [f"Gate     {name}: {verdict}" for name, each in made.results.items() for verdict in each.report.verdicts]
+    lines += [f"Note     {name}: {note}" for name, each in made.results.items() for note in each.report.notes[:1]]
+    lines += [f"Built    {made.output}: {', '.join(made.results)}; {COMPARE_FILE} holds the table"]
+    payload = {
+        "output": str(made.output),
+        "comparison": plain_json(made.comparison),
+        "targets": {name: payload for name, (_, payload, _) in shown.items()},
+        "refused": {name: error.as_dict() for name, error in made.refused.items()},
+    }
+    codes = [error.exit_code for error in made.refused.values()] + [code for _, _, code in shown.values() if code]
+    return Outcome(lines, payload, codes[0] if codes else 0)
 
 
 def _plan(config: BuildConfig) -> Outcome:
+    from vlexport.stages.order import configs_of
+
+    planned = {name: _planned(each) for name, each in configs_of(config).items()}
+    lines = [line for each, _, _ in planned.values() for line in each]
+    code = next((code for _, _, code in planned.values() if code), 0)
+    lines.append("Nothing was written." if code else "No problem found; nothing was written.")
+    payloads = {name: payload for name, (_, payload, _) in planned.items()}
+    return Outcome(lines, next(iter(payloads.values())) if len(payloads) == 1 else {"targets": payloads}, code)
+
+
+def _planned(config: BuildConfig) -> tuple[list[str], dict[str, Any], int]:
+    """Lines, ``--json`` object and exit code of one target's plan."""
     from vlexport.report.figures import macs_phrase, pass_phrase, size_phrase
     from vlexport.stages.plan import plan
 
@@ -77,7 +125,6 @@ def _plan(config: BuildConfig) -> Outcome:
         where = f" ({problem.where})" if problem.where else ""
         hint = f"; {problem.hint}" if problem.hint else ""
         lines.append(f"Problem  {problem.code}: {problem.message}{where}{hint}")
-    lines.append("Nothing was written." if found.problems else "No problem found; nothing was written.")
     payload = {
         "passes": [plain_json(record) for record in found.passes],
         "before": plain_json(found.before),
@@ -85,7 +132,7 @@ def _plan(config: BuildConfig) -> Outcome:
         "problems": [problem.as_dict() for problem in found.problems],
         "notes": list(found.notes),
     }
-    return Outcome(lines, payload, found.problems[0].exit_code if found.problems else 0)
+    return lines, payload, found.problems[0].exit_code if found.problems else 0
 
 
 def _use_threads(threads: int) -> None:

@@ -13,6 +13,8 @@ from vlexport.core.bundle_schema import BUNDLE_SCHEMA, Bundle, FileRecord, diges
 from vlexport.core.errors import BundleError, GateError
 
 BUNDLE_FILE = "bundle.json"
+COMPARE_FILE = "compare.json"
+"""Beside the bundles of several targets."""
 ARTIFACT_FOLDER = "artifact"
 GOLDEN_FOLDER = "golden"
 RECORDED_FOLDERS = (ARTIFACT_FOLDER, "assets", GOLDEN_FOLDER)

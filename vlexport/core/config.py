@@ -43,11 +43,11 @@ class BuildConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = _option(..., "Model file: an archive of vlexport.save, or weights with --arch.", recipe=False)
-    target: str = _option("onnxruntime", "Runtime to build for.", "--target", "-t")
+    target: str = _option("onnxruntime", "Runtimes to build for: one, several as A,B, or all.", "--target", "-t")
     output: str | None = _option(
         None, "Bundle folder to write. Default: MODEL's name + .bundle.", "--output", "-o", recipe=False
     )
-    device_profile: str = _option("this", "Device profile to build for.", "--for")
+    device_profile: str | None = _option(None, "Device profile to build for; the target has a default.", "--for")
     precision: Precision | None = _option(
         None, "Precision; the target's default is printed with its reason.", "--precision"
     )
@@ -69,6 +69,9 @@ class BuildConfig(BaseModel):
         None, "Largest drop of top-1 in points; same as --gate drop<=P here.", "--max-drop", ge=0
     )
     input: tuple[str, ...] = _option((), "Repeatable NAME=SHAPE[:dtype] for --arch, as image=1x3x224x224.", "--input")
+    dynamic: tuple[str, ...] = _option(
+        (), "Repeatable NAME=SIZE, MIN:MAX or MIN:OPT:MAX: sizes of a dynamic dim, within what was saved.", "--dynamic"
+    )
     preprocess: str | None = _option(
         None, "How an image becomes the input: timm:NAME or resize=…,crop=….", "--preprocess"
     )
@@ -82,6 +85,9 @@ class BuildConfig(BaseModel):
     )
     numeric_gate: bool = _option(True, "Check the numbers after every pass.", "--numeric-gate/--no-gate")
     profile: bool = _option(True, "Measure latency quickly after the build.", "--profile/--no-profile", recipe=False)
+    require: Literal["built", "verified"] = _option(
+        "built", "Exit with 4 when the artifact was made but could not be verified here.", "--require", recipe=False
+    )
     threads: int = _option(
         0,
         "Threads for every runtime, recorded in the bundle; 0 means all cores of wherever it runs.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from vlexport.core.bundle_schema import LatencyResult, MetricResult, PassRecord, Report
+from vlexport.core.bundle_schema import AccuracyResult, LatencyResult, MetricResult, PassRecord, Report
 
 
 def size_phrase(size_bytes: int) -> str:
@@ -34,6 +34,21 @@ def accuracy_phrase(report: Report) -> str:
         name, worst = min(report.fidelity.items(), key=lambda item: item[1].cosine_min)
         return f"{name} against the {report.reference}: cosine ≥ {worst.cosine_min:.6f} on {worst.samples} samples"
     return "not measured: give samples with --data"
+
+
+def accuracy_figure(found: AccuracyResult | None) -> tuple[str, str]:
+    """Top-1 in percent and the drop in points, for a column; empty where there is none."""
+    if found is None:
+        return "", ""
+    return f"{found.top1:.2f}", f"{found.drop:+.2f}" if found.drop is not None else ""
+
+
+def ratio_figure(found: LatencyResult | None) -> tuple[str, str]:
+    """p50 in milliseconds and the ratio, for a column; a ratio of quick rounds is marked as one."""
+    if found is None:
+        return "", ""
+    quick = " (quick)" if found.verdict == "quick" else ""
+    return f"{found.p50_ms:.2f}", f"{found.ratio:.2f}×{quick}" if found.ratio is not None else ""
 
 
 def metric_phrase(found: MetricResult) -> str:

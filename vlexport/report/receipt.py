@@ -20,7 +20,7 @@ def receipt(bundle: Bundle, report: Report, shown_path: str) -> list[str]:
     lines = [
         f"Built    {shown_path}: {bundle.target} {bundle.precision}, {size_phrase(report.size_bytes)}, "
         f"{macs_phrase(main.cost.macs, main.cost.opaque)}, {main.cost.parameters / 1e6:.2f} M parameters",
-        f"Checked  {_gates(bundle)}; golden vectors within {main.golden.tolerance:.0e}",
+        f"Checked  {_gates(bundle)}; {_golden(bundle)}",
         f"Passes   {'; '.join(map(pass_phrase, main.passes))}",
         f"Accuracy {accuracy_phrase(report)}",
         f"Latency  {latency_phrase(report)}",
@@ -33,7 +33,10 @@ def receipt(bundle: Bundle, report: Report, shown_path: str) -> list[str]:
         lines.append(f"Note     {report.notes[0]}{more}")
     quick = report.latency is not None and report.latency.verdict == "quick"
     why = "full rounds; the quick figure has no verdict" if quick else "measure latency"
-    lines.append(f"Next     vlexport profile {shown_path}   ({why})")
+    if bundle.state == "verified":
+        lines.append(f"Next     vlexport profile {shown_path}   ({why})")
+    else:
+        lines.append(f"Next     vlexport verify {shown_path}   (where it runs)")
     lines.append("Use it:")
     return [*lines, *snippet(bundle, shown_path)]
 
@@ -46,6 +49,13 @@ def snippet(bundle: Bundle, shown_path: str) -> list[str]:
     shapes = [(s, tuple(main.dims[d].opt if isinstance(d, str) else d for d in s.shape)) for s in main.artifact.inputs]
     arrays = ", ".join(f"{spec.name!r}: np.zeros({shape}, {spec.dtype!r})" for spec, shape in shapes)
     return [f"    import numpy as np, vlexport; print(vlexport.load({shown_path!r}).run({{{arrays}}}))"]
+
+
+def _golden(bundle: Bundle) -> str:
+    """Whether the golden vectors were run by the target's own runtime."""
+    if bundle.state == "verified":
+        return f"golden vectors within {bundle.main.golden.tolerance:.0e}"
+    return "made but not verified here"
 
 
 def _gates(bundle: Bundle) -> str:

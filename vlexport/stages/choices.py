@@ -117,7 +117,7 @@ def options_of(config: BuildConfig, target: Target) -> Frozen:
 
 def tools_of(config: BuildConfig, target: Target) -> dict[str, str]:
     """Versions of what takes part in a build: the target's tools, and the packages of the plugins that it uses."""
-    claims = [offered_passes()[name] for name in config.passes] + [offered_targets()[config.target]]
+    claims = [offered_passes()[name] for name in config.passes] + [offered_targets()[target.id]]
     plugins = {offer.distribution: offer.version for each in claims for offer in each if not offer.built_in}
     return {**target.tools(), **plugins}
 
@@ -152,13 +152,13 @@ def _typed(kind: type[Frozen], values: dict[str, str], scope: str) -> Frozen:
         ) from error
 
 
-def profile_of(config: BuildConfig) -> DeviceProfile:
-    """The device profile that ``--for`` names.
+def profile_of(config: BuildConfig, target: Target) -> DeviceProfile:
+    """The device profile that ``--for`` names, or the target's own.
 
     Raises:
         UsageError: VLX0703.
     """
-    return device_profile(config.device_profile, target=config.target)
+    return device_profile(config.device_profile or target.default_device, target=target.id)
 
 
 def open_dataset(data: str | None, source: Source, *, skip_bad: bool = False) -> Dataset | None:

@@ -1,4 +1,7 @@
-"""One component of a build: passes and gate, lowering, golden vectors. What one graph needs and nothing of the rest."""
+"""One component of a build: passes and gate, lowering, golden vectors. What one graph needs and nothing of the rest.
+
+Passes come in two parts: those that every target shares, run once, and each target's own behind narrowing.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vlexport.core.artifact import Array, TensorSpec
+from vlexport.core.artifact import Array, DimRange, TensorSpec
 from vlexport.core.bundle_schema import Component, CostRecord, Golden, PassRecord
 from vlexport.core.config import BuildConfig
+from vlexport.core.errors import GateError
+from vlexport.core.numerics import relative_error
 from vlexport.frontends.source import Source
 from vlexport.ir.cost import cost
 from vlexport.ir.draw import draw
+from vlexport.ir.narrow import narrowed
 from vlexport.ir.program import Program
 from vlexport.passes.base import Pass
-from vlexport.passes.gate import NumericGate
+from vlexport.passes.gate import FLOAT32_BOUND, NumericGate
 from vlexport.passes.pipeline import DumpHook, Hook, run_pipeline
-from vlexport.passes.probes import Probe, make_probes
+from vlexport.passes.probes import Probe, as_array, make_probes
 from vlexport.stages.lowered import lower_and_rewrite
 from vlexport.stages.write_bundle import write_golden
 from vlexport.targets.base import Brief, Target
@@ -33,16 +39,18 @@ class Optimized:
     """A Program after its passes.
 
     Attributes:
-        program: What is lowered.
+        source: The Program before them, with the same dims.
+        program: What they made of it.
         records: One per pass.
         probes: Inputs of the gate; None where it is off.
         notes: What the user should know of the gate.
     """
 
+    source: Program
     program: Program
     records: tuple[PassRecord, ...]
     probes: Sequence[Probe] | None
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def optimize_component(
@@ -67,13 +75,70 @@ def optimize_component(
     Raises:
         VlexportError: VLX04xx.
     """
-    specs = source.program.signature.inputs
-    calibration = [_batched(sample[spec.name], spec) for spec in specs] if sample is not None else None
-    probes = make_probes(source.program, calibration=calibration, seed=config.seed)
+    probes = _probes(source.program, sample, config.seed)
     gate = NumericGate(source.program, probes) if config.numeric_gate else None
     watching = [*hooks, *([DumpHook(dump)] if dump is not None else [])]
     program, records = run_pipeline(source.program, passes, gate=gate, hooks=watching)
-    return Optimized(program, tuple(records), probes if gate is not None else None, _blind(gate, source))
+    kept = probes if gate is not None else None
+    return Optimized(source.program, program, tuple(records), kept, _blind(gate, source))
+
+
+def specialize_component(
+    shared: Optimized,
+    passes: Sequence[Pass[Program]],
+    *,
+    dims: Mapping[str, DimRange],
+    again: Sequence[Pass[Program]],
+    config: BuildConfig,
+    sample: Mapping[str, Array] | None,
+    dump: Path | None,
+    hooks: Sequence[Hook] = (),
+) -> Optimized:
+    """Go on for one target from what all targets share: narrow dims, then run the target's own passes.
+
+    Args:
+        shared: The result of :func:`optimize_component`.
+        passes: The target's.
+        dims: Dims to narrow; sizes that become constants are worth the passes in ``again``.
+        again: Passes to repeat after narrowing; recorded where they change something.
+        config: Seed and gate.
+        sample: A calibration sample without batch dim, by input name.
+        dump: Folder for the graph's text after every pass.
+        hooks: Watchers.
+
+    Raises:
+        VlexportError: VLX04xx.
+    """
+    source, program, probes = shared.source, shared.program, shared.probes
+    if dims:
+        source, program = narrowed(source, dims), narrowed(program, dims)
+        if probes is not None:
+            probes = _probes(source, sample, config.seed)
+            require_same(program, shared.program, probes, what=f"narrowing {', '.join(dims)}")
+    wanted = [*(again if dims else ()), *passes]
+    if not wanted:
+        return shared
+    gate = NumericGate(program, probes, sighted=True) if probes is not None else None
+    watching = [*hooks, *([DumpHook(dump)] if dump is not None else [])]
+    program, records = run_pipeline(program, wanted, gate=gate, hooks=watching)
+    told = [r for r, each in zip(records, wanted, strict=True) if r.changes or each not in again]
+    return Optimized(source, program, (*shared.records, *told), probes, shared.notes)
+
+
+def require_same(found: Program, wanted: Program, probes: Sequence[Probe], *, what: str) -> None:
+    """Refuse a Program that computes something else than another.
+
+    Raises:
+        GateError: VLX0401.
+    """
+    for probe in probes:
+        pairs = zip(found.run(*probe.values), wanted.run(*probe.values), strict=True)
+        worst = max((relative_error(as_array(a), as_array(b)) for a, b in pairs), default=0.0)
+        if not worst <= FLOAT32_BOUND:
+            raise GateError(
+                "VLX0401", f"{what} changed what the model computes: {worst:.1e} on the {probe.name}",
+                where="--dynamic", hint="please report this",
+            )  # fmt: skip
 
 
 def lower_component(
@@ -107,7 +172,7 @@ def lower_component(
     artifact, lowered = lower_and_rewrite(
         target, optimized.program, folder, brief, probes=optimized.probes, hooks=hooks, dump=dump
     )
-    golden, smallest = _write_goldens(bundle, brief.name, source, seed)
+    golden, smallest = _write_goldens(bundle, brief.name, source, optimized.source, seed)
     return Component(
         artifact=artifact,
         dims=optimized.program.signature.dims,
@@ -138,20 +203,28 @@ def cost_record(program: Program) -> CostRecord:
     return CostRecord(macs=found.macs, parameters=found.parameters, size_bytes=found.size_bytes, opaque=found.opaque)
 
 
-def _write_goldens(bundle: Path, name: str, source: Source, seed: int) -> tuple[Golden, Golden | None]:
-    """Golden vectors at the larger sizes, and at the smallest where a dim is dynamic."""
-    larger = golden_inputs(source.program, seed)
+def _write_goldens(
+    bundle: Path, name: str, source: Source, program: Program, seed: int
+) -> tuple[Golden, Golden | None]:
+    """Golden vectors at the larger sizes of a Program, and at the smallest where a dim is dynamic."""
+    larger = golden_inputs(program, seed)
     golden = write_golden(bundle, name, larger, source.run(larger))
-    dims = source.program.signature.dims
+    dims = program.signature.dims
     if not dims:
         return golden, None
-    smallest = _drawn(source.program, seed + 1, {dim: r.min for dim, r in dims.items()})
+    smallest = _drawn(program, seed + 1, {dim: r.min for dim, r in dims.items()})
     return golden, write_golden(bundle, name, smallest, source.run(smallest), suffix="-smallest")
 
 
 def _drawn(program: Program, seed: int, sizes: dict[str, int], *, masks: bool = False) -> dict[str, Array]:
     values = draw(program, torch.Generator().manual_seed(seed), sizes, masks=masks)
     return {spec.name: value.numpy() for spec, value in zip(program.signature.inputs, values, strict=True)}
+
+
+def _probes(program: Program, sample: Mapping[str, Array] | None, seed: int) -> list[Probe]:
+    specs = program.signature.inputs
+    calibration = [_batched(sample[spec.name], spec) for spec in specs] if sample is not None else None
+    return make_probes(program, calibration=calibration, seed=seed)
 
 
 def _batched(row: Array, spec: TensorSpec) -> torch.Tensor:

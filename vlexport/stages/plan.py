@@ -6,15 +6,17 @@ All problems are found at once, where a build stops at the first.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
+from vlexport.core.artifact import DimRange
 from vlexport.core.bundle_schema import CostRecord, PassRecord
 from vlexport.core.config import BuildConfig
 from vlexport.core.errors import CapabilityError, VlexportError
 from vlexport.core.progress import Reporter, Silent
 from vlexport.frontends.source import open_source
 from vlexport.ir import dialect, provenance
+from vlexport.ir.narrow import narrowed
 from vlexport.ir.program import Program
 from vlexport.passes.base import Pass
 from vlexport.passes.pipeline import run_pipeline
@@ -28,6 +30,7 @@ from vlexport.stages.choices import (
     profile_of,
 )
 from vlexport.stages.component import cost_record
+from vlexport.stages.dims import dims_of
 from vlexport.stages.write_bundle import require_free
 from vlexport.targets import open_target
 from vlexport.targets.base import Brief
@@ -57,7 +60,7 @@ class Plan:
 
 
 def plan(config: BuildConfig, *, reporter: Reporter | None = None) -> Plan:
-    """Plan a build.
+    """Plan a build for one target.
 
     Raises:
         VlexportError: When the target is unknown or the model cannot be opened; any other problem is in the plan.
@@ -72,15 +75,14 @@ def plan(config: BuildConfig, *, reporter: Reporter | None = None) -> Plan:
         except VlexportError as error:
             problems.append(error)
 
-    collect(lambda: precision_of(config, target))
-    collect(lambda: gates_of(config))
     brief = Brief(target.Options())
     try:
-        brief = Brief(options_of(config, target), profile_of(config), threads=config.threads)
+        brief = Brief(options_of(config, target), profile_of(config, target), threads=config.threads)
     except VlexportError as error:
         problems.append(error)
+    collect(lambda: precision_of(config, target))
+    collect(lambda: gates_of(config))
     collect(lambda: require_free(output_of(config), force=config.force))
-    collect(target.require)
     collect(lambda: target.require_tools(brief))
     with reporter.stage("open the model"):
         source = open_source(config)
@@ -91,8 +93,15 @@ def plan(config: BuildConfig, *, reporter: Reporter | None = None) -> Plan:
         passes = passes_of(config)
     except VlexportError as error:
         problems.append(error)
+    brief = replace(brief, labels=source.labels, preprocess=source.preprocess)
+    dims: dict[str, DimRange] = {}
+    try:
+        dims = dims_of(config, target, source.program.signature)
+    except VlexportError as error:
+        problems.append(error)
     with reporter.stage("passes"):
-        program, records = run_pipeline(source.program, [*passes, *target.program_passes(brief)], gate=None)
+        start = narrowed(source.program, dims) if dims else source.program
+        program, records = run_pipeline(start, [*passes, *target.program_passes(brief)], gate=None)
     problems += _opaque(program)
     return Plan(
         passes=records,

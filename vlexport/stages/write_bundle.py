@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from vlexport.core.artifact import Array
-from vlexport.core.bundle import BUNDLE_FILE, GOLDEN_FOLDER, RECIPE_FILE, recorded_files
+from vlexport.core.bundle import BUNDLE_FILE, COMPARE_FILE, GOLDEN_FOLDER, RECIPE_FILE, recorded_files
 from vlexport.core.bundle_schema import Bundle, Golden, canonical_json, digest_of, plain_json
 from vlexport.core.errors import BundleError
 
@@ -46,7 +46,7 @@ def require_free(output: Path, *, force: bool) -> None:
                 hint="choose another -o, or replace it with --force",
             )
         empty = output.is_dir() and not any(output.iterdir())
-        if not empty and not (output / BUNDLE_FILE).is_file():
+        if not empty and not any((output / name).is_file() for name in (BUNDLE_FILE, COMPARE_FILE)):
             raise BundleError(
                 "VLX0604",
                 "the output exists and is no bundle, so --force does not replace it",
