@@ -41,7 +41,11 @@ def test_lowered_pass_is_recorded_last_when_asked_for(model_file: Path, tmp_path
     assert '"onnxruntime.optimize" = "true"' in (bundle / "recipe.toml").read_text(encoding="utf-8")
     files = sorted(p.name for p in (tmp_path / "dump" / "onnxruntime" / "lowered").iterdir())
     assert files == ["00-source.txt", "01-optimize-onnx.txt"]
-    assert (tmp_path / "dump/lowered/00-source.txt").read_text(encoding="utf-8").startswith("onnx(image: f32[batch,3,")
+    assert (
+        (tmp_path / "dump/onnxruntime/lowered/00-source.txt")
+        .read_text(encoding="utf-8")
+        .startswith("onnx(image: f32[batch,3,")
+    )
 
 
 def test_no_lowered_pass_runs_when_none_is_asked_for(built: Path) -> None:
