@@ -9,30 +9,21 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-
 import vlexport
-from vlexport.core.artifact import Array, Artifact, TensorSpec
+from vlexport.core.artifact import Array
 from vlexport.core.bundle import ARTIFACT_FOLDER
-from vlexport.core.bundle_schema import Bundle, Component, CostRecord, Golden, PassRecord, Report
+from vlexport.core.bundle_schema import Bundle, Report
 from vlexport.core.config import BuildConfig
 from vlexport.core.dataset import Dataset
 from vlexport.core.devices import available_cores, this_machine
 from vlexport.core.errors import DataError
 from vlexport.core.progress import Reporter, Silent, StageClock
 from vlexport.core.user_metric import open_metrics
-from vlexport.frontends.source import Source, open_source
-from vlexport.ir.cost import cost
-from vlexport.ir.draw import draw
-from vlexport.ir.program import Program
-from vlexport.passes.gate import NumericGate
-from vlexport.passes.pipeline import DumpHook, Hook, TimingHook, run_pipeline
-from vlexport.passes.probes import make_probes
+from vlexport.frontends.source import open_source
+from vlexport.passes.pipeline import TimingHook
 from vlexport.report.write import new_report, write_report
 from vlexport.stages.choices import (
     gates_of,
@@ -45,15 +36,12 @@ from vlexport.stages.choices import (
     tools_of,
     why_untimed,
 )
+from vlexport.stages.component import lower_component, opt_inputs, optimize_component
 from vlexport.stages.golden import check_component
-from vlexport.stages.lowered import lower_and_rewrite
 from vlexport.stages.profile import QUICK, Measurable, measure_latency
 from vlexport.stages.validate import TIMED, judge_gates, measure_accuracy, require_measured, skipped_phrase
-from vlexport.stages.write_bundle import require_folder, require_free, staging, write_bundle, write_golden
+from vlexport.stages.write_bundle import require_folder, require_free, staging, write_bundle
 from vlexport.targets import open_target
-
-GOLDEN_STEP = 2
-"""Golden vectors lie so far above the smallest size: capture traces with batch 2, which would hide a baked-in size."""
 
 
 @dataclass(frozen=True)
@@ -104,24 +92,22 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
     if dataset is not None:
         require_measured([g for g in gates if g.metric not in TIMED], dataset, referenced=True)
     calibration_data = open_dataset(config.calib, source, skip_bad=config.skip_bad)
-    calibration = _calibration(calibration_data, source)
+    sample = _first_sample(calibration_data)
 
     timing = TimingHook()
+    dump = Path(config.dump) if config.dump else None
     with clock.stage("passes"):
-        probes = make_probes(source.program, calibration=calibration, seed=config.seed)
-        gate = NumericGate(source.program, probes) if config.numeric_gate else None
-        hooks: list[Hook] = [timing, *([DumpHook(Path(config.dump))] if config.dump else [])]
-        program, records = run_pipeline(source.program, [*passes, *target.program_passes()], gate=gate, hooks=hooks)
+        optimized = optimize_component(
+            source, [*passes, *target.program_passes()], config=config, sample=sample, dump=dump, hooks=[timing]
+        )
 
     with staging(output) as folder:
         with clock.stage(f"lower to {target.id}"):
-            artifact, lowered_records = lower_and_rewrite(
-                target, program, folder / ARTIFACT_FOLDER, options=options, threads=config.threads,
-                probes=probes if config.numeric_gate else None, hooks=[timing],
-                dump=Path(config.dump) / "lowered" if config.dump else None,
+            component = lower_component(
+                target, source, optimized, bundle=folder, folder=folder / ARTIFACT_FOLDER, name="main",
+                options=options, config=config, dump=dump / "lowered" if dump else None, hooks=[timing],
             )  # fmt: skip
-        goldens = _write_goldens(folder, source, config.seed)
-        component = _component(source, program, (*records, *lowered_records), artifact, goldens)
+        artifact = component.artifact
         with target.open(folder / ARTIFACT_FOLDER, artifact, threads=threads) as session:
             with clock.stage("golden check"):
                 check_component(session, folder, component, code="VLX0504")
@@ -143,7 +129,7 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
                 ),
                 config.recipe(),
             )
-            report = new_report(bundle, notes=(*source.notes, *_blind(gate, source)))
+            report = new_report(bundle, notes=(*source.notes, *optimized.notes))
             if dataset is not None:
                 with clock.stage("validate"):
                     judged = measure_accuracy(
@@ -175,78 +161,11 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
     return BuildResult(output, bundle, report, seconds)
 
 
-def golden_inputs(program: Program, seed: int) -> dict[str, Array]:
-    """Seeded inputs with every dynamic dim two above its smallest size, or at its largest."""
-    dims = program.signature.dims
-    sizes = {n: r.min + GOLDEN_STEP if r.max is None else min(r.min + GOLDEN_STEP, r.max) for n, r in dims.items()}
-    return _drawn(program, seed + 1, sizes, masks=True)
-
-
-def _write_goldens(folder: Path, source: Source, seed: int) -> tuple[Golden, Golden | None]:
-    """Golden vectors at the larger sizes, and at the smallest where a dim is dynamic."""
-    larger = golden_inputs(source.program, seed)
-    golden = write_golden(folder, "main", larger, source.run(larger))
-    dims = source.program.signature.dims
-    if not dims:
-        return golden, None
-    smallest = _drawn(source.program, seed + 1, {name: r.min for name, r in dims.items()})
-    return golden, write_golden(folder, "main", smallest, source.run(smallest), suffix="-smallest")
-
-
-def opt_inputs(program: Program, seed: int) -> dict[str, Array]:
-    """Seeded inputs with every dynamic dim at its ``opt``: what latency is measured on."""
-    return _drawn(program, seed + 2, {name: r.opt for name, r in program.signature.dims.items()})
-
-
-def _drawn(program: Program, seed: int, sizes: dict[str, int], *, masks: bool = False) -> dict[str, Array]:
-    values = draw(program, torch.Generator().manual_seed(seed), sizes, masks=masks)
-    return {spec.name: value.numpy() for spec, value in zip(program.signature.inputs, values, strict=True)}
-
-
-def _calibration(dataset: Dataset | None, source: Source) -> Sequence[torch.Tensor] | None:
-    """The first calibration sample, with batch dim."""
+def _first_sample(dataset: Dataset | None) -> dict[str, Array] | None:
+    """The first calibration sample, without batch dim."""
     if dataset is None:
         return None
     first = next(iter(dataset), None)
     if first is None:
         raise DataError("VLX0202", "the calibration data is empty", where="--calib")
-    return [_batched(first.inputs[spec.name], spec) for spec in source.program.signature.inputs]
-
-
-def _batched(row: Array, spec: TensorSpec) -> torch.Tensor:
-    """A sample with its batch dim: 1, or repeated to the size that the graph fixes."""
-    size = spec.shape[0] if spec.shape and isinstance(spec.shape[0], int) else 1
-    return torch.from_numpy(np.repeat(row[None], size, axis=0))
-
-
-def _blind(gate: NumericGate | None, source: Source) -> list[str]:
-    """A note for outputs that the gate's probes do not move."""
-    names = [source.program.signature.outputs[i].name for i in (gate.blind if gate is not None else ())]
-    if not names:
-        return []
-    return [f"the numeric gate cannot see {', '.join(names)}: it does not change from probe to probe; give --calib"]
-
-
-def _component(
-    source: Source,
-    program: Program,
-    records: tuple[PassRecord, ...],
-    artifact: Artifact,
-    goldens: tuple[Golden, Golden | None],
-) -> Component:
-    return Component(
-        artifact=artifact,
-        dims=program.signature.dims,
-        preprocess=source.preprocess,
-        labels=source.labels,
-        golden=goldens[0],
-        golden_smallest=goldens[1],
-        passes=records,
-        cost=cost_record(program),
-    )
-
-
-def cost_record(program: Program) -> CostRecord:
-    """What one run of a Program costs, as data of a bundle."""
-    found = cost(program)
-    return CostRecord(macs=found.macs, parameters=found.parameters, size_bytes=found.size_bytes, opaque=found.opaque)
+    return first.inputs

@@ -18,7 +18,6 @@ from vlexport.ir import dialect, provenance
 from vlexport.ir.program import Program
 from vlexport.passes.base import Pass
 from vlexport.passes.pipeline import run_pipeline
-from vlexport.stages.build import cost_record
 from vlexport.stages.choices import (
     gates_of,
     open_dataset,
@@ -28,6 +27,7 @@ from vlexport.stages.choices import (
     precision_of,
     profile_of,
 )
+from vlexport.stages.component import cost_record
 from vlexport.stages.write_bundle import require_free
 from vlexport.targets import open_target
 
