@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from vlexport.core.artifact import Artifact, Frozen, Session
 from vlexport.core.errors import CapabilityError, InternalError
 from vlexport.core.isolate import IsolatedSession
+from vlexport.core.pipeline import open_artifact
 
 if TYPE_CHECKING:
     from vlexport.ir.program import Program
@@ -156,8 +157,7 @@ class Target(abc.ABC):
         """A session in this process, for the runtime API."""
         self.require()
         module, _, function = self.session_entry.partition(":")
-        opened: Session = getattr(importlib.import_module(module), function)(folder, artifact, threads)
-        return opened
+        return open_artifact(getattr(importlib.import_module(module), function), folder, artifact, threads)
 
     def check_options(self, values: dict[str, Any]) -> Frozen:
         """Typed options from plain values."""

@@ -13,16 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import vlexport
-from vlexport.core.artifact import Array
-from vlexport.core.bundle import ARTIFACT_FOLDER
-from vlexport.core.bundle_schema import Bundle, Report
+from vlexport.core.bundle import ARTIFACT_FOLDER, artifact_folder
+from vlexport.core.bundle_schema import Bundle, Component, Report
 from vlexport.core.config import BuildConfig
-from vlexport.core.dataset import Dataset
 from vlexport.core.devices import available_cores, this_machine
-from vlexport.core.errors import DataError
 from vlexport.core.progress import Reporter, Silent, StageClock
 from vlexport.core.user_metric import open_metrics
-from vlexport.frontends.source import open_source
+from vlexport.frontends.sources import Sources, open_sources
 from vlexport.passes.pipeline import TimingHook
 from vlexport.report.write import new_report, write_report
 from vlexport.stages.choices import (
@@ -36,10 +33,11 @@ from vlexport.stages.choices import (
     tools_of,
     why_untimed,
 )
-from vlexport.stages.component import lower_component, opt_inputs, optimize_component
-from vlexport.stages.golden import check_component
+from vlexport.stages.component import Optimized, lower_component, optimize_component
+from vlexport.stages.golden import check_bundle
 from vlexport.stages.profile import QUICK, Measurable, measure_latency
 from vlexport.stages.validate import TIMED, judge_gates, measure_accuracy, require_measured, skipped_phrase
+from vlexport.stages.whole_model import first_sample, naive_artifact, opt_inputs, whole_goldens
 from vlexport.stages.write_bundle import require_folder, require_free, staging, write_bundle
 from vlexport.targets import open_target
 
@@ -87,53 +85,62 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
     threads = config.threads or available_cores()
 
     with clock.stage("open the model"):
-        source = open_source(config)
-    dataset = open_dataset(config.data, source, skip_bad=config.skip_bad)
+        sources = open_sources(config)
+    dataset = open_dataset(config.data, sources, skip_bad=config.skip_bad)
     if dataset is not None:
         require_measured([g for g in gates if g.metric not in TIMED], dataset, referenced=True)
-    calibration_data = open_dataset(config.calib, source, skip_bad=config.skip_bad)
-    sample = _first_sample(calibration_data)
+    calibration_data = open_dataset(config.calib, sources, skip_bad=config.skip_bad)
+    samples = first_sample(calibration_data, sources)
 
     timing = TimingHook()
-    dump = Path(config.dump) if config.dump else None
+    optimized: dict[str, Optimized] = {}
     with clock.stage("passes"):
-        optimized = optimize_component(
-            source, [*passes, *target.program_passes()], config=config, sample=sample, dump=dump, hooks=[timing]
-        )
+        for name, source in sources.components.items():
+            with sources.named(name):
+                optimized[name] = optimize_component(
+                    source, [*passes, *target.program_passes()], config=config, sample=samples.get(name),
+                    dump=_dump(config, sources, name), hooks=[timing],
+                )  # fmt: skip
 
     with staging(output) as folder:
+        components: dict[str, Component] = {}
         with clock.stage(f"lower to {target.id}"):
-            component = lower_component(
-                target, source, optimized, bundle=folder, folder=folder / ARTIFACT_FOLDER, name="main",
-                options=options, config=config, dump=dump / "lowered" if dump else None, hooks=[timing],
-            )  # fmt: skip
-        artifact = component.artifact
+            for name, source in sources.components.items():
+                with sources.named(name):
+                    components[name] = lower_component(
+                        target, source, optimized[name], bundle=folder, name=name,
+                        folder=folder / artifact_folder(sources.components, name), options=options, config=config,
+                        dump=_dump(config, sources, name, "lowered"), hooks=[timing],
+                    )  # fmt: skip
+        golden, golden_smallest = whole_goldens(folder, sources, config.seed)
+        bundle = Bundle(
+            vlexport=vlexport.__version__,
+            state="verified",
+            target=target.id,
+            precision=precision,
+            device_profile=device.id,
+            source_hash=sources.source_hash,
+            components=components,
+            edges=sources.edges,
+            golden=golden,
+            golden_smallest=golden_smallest,
+            tools=tools_of(config, target),
+            instruction_set=this_machine().instruction_set,
+            compatibility=target.compatibility(options),
+            files={},
+        )
+        artifact = bundle.main.artifact
         with target.open(folder / ARTIFACT_FOLDER, artifact, threads=threads) as session:
             with clock.stage("golden check"):
-                check_component(session, folder, component, code="VLX0504")
+                check_bundle(target, session, folder, bundle, code="VLX0504", threads=threads)
             untimed = why_untimed(session, gates)
-            bundle = write_bundle(
-                folder,
-                Bundle(
-                    vlexport=vlexport.__version__,
-                    state="verified",
-                    target=target.id,
-                    precision=precision,
-                    device_profile=device.id,
-                    source_hash=source.source_hash,
-                    components={"main": component},
-                    tools=tools_of(config, target),
-                    instruction_set=this_machine().instruction_set,
-                    compatibility=target.compatibility(options),
-                    files={},
-                ),
-                config.recipe(),
-            )
-            report = new_report(bundle, notes=(*source.notes, *optimized.notes))
+            bundle = write_bundle(folder, bundle, config.recipe())
+            found = [note for name, each in optimized.items() for note in sources.said(name, each.notes)]
+            report = new_report(bundle, notes=(*sources.notes, *found))
             if dataset is not None:
                 with clock.stage("validate"):
                     judged = measure_accuracy(
-                        session, dataset, bundle.main, reference=source.run, reporter=reporter, metrics=metrics,
+                        session, dataset, bundle.main, reference=sources.run, reporter=reporter, metrics=metrics,
                         calibrated_on=frozenset(sample.content_hash() for sample in calibration_data or ()),
                     )  # fmt: skip
                 notes = (*report.notes, *judged.pop("notes"))
@@ -145,9 +152,9 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
             report = report.model_copy(update={"notes": (*report.notes, untimed)})
         elif config.profile:
             with clock.stage("profile"), tempfile.TemporaryDirectory(prefix="vlexport-") as scratch:
-                naive = Measurable("naive", target, Path(scratch), target.lower_naive(source.program, Path(scratch)))
+                naive = Measurable("naive", target, Path(scratch), naive_artifact(target, sources, Path(scratch)))
                 ours = Measurable("artifact", target, folder / ARTIFACT_FOLDER, artifact)
-                inputs = opt_inputs(source.program, config.seed)
+                inputs = opt_inputs(sources, config.seed)
                 latency = measure_latency(ours, inputs, baseline=naive, plan=QUICK, threads=threads, reporter=reporter)
             report = report.model_copy(update={"latency": latency})
         if calibration_data is not None and calibration_data.skipped:
@@ -161,11 +168,8 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
     return BuildResult(output, bundle, report, seconds)
 
 
-def _first_sample(dataset: Dataset | None) -> dict[str, Array] | None:
-    """The first calibration sample, without batch dim."""
-    if dataset is None:
+def _dump(config: BuildConfig, sources: Sources, name: str, part: str = "") -> Path | None:
+    """Where a component's graph goes after every pass; None without ``--dump``."""
+    if not config.dump:
         return None
-    first = next(iter(dataset), None)
-    if first is None:
-        raise DataError("VLX0202", "the calibration data is empty", where="--calib")
-    return first.inputs
+    return Path(config.dump) / (name if sources.only is None else "") / part

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from vlexport.core.artifact import Array, Frozen, TensorSpec
+from vlexport.core.artifact import Array, DimRange, Frozen
 from vlexport.core.bundle_schema import Component, CostRecord, Golden, PassRecord
 from vlexport.core.config import BuildConfig
 from vlexport.frontends.source import Source
@@ -60,7 +59,7 @@ def optimize_component(
         source: The model.
         passes: In order, the target's at the end.
         config: Seed and gate.
-        sample: A calibration sample without batch dim, by input name.
+        sample: A calibration sample with batch dim, by input name.
         dump: Folder for the graph's text after every pass.
         hooks: Watchers.
 
@@ -68,7 +67,7 @@ def optimize_component(
         VlexportError: VLX04xx.
     """
     specs = source.program.signature.inputs
-    calibration = [_batched(sample[spec.name], spec) for spec in specs] if sample is not None else None
+    calibration = [torch.from_numpy(sample[spec.name]) for spec in specs] if sample is not None else None
     probes = make_probes(source.program, calibration=calibration, seed=config.seed)
     gate = NumericGate(source.program, probes) if config.numeric_gate else None
     watching = [*hooks, *([DumpHook(dump)] if dump is not None else [])]
@@ -110,10 +109,14 @@ def lower_component(
         target, optimized.program, folder, options=options, threads=config.threads, probes=optimized.probes,
         hooks=hooks, dump=dump,
     )  # fmt: skip
-    golden, smallest = _write_goldens(bundle, name, source, config.seed)
+    signature = optimized.program.signature
+    golden, smallest = write_goldens(
+        bundle, name, dims=signature.dims, run=source.run,
+        draw=lambda sizes, masks: drawn(source.program, config.seed + 1, sizes, masks=masks),
+    )  # fmt: skip
     return Component(
         artifact=artifact,
-        dims=optimized.program.signature.dims,
+        dims=signature.dims,
         preprocess=source.preprocess,
         labels=source.labels,
         golden=golden,
@@ -123,44 +126,43 @@ def lower_component(
     )
 
 
-def golden_inputs(program: Program, seed: int) -> dict[str, Array]:
-    """Seeded inputs with every dynamic dim two above its smallest size, or at its largest."""
-    dims = program.signature.dims
-    sizes = {n: r.min + GOLDEN_STEP if r.max is None else min(r.min + GOLDEN_STEP, r.max) for n, r in dims.items()}
-    return _drawn(program, seed + 1, sizes, masks=True)
+def drawn(program: Program, seed: int, sizes: Mapping[str, int], *, masks: bool = False) -> dict[str, Array]:
+    """Seeded inputs of a Program by name, with its dynamic dims at ``sizes``; see :func:`vlexport.ir.draw.draw`."""
+    values = draw(program, torch.Generator().manual_seed(seed), sizes, masks=masks)
+    return {spec.name: value.numpy() for spec, value in zip(program.signature.inputs, values, strict=True)}
 
 
-def opt_inputs(program: Program, seed: int) -> dict[str, Array]:
-    """Seeded inputs with every dynamic dim at its ``opt``: what latency is measured on."""
-    return _drawn(program, seed + 2, {name: r.opt for name, r in program.signature.dims.items()})
+def write_goldens(
+    bundle: Path,
+    name: str,
+    *,
+    dims: Mapping[str, DimRange],
+    draw: Callable[[Mapping[str, int], bool], dict[str, Array]],
+    run: Callable[[Mapping[str, Array]], dict[str, Array]],
+) -> tuple[Golden, Golden | None]:
+    """Golden vectors with every dynamic dim two above its smallest size, or at its largest, and at the smallest.
+
+    Args:
+        bundle: Folder of the bundle.
+        name: Folder below ``golden/``.
+        dims: Dynamic dims; without any, there are no vectors at the smallest size.
+        draw: Inputs for sizes of the dims, with random or full masks.
+        run: Computes the outputs.
+    """
+    larger = draw(
+        {n: r.min + GOLDEN_STEP if r.max is None else min(r.min + GOLDEN_STEP, r.max) for n, r in dims.items()}, True
+    )
+    golden = write_golden(bundle, name, larger, run(larger))
+    if not dims:
+        return golden, None
+    smallest = draw({dim: r.min for dim, r in dims.items()}, False)
+    return golden, write_golden(bundle, name, smallest, run(smallest), suffix="-smallest")
 
 
 def cost_record(program: Program) -> CostRecord:
     """What one run of a Program costs, as data of a bundle."""
     found = cost(program)
     return CostRecord(macs=found.macs, parameters=found.parameters, size_bytes=found.size_bytes, opaque=found.opaque)
-
-
-def _write_goldens(bundle: Path, name: str, source: Source, seed: int) -> tuple[Golden, Golden | None]:
-    """Golden vectors at the larger sizes, and at the smallest where a dim is dynamic."""
-    larger = golden_inputs(source.program, seed)
-    golden = write_golden(bundle, name, larger, source.run(larger))
-    dims = source.program.signature.dims
-    if not dims:
-        return golden, None
-    smallest = _drawn(source.program, seed + 1, {dim: r.min for dim, r in dims.items()})
-    return golden, write_golden(bundle, name, smallest, source.run(smallest), suffix="-smallest")
-
-
-def _drawn(program: Program, seed: int, sizes: dict[str, int], *, masks: bool = False) -> dict[str, Array]:
-    values = draw(program, torch.Generator().manual_seed(seed), sizes, masks=masks)
-    return {spec.name: value.numpy() for spec, value in zip(program.signature.inputs, values, strict=True)}
-
-
-def _batched(row: Array, spec: TensorSpec) -> torch.Tensor:
-    """A sample with its batch dim: 1, or repeated to the size that the graph fixes."""
-    size = spec.shape[0] if spec.shape and isinstance(spec.shape[0], int) else 1
-    return torch.from_numpy(np.repeat(row[None], size, axis=0))
 
 
 def _blind(gate: NumericGate | None, source: Source) -> tuple[str, ...]:
