@@ -17,6 +17,7 @@ from vlexport.core.artifact import Artifact, Frozen, Session, Timing
 from vlexport.core.device_profiles import THIS, DeviceProfile, device_profiles
 from vlexport.core.errors import CapabilityError, InternalError
 from vlexport.core.isolate import IsolatedSession
+from vlexport.core.pipeline import open_artifact
 from vlexport.core.preprocess import Preprocess
 
 if TYPE_CHECKING:
@@ -195,8 +196,7 @@ class Target(abc.ABC):
         """A session in this process, for the runtime API."""
         self.require()
         module, _, function = self.session_entry.partition(":")
-        opened: Session = getattr(importlib.import_module(module), function)(folder, artifact, threads)
-        return opened
+        return open_artifact(getattr(importlib.import_module(module), function), folder, artifact, threads)
 
     def check_options(self, values: dict[str, Any]) -> Frozen:
         """Typed options from plain values."""

@@ -6,7 +6,7 @@ A :class:`Session` is opened from an :class:`Artifact` alone, on a machine that 
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -102,6 +102,10 @@ class Artifact(Frozen):
     outputs: tuple[TensorSpec, ...]
     session_options: dict[str, str | int | float | bool] = Field(default_factory=dict)
 
+    def needed_with(self, name: str) -> tuple[str, ...]:
+        """Names of the inputs that a run on input ``name`` needs, itself among them."""
+        return tuple(spec.name for spec in self.inputs)
+
 
 class Session(abc.ABC):
     """A loaded artifact. Options are fixed at open; not thread-safe: open one session per thread.
@@ -130,22 +134,7 @@ class Session(abc.ABC):
         Raises:
             InputError: VLX0507 when an input is missing, unknown or does not fit its spec.
         """
-        known = {spec.name: spec for spec in self.inputs}
-        arrays = {name: np.asarray(value) for name, value in inputs.items()}
-        for name in arrays:
-            if name not in known:
-                raise InputError("VLX0507", f"no input '{name}'{nearest(name, known)}", where=name)
-        for name, spec in known.items():
-            problem = spec.problem(arrays[name]) if name in arrays else "it is missing"
-            if problem:
-                raise InputError("VLX0507", f"input {name}: {problem}", where=name)
-        sizes: dict[str, tuple[int, str]] = {}
-        for name, spec in known.items():
-            for size, dim in zip(arrays[name].shape, spec.shape, strict=True):
-                first, other = sizes.setdefault(str(dim), (size, name))
-                if isinstance(dim, str) and size != first:
-                    raise InputError("VLX0507", f"{dim} is {size} in input {name}, but {first} in {other}", where=name)
-        return arrays
+        return fitted(self.inputs, inputs)
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -158,6 +147,35 @@ class Session(abc.ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def fitted(specs: Sequence[TensorSpec], inputs: Mapping[str, Array], *, known: Sequence[str] = ()) -> dict[str, Array]:
+    """``inputs`` as arrays that fit the specs.
+
+    Args:
+        specs: What is wanted.
+        inputs: Name → array.
+        known: Names to choose the nearest from for one that is not wanted; by default those of the specs.
+
+    Raises:
+        InputError: VLX0507 when an input is missing, unknown or does not fit its spec.
+    """
+    wanted = {spec.name: spec for spec in specs}
+    arrays = {name: np.asarray(value) for name, value in inputs.items()}
+    for name in arrays:
+        if name not in wanted:
+            raise InputError("VLX0507", f"no input '{name}'{nearest(name, known or wanted)}", where=name)
+    for name, spec in wanted.items():
+        problem = spec.problem(arrays[name]) if name in arrays else "it is missing"
+        if problem:
+            raise InputError("VLX0507", f"input {name}: {problem}", where=name)
+    sizes: dict[str, tuple[int, str]] = {}
+    for name, spec in wanted.items():
+        for size, dim in zip(arrays[name].shape, spec.shape, strict=True):
+            first, other = sizes.setdefault(str(dim), (size, name))
+            if isinstance(dim, str) and size != first:
+                raise InputError("VLX0507", f"{dim} is {size} in input {name}, but {first} in {other}", where=name)
+    return arrays
 
 
 def artifact_file(folder: Path, artifact: Artifact) -> Path:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 
 from pydantic import ValidationError
 
 from vlexport.core.bundle_schema import BUNDLE_SCHEMA, Bundle, FileRecord, digest_of
 from vlexport.core.errors import BundleError, GateError
+from vlexport.core.whole import whole_component
 
 BUNDLE_FILE = "bundle.json"
 COMPARE_FILE = "compare.json"
@@ -30,6 +31,7 @@ def read_bundle(folder: Path) -> Bundle:
 
     Raises:
         BundleError: VLX0601 no bundle, VLX0603 a later version, VLX0605 a path that leaves the bundle.
+        InputError: VLX1102 when its components do not fit together.
         GateError: VLX0602 when ``bundle.json`` does not fit its own digest.
     """
     file = folder / BUNDLE_FILE
@@ -73,13 +75,20 @@ def read_bundle(folder: Path) -> Bundle:
     if not bundle.components:
         raise BundleError("VLX0601", "bundle.json has no component", where=str(folder), hint="build it again")
     paths = [*bundle.files]
-    for component in bundle.components.values():
-        paths.append(f"{ARTIFACT_FOLDER}/{component.artifact.path}")
-        for golden in (component.golden, component.golden_smallest):
-            paths += [golden.inputs, golden.outputs] if golden is not None else []
+    goldens = [bundle.golden, bundle.golden_smallest]
+    for name, component in bundle.components.items():
+        paths.append(f"{artifact_folder(bundle.components, name)}/{component.artifact.path}")
+        goldens += [component.golden, component.golden_smallest]
+    paths += [path for golden in goldens if golden is not None for path in (golden.inputs, golden.outputs)]
     for path in paths:
         inside(folder, path)
+    whole_component(bundle)
     return bundle
+
+
+def artifact_folder(components: Collection[str], name: str) -> str:
+    """Folder, in the bundle, of a component's artifact: ``artifact``, and one of its own where there are several."""
+    return ARTIFACT_FOLDER if len(components) == 1 else f"{ARTIFACT_FOLDER}/{name}"
 
 
 def _is_file(file: Path) -> bool:

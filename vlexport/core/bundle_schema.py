@@ -10,7 +10,7 @@ import hashlib
 import json
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from vlexport.core.artifact import Artifact, DimRange, Frozen, Signature, TensorSpec
 from vlexport.core.numerics import OutputFidelity
@@ -109,7 +109,8 @@ class Component(Frozen):
     """One graph of a bundle.
 
     Attributes:
-        artifact: What the target made; its path is relative to ``artifact/``.
+        artifact: What the target made; its path is relative to ``artifact/``, or to the component's folder in it where
+            there are several.
         dims: Ranges of the dynamic dims.
         preprocess: Input name → how an image becomes that input.
         labels: Class names by index of the first output, if known.
@@ -147,8 +148,10 @@ class Bundle(Frozen):
         target: Id of the target.
         precision: Precision of the artifact.
         source_hash: SHA-256 of the model file's content; never its path.
-        components: Name → graph; the single one is called ``main``.
+        components: Name → graph; a single one is called ``main``.
         edges: ``(component.output, component.input)`` pairs.
+        golden: Golden vectors of all components together, where there are several; left out of the JSON otherwise.
+        golden_smallest: The same at the smallest sizes.
         tools: Versions of what took part.
         instruction_set: What the building machine's processor offers; results may differ slightly on another.
         compatibility: Facts that a device can be checked against before it opens the artifact.
@@ -165,6 +168,8 @@ class Bundle(Frozen):
     source_hash: str
     components: dict[str, Component]
     edges: tuple[tuple[str, str], ...] = ()
+    golden: Golden | None = None
+    golden_smallest: Golden | None = None
     tools: dict[str, str]
     instruction_set: tuple[str, ...]
     compatibility: dict[str, str]
@@ -173,12 +178,21 @@ class Bundle(Frozen):
 
     @property
     def main(self) -> Component:
-        """The single component, or the first one."""
-        return self.components.get("main") or next(iter(self.components.values()))
+        """The single component, or all of them wired together as one."""
+        from vlexport.core.whole import whole_component
+
+        return whole_component(self)
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What only bundles of several components have is not written for the others."""
+        values: dict[str, Any] = plain(self)
+        return {k: v for k, v in values.items() if v is not None or k not in ("golden", "golden_smallest")}
 
     def signature(self) -> Signature:
-        """Inputs, outputs and dims of the main component."""
-        return Signature(inputs=self.main.artifact.inputs, outputs=self.main.artifact.outputs, dims=self.main.dims)
+        """Inputs, outputs and dims of the whole."""
+        main = self.main
+        return Signature(inputs=main.artifact.inputs, outputs=main.artifact.outputs, dims=main.dims)
 
 
 class Machine(Frozen):

@@ -106,6 +106,9 @@ CODES: dict[str, str] = {
     "VLX1001": "two installed packages offer the same pass or target",
     "VLX1002": "a plugin was written for another version of the interface",
     "VLX1003": "a plugin cannot be used",
+    # 11: models of several components
+    "VLX1101": "components.toml is not understood",
+    "VLX1102": "the components do not fit together",
 }
 """Stable code → the kind of problem it stands for. A test keeps it equal to the codes that are really raised."""
 

@@ -28,6 +28,7 @@ import numpy as np
 
 from vlexport.core.artifact import Array, Artifact, Session, Timing
 from vlexport.core.errors import CODES, CapabilityError, InputError, VlexportError
+from vlexport.core.pipeline import artifact_from, open_artifact
 
 _LENGTH = struct.Struct("<Q")
 _STDERR_TAIL = 2000
@@ -305,8 +306,8 @@ def _opener(request: dict[str, Any]) -> Callable[[], Session]:
     """What opens the session; the runtime is imported on the way."""
     module, _, function = request["entry"].partition(":")
     found = getattr(importlib.import_module(module), function)
-    artifact = Artifact.model_validate(request["artifact"])
-    return partial(found, Path(request["folder"]), artifact, request["threads"])
+    artifact = artifact_from(request["artifact"])
+    return partial(open_artifact, found, Path(request["folder"]), artifact, request["threads"])
 
 
 def _opened(opener: Callable[[], Session]) -> tuple[Session, float]:

@@ -11,33 +11,33 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import vlexport
-from vlexport.core.artifact import Array
-from vlexport.core.bundle import ARTIFACT_FOLDER
-from vlexport.core.bundle_schema import Bundle, Component, Report
+from vlexport.core.bundle import ARTIFACT_FOLDER, artifact_folder
+from vlexport.core.bundle_schema import Bundle, Component, Golden, Report
 from vlexport.core.config import BuildConfig
 from vlexport.core.dataset import Dataset
 from vlexport.core.devices import available_cores, this_machine
-from vlexport.core.errors import DataError, UsageError
+from vlexport.core.errors import UsageError
 from vlexport.core.progress import Reporter, Silent, StageClock
 from vlexport.core.user_metric import UserMetric, open_metrics
-from vlexport.frontends.source import Source, open_source
+from vlexport.frontends.sources import Sources, open_sources
 from vlexport.ir.program import Program
 from vlexport.passes.base import Pass
 from vlexport.passes.pipeline import TimingHook
 from vlexport.report.write import new_report, write_report
 from vlexport.stages.choices import open_dataset, output_of, passes_of, tools_of, why_untimed
-from vlexport.stages.component import Optimized, lower_component, opt_inputs, optimize_component, specialize_component
+from vlexport.stages.component import Optimized, lower_component, optimize_component, specialize_component
 from vlexport.stages.dims import dims_of
-from vlexport.stages.golden import check_component
+from vlexport.stages.golden import check_bundle
 from vlexport.stages.order import Order, configs_of, order_of
 from vlexport.stages.profile import QUICK, Measurable, measure_latency
 from vlexport.stages.validate import TIMED, judge_gates, measure_accuracy, require_measured, skipped_phrase
+from vlexport.stages.whole_model import first_sample, naive_artifact, opt_inputs, whole_goldens
 from vlexport.stages.write_bundle import require_folder, require_free, staging, write_bundle
 
 
@@ -63,22 +63,20 @@ class Prepared:
     """What all targets share.
 
     Attributes:
-        source: The model.
-        optimized: After the passes that no target owns.
+        sources: The model.
+        optimized: Component → after the passes that no target owns.
         passes: Those passes.
         dataset: Evaluation samples.
         calibration: Calibration samples.
-        sample: The first of them, without batch dim.
         metrics: The user's own.
         seconds: Stage → seconds spent so far.
     """
 
-    source: Source
-    optimized: Optimized
+    sources: Sources
+    optimized: dict[str, Optimized]
     passes: tuple[Pass[Program], ...]
     dataset: Dataset | None
     calibration: Dataset | None
-    sample: dict[str, Array] | None
     metrics: tuple[UserMetric, ...]
     seconds: dict[str, float]
 
@@ -120,20 +118,24 @@ def prepare(config: BuildConfig, orders: Sequence[Order], reporter: Reporter) ->
     metrics = open_metrics(config.metric)
     require_folder(config.dump)
     with clock.stage("open the model"):
-        source = open_source(config)
-    dataset = open_dataset(config.data, source, skip_bad=config.skip_bad)
+        sources = open_sources(config)
+    dataset = open_dataset(config.data, sources, skip_bad=config.skip_bad)
     if dataset is not None:
         for order in orders:
             require_measured([g for g in order.gates if g.metric not in TIMED], dataset, referenced=True)
-    calibration = open_dataset(config.calib, source, skip_bad=config.skip_bad)
-    sample = _first_sample(calibration)
+    calibration = open_dataset(config.calib, sources, skip_bad=config.skip_bad)
+    samples = first_sample(calibration, sources)
     timing = TimingHook()
+    optimized: dict[str, Optimized] = {}
     with clock.stage("passes"):
-        optimized = optimize_component(
-            source, passes, config=config, sample=sample, dump=_dump(config), hooks=[timing]
-        )  # fmt: skip
+        for name, source in sources.components.items():
+            with sources.named(name):
+                optimized[name] = optimize_component(
+                    source, passes, config=config, sample=samples.get(name), dump=_dump(config, sources, name),
+                    hooks=[timing],
+                )  # fmt: skip
     seconds = {**clock.seconds, **_pass_seconds(timing)}
-    return Prepared(source, optimized, passes, dataset, calibration, sample, metrics, seconds)
+    return Prepared(sources, optimized, passes, dataset, calibration, metrics, seconds)
 
 
 def build_prepared(order: Order, prepared: Prepared, folder: Path, reporter: Reporter) -> BuildResult:
@@ -143,22 +145,32 @@ def build_prepared(order: Order, prepared: Prepared, folder: Path, reporter: Rep
         VlexportError: With the code and exit code of whatever is wrong.
     """
     clock, timing = StageClock(reporter), TimingHook()
-    config, target, source = order.config, order.target, prepared.source
-    brief = replace(order.brief, labels=source.labels, preprocess=source.preprocess)
-    dims = dims_of(config, target, source.program.signature)
-    dump = _dump(config, target.id)
+    config, target, brief = order.config, order.target, order.brief
+    dims = dims_of(config, target, prepared.sources.signature)
+    sources = prepared.sources.narrowed(dims)
+    samples = first_sample(prepared.calibration, sources)
+    optimized: dict[str, Optimized] = {}
     with clock.stage(f"passes for {target.id}"):
-        optimized = specialize_component(
-            prepared.optimized, target.program_passes(brief), dims=dims,
-            again=[p for p in prepared.passes if p.stage == "normalize"], config=config, sample=prepared.sample,
-            dump=dump, hooks=[timing],
-        )  # fmt: skip
+        for name, source in sources.components.items():
+            with sources.named(name):
+                optimized[name] = specialize_component(
+                    prepared.optimized[name], source, target.program_passes(brief),
+                    dims=prepared.sources.wiring.dims.own(name, dims),
+                    again=[p for p in prepared.passes if p.stage == "normalize"], config=config,
+                    sample=samples.get(name), dump=_dump(config, sources, name, target.id), hooks=[timing],
+                )  # fmt: skip
+    components: dict[str, Component] = {}
     with clock.stage(f"lower to {target.id}"):
-        component = lower_component(
-            target, source, optimized, brief, bundle=folder, folder=folder / ARTIFACT_FOLDER, seed=config.seed,
-            dump=dump / "lowered" if dump else None, hooks=[timing],
-        )  # fmt: skip
-    bundle, report = _measured(order, prepared, optimized, component, folder, clock)
+        for name, source in sources.components.items():
+            with sources.named(name):
+                components[name] = lower_component(
+                    target, source, optimized[name], brief, bundle=folder, name=name, seed=config.seed,
+                    folder=folder / artifact_folder(sources.components, name),
+                    dump=_dump(config, sources, name, target.id, "lowered"), hooks=[timing],
+                )  # fmt: skip
+    bundle, report = _measured(order, prepared, sources, components, folder, clock)
+    notes = [note for name, each in optimized.items() for note in sources.said(name, each.notes)]
+    report = _with_notes(report, *notes, *_narrowing(prepared.sources, sources))
     if prepared.calibration is not None and prepared.calibration.skipped:
         report = _with_notes(report, skipped_phrase(prepared.calibration, "calibration samples"))
     report = judge_gates(report, order.gates)
@@ -172,26 +184,33 @@ def build_prepared(order: Order, prepared: Prepared, folder: Path, reporter: Rep
 
 
 def _measured(
-    order: Order, prepared: Prepared, optimized: Optimized, component: Component, folder: Path, clock: StageClock
+    order: Order,
+    prepared: Prepared,
+    sources: Sources,
+    components: Mapping[str, Component],
+    folder: Path,
+    clock: StageClock,
 ) -> tuple[Bundle, Report]:
     """Write the bundle, and measure what can be measured here."""
-    notes = (*prepared.source.notes, *optimized.notes, *_narrowing(prepared, optimized))
-    if not order.probe.available:
-        bundle = _written(order, prepared, component, folder, state="built")
-        why = f"{order.target.id} does not run here, so nothing was run or measured: {order.probe.reason}"
-        return bundle, new_report(bundle, notes=(why, *notes))
     config, target = order.config, order.target
+    unwritten = _bundle(order, sources, components, whole_goldens(folder, sources, config.seed))
+    if not order.probe.available:
+        bundle = write_bundle(folder, unwritten, config.recipe())
+        why = f"{target.id} does not run here, so nothing was run or measured: {order.probe.reason}"
+        return bundle, new_report(bundle, notes=(why, *sources.notes))
     threads = config.threads or available_cores()
-    with target.open(folder / ARTIFACT_FOLDER, component.artifact, threads=threads) as session:
+    artifact = unwritten.main.artifact
+    with target.open(folder / ARTIFACT_FOLDER, artifact, threads=threads) as session:
         with clock.stage("golden check"):
-            check_component(session, folder, component, code="VLX0504")
+            check_bundle(target, session, folder, unwritten, code="VLX0504", threads=threads)
         untimed = why_untimed(session, order.gates)
-        bundle = _written(order, prepared, component, folder, state="built" if untimed else "verified")
-        report = new_report(bundle, notes=notes)
+        state: Literal["built", "verified"] = "built" if untimed else "verified"
+        bundle = write_bundle(folder, unwritten.model_copy(update={"state": state}), config.recipe())
+        report = new_report(bundle, notes=sources.notes)
         if prepared.dataset is not None:
             with clock.stage("validate"):
                 judged = measure_accuracy(
-                    session, prepared.dataset, bundle.main, reference=prepared.source.run, reporter=clock.reporter,
+                    session, prepared.dataset, bundle.main, reference=sources.run, reporter=clock.reporter,
                     metrics=prepared.metrics,
                     calibrated_on=frozenset(sample.content_hash() for sample in prepared.calibration or ()),
                 )  # fmt: skip
@@ -204,67 +223,58 @@ def _measured(
     if not order.brief.device.is_this(this_machine()):
         return bundle, _with_notes(report, f"latency was not measured: this machine is no {order.brief.device.id}")
     with clock.stage("profile"), tempfile.TemporaryDirectory(prefix="vlexport-") as scratch:
-        naive = Measurable("naive", target, Path(scratch), target.lower_naive(optimized.source, Path(scratch)))
-        ours = Measurable("artifact", target, folder / ARTIFACT_FOLDER, component.artifact)
-        inputs = opt_inputs(optimized.source, config.seed)
+        naive = Measurable("naive", target, Path(scratch), naive_artifact(target, sources, Path(scratch)))
+        ours = Measurable("artifact", target, folder / ARTIFACT_FOLDER, artifact)
+        inputs = opt_inputs(sources, config.seed)
         latency = measure_latency(ours, inputs, baseline=naive, plan=QUICK, threads=threads, reporter=clock.reporter)
     return bundle, report.model_copy(update={"latency": latency})
 
 
-def _written(
-    order: Order, prepared: Prepared, component: Component, folder: Path, *, state: Literal["built", "verified"]
+def _bundle(
+    order: Order,
+    sources: Sources,
+    components: Mapping[str, Component],
+    goldens: tuple[Golden | None, Golden | None],
 ) -> Bundle:
-    return write_bundle(
-        folder,
-        Bundle(
-            vlexport=vlexport.__version__,
-            state=state,
-            target=order.target.id,
-            precision=order.brief.precision,
-            device_profile=order.brief.device.id,
-            source_hash=prepared.source.source_hash,
-            components={"main": component},
-            tools=tools_of(order.config, order.target),
-            instruction_set=this_machine().instruction_set,
-            compatibility=order.target.compatibility(order.brief),
-            files={},
-        ),
-        order.config.recipe(),
+    return Bundle(
+        vlexport=vlexport.__version__,
+        state="built",
+        target=order.target.id,
+        precision=order.brief.precision,
+        device_profile=order.brief.device.id,
+        source_hash=sources.source_hash,
+        components=dict(components),
+        edges=sources.edges,
+        golden=goldens[0],
+        golden_smallest=goldens[1],
+        tools=tools_of(order.config, order.target),
+        instruction_set=this_machine().instruction_set,
+        compatibility=order.target.compatibility(order.brief),
+        files={},
     )
 
 
-def _narrowing(prepared: Prepared, optimized: Optimized) -> tuple[str, ...]:
-    """A note on dims that take fewer sizes in the artifact than in the model."""
-    saved, made = prepared.source.program.signature.dims, optimized.source.signature.dims
-    fixed = [name for name in saved if name not in made]
+def _narrowing(saved: Sources, made: Sources) -> tuple[str, ...]:
+    """A note on dims that are dynamic in the model and fixed in the artifact."""
+    pairs = zip(saved.signature.inputs, made.signature.inputs, strict=True)
+    sizes = dict(pair for a, b in pairs for pair in zip(a.shape, b.shape, strict=True))
+    fixed = [name for name in saved.signature.dims if name not in made.signature.dims]
     if not fixed:
         return ()
-    sizes = dict(zip(_shapes(prepared.source.program), _shapes(optimized.source), strict=True))
     said = ", ".join(f"{name} is fixed to {sizes[name]}" for name in fixed)
     return (f"{said}; --dynamic {fixed[0]}=MIN:OPT:MAX keeps it dynamic",)
-
-
-def _shapes(program: Program) -> list[int | str]:
-    return [dim for spec in program.signature.inputs for dim in spec.shape]
 
 
 def _with_notes(report: Report, *notes: str) -> Report:
     return report.model_copy(update={"notes": (*report.notes, *notes)})
 
 
-def _dump(config: BuildConfig, part: str = "") -> Path | None:
-    return Path(config.dump) / part if config.dump else None
+def _dump(config: BuildConfig, sources: Sources, name: str, *parts: str) -> Path | None:
+    """Where a component's graph goes after every pass; None without ``--dump``."""
+    if not config.dump:
+        return None
+    return Path(config.dump).joinpath(name if sources.only is None else "", *parts)
 
 
 def _pass_seconds(timing: TimingHook) -> dict[str, float]:
     return {f"pass {name}": spent for name, spent in timing.seconds.items()}
-
-
-def _first_sample(dataset: Dataset | None) -> dict[str, Array] | None:
-    """The first calibration sample, without batch dim."""
-    if dataset is None:
-        return None
-    first = next(iter(dataset), None)
-    if first is None:
-        raise DataError("VLX0202", "the calibration data is empty", where="--calib")
-    return first.inputs

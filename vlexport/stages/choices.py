@@ -5,6 +5,7 @@ build stops at the first problem here, plan collects them all.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from vlexport.core.errors import CapabilityError, InternalError, UsageError, nea
 from vlexport.core.samples import Dataset, open_data
 from vlexport.core.user_metric import metric_names
 from vlexport.core.verdict import Gate, gate_from_text
-from vlexport.frontends.source import Source
+from vlexport.frontends.sources import Sources
 from vlexport.ir.program import Program
 from vlexport.passes import CATALOGUE as PASSES
 from vlexport.passes import offered_passes, pass_class
@@ -30,7 +31,7 @@ from vlexport.targets.base import Target
 
 def output_of(config: BuildConfig) -> Path:
     """The bundle's folder: ``-o``, or the model's name with ``.bundle``."""
-    return Path(config.output or f"{Path(config.model).stem}.bundle")
+    return Path(config.output or f"{Path(os.path.abspath(config.model)).stem}.bundle")
 
 
 def precision_of(config: BuildConfig, target: Target) -> tuple[str, str]:
@@ -161,7 +162,7 @@ def profile_of(config: BuildConfig, target: Target) -> DeviceProfile:
     return device_profile(config.device_profile or target.default_device, target=target.id)
 
 
-def open_dataset(data: str | None, source: Source, *, skip_bad: bool = False) -> Dataset | None:
+def open_dataset(data: str | None, sources: Sources, *, skip_bad: bool = False) -> Dataset | None:
     """DATA for a model, or None where none was given; ``skip_bad`` leaves out what cannot be read or holds NaN.
 
     Raises:
@@ -170,6 +171,6 @@ def open_dataset(data: str | None, source: Source, *, skip_bad: bool = False) ->
     if data is None:
         return None
     return open_data(
-        data, inputs=source.program.signature.inputs, preprocess=source.preprocess, labels=source.labels or None,
+        data, inputs=sources.signature.inputs, preprocess=sources.preprocess, labels=sources.labels or None,
         skip_bad=skip_bad,
     )  # fmt: skip

@@ -5,14 +5,13 @@ Passes come in two parts: those that every target shares, run once, and each tar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from vlexport.core.artifact import Array, DimRange, TensorSpec
+from vlexport.core.artifact import Array, DimRange
 from vlexport.core.bundle_schema import Component, CostRecord, Golden, PassRecord
 from vlexport.core.config import BuildConfig
 from vlexport.core.errors import GateError
@@ -39,18 +38,16 @@ class Optimized:
     """A Program after its passes.
 
     Attributes:
-        source: The Program before them, with the same dims.
         program: What they made of it.
         records: One per pass.
         probes: Inputs of the gate; None where it is off.
         notes: What the user should know of the gate.
     """
 
-    source: Program
     program: Program
     records: tuple[PassRecord, ...]
     probes: Sequence[Probe] | None
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...]
 
 
 def optimize_component(
@@ -68,7 +65,7 @@ def optimize_component(
         source: The model.
         passes: In order, the target's at the end.
         config: Seed and gate.
-        sample: A calibration sample without batch dim, by input name.
+        sample: A calibration sample with batch dim, by input name.
         dump: Folder for the graph's text after every pass.
         hooks: Watchers.
 
@@ -79,12 +76,12 @@ def optimize_component(
     gate = NumericGate(source.program, probes) if config.numeric_gate else None
     watching = [*hooks, *([DumpHook(dump)] if dump is not None else [])]
     program, records = run_pipeline(source.program, passes, gate=gate, hooks=watching)
-    kept = probes if gate is not None else None
-    return Optimized(source.program, program, tuple(records), kept, _blind(gate, source))
+    return Optimized(program, tuple(records), probes if gate is not None else None, _blind(gate, source))
 
 
 def specialize_component(
     shared: Optimized,
+    source: Source,
     passes: Sequence[Pass[Program]],
     *,
     dims: Mapping[str, DimRange],
@@ -98,22 +95,23 @@ def specialize_component(
 
     Args:
         shared: The result of :func:`optimize_component`.
+        source: The model, narrowed.
         passes: The target's.
         dims: Dims to narrow; sizes that become constants are worth the passes in ``again``.
         again: Passes to repeat after narrowing; recorded where they change something.
         config: Seed and gate.
-        sample: A calibration sample without batch dim, by input name.
+        sample: A calibration sample with batch dim that fits the narrowed dims, by input name.
         dump: Folder for the graph's text after every pass.
         hooks: Watchers.
 
     Raises:
         VlexportError: VLX04xx.
     """
-    source, program, probes = shared.source, shared.program, shared.probes
+    program, probes = shared.program, shared.probes
     if dims:
-        source, program = narrowed(source, dims), narrowed(program, dims)
+        program = narrowed(program, dims)
         if probes is not None:
-            probes = _probes(source, sample, config.seed)
+            probes = _probes(source.program, sample, config.seed)
             require_same(program, shared.program, probes, what=f"narrowing {', '.join(dims)}")
     wanted = [*(again if dims else ()), *passes]
     if not wanted:
@@ -122,7 +120,7 @@ def specialize_component(
     watching = [*hooks, *([DumpHook(dump)] if dump is not None else [])]
     program, records = run_pipeline(program, wanted, gate=gate, hooks=watching)
     told = [r for r, each in zip(records, wanted, strict=True) if r.changes or each not in again]
-    return Optimized(source, program, (*shared.records, *told), probes, shared.notes)
+    return Optimized(program, (*shared.records, *told), probes, shared.notes)
 
 
 def require_same(found: Program, wanted: Program, probes: Sequence[Probe], *, what: str) -> None:
@@ -149,6 +147,7 @@ def lower_component(
     *,
     bundle: Path,
     folder: Path,
+    name: str,
     seed: int,
     dump: Path | None,
     hooks: Sequence[Hook] = (),
@@ -159,9 +158,10 @@ def lower_component(
         target: What it is lowered for.
         source: Computes the golden outputs.
         optimized: What is lowered.
-        brief: What lowering depends on beside the Program; names the component.
+        brief: What lowering depends on beside the Program.
         bundle: Folder of the bundle.
         folder: The artifact's, in it.
+        name: Of the component.
         seed: Of the golden vectors.
         dump: Folder for the lowered graph's text after every pass.
         hooks: Watchers.
@@ -169,13 +169,18 @@ def lower_component(
     Raises:
         VlexportError: VLX04xx, VLX0503.
     """
+    brief = replace(brief, labels=source.labels, preprocess=source.preprocess)
     artifact, lowered = lower_and_rewrite(
         target, optimized.program, folder, brief, probes=optimized.probes, hooks=hooks, dump=dump
     )
-    golden, smallest = _write_goldens(bundle, brief.name, source, optimized.source, seed)
+    signature = optimized.program.signature
+    golden, smallest = write_goldens(
+        bundle, name, dims=signature.dims, run=source.run,
+        draw=lambda sizes, masks: drawn(source.program, seed + 1, sizes, masks=masks),
+    )  # fmt: skip
     return Component(
         artifact=artifact,
-        dims=optimized.program.signature.dims,
+        dims=signature.dims,
         preprocess=source.preprocess,
         labels=source.labels,
         golden=golden,
@@ -185,52 +190,49 @@ def lower_component(
     )
 
 
-def golden_inputs(program: Program, seed: int) -> dict[str, Array]:
-    """Seeded inputs with every dynamic dim two above its smallest size, or at its largest."""
-    dims = program.signature.dims
-    sizes = {n: r.min + GOLDEN_STEP if r.max is None else min(r.min + GOLDEN_STEP, r.max) for n, r in dims.items()}
-    return _drawn(program, seed + 1, sizes, masks=True)
+def _probes(program: Program, sample: Mapping[str, Array] | None, seed: int) -> list[Probe]:
+    specs = program.signature.inputs
+    calibration = [torch.from_numpy(sample[spec.name]) for spec in specs] if sample is not None else None
+    return make_probes(program, calibration=calibration, seed=seed)
 
 
-def opt_inputs(program: Program, seed: int) -> dict[str, Array]:
-    """Seeded inputs with every dynamic dim at its ``opt``: what latency is measured on."""
-    return _drawn(program, seed + 2, {name: r.opt for name, r in program.signature.dims.items()})
+def drawn(program: Program, seed: int, sizes: Mapping[str, int], *, masks: bool = False) -> dict[str, Array]:
+    """Seeded inputs of a Program by name, with its dynamic dims at ``sizes``; see :func:`vlexport.ir.draw.draw`."""
+    values = draw(program, torch.Generator().manual_seed(seed), sizes, masks=masks)
+    return {spec.name: value.numpy() for spec, value in zip(program.signature.inputs, values, strict=True)}
+
+
+def write_goldens(
+    bundle: Path,
+    name: str,
+    *,
+    dims: Mapping[str, DimRange],
+    draw: Callable[[Mapping[str, int], bool], dict[str, Array]],
+    run: Callable[[Mapping[str, Array]], dict[str, Array]],
+) -> tuple[Golden, Golden | None]:
+    """Golden vectors with every dynamic dim two above its smallest size, or at its largest, and at the smallest.
+
+    Args:
+        bundle: Folder of the bundle.
+        name: Folder below ``golden/``.
+        dims: Dynamic dims; without any, there are no vectors at the smallest size.
+        draw: Inputs for sizes of the dims, with random or full masks.
+        run: Computes the outputs.
+    """
+    larger = draw(
+        {n: r.min + GOLDEN_STEP if r.max is None else min(r.min + GOLDEN_STEP, r.max) for n, r in dims.items()}, True
+    )
+    golden = write_golden(bundle, name, larger, run(larger))
+    if not dims:
+        return golden, None
+    smallest = draw({dim: r.min for dim, r in dims.items()}, False)
+    return golden, write_golden(bundle, name, smallest, run(smallest), suffix="-smallest")
 
 
 def cost_record(program: Program) -> CostRecord:
     """What one run of a Program costs, as data of a bundle."""
     found = cost(program)
     return CostRecord(macs=found.macs, parameters=found.parameters, size_bytes=found.size_bytes, opaque=found.opaque)
-
-
-def _write_goldens(
-    bundle: Path, name: str, source: Source, program: Program, seed: int
-) -> tuple[Golden, Golden | None]:
-    """Golden vectors at the larger sizes of a Program, and at the smallest where a dim is dynamic."""
-    larger = golden_inputs(program, seed)
-    golden = write_golden(bundle, name, larger, source.run(larger))
-    dims = program.signature.dims
-    if not dims:
-        return golden, None
-    smallest = _drawn(program, seed + 1, {dim: r.min for dim, r in dims.items()})
-    return golden, write_golden(bundle, name, smallest, source.run(smallest), suffix="-smallest")
-
-
-def _drawn(program: Program, seed: int, sizes: dict[str, int], *, masks: bool = False) -> dict[str, Array]:
-    values = draw(program, torch.Generator().manual_seed(seed), sizes, masks=masks)
-    return {spec.name: value.numpy() for spec, value in zip(program.signature.inputs, values, strict=True)}
-
-
-def _probes(program: Program, sample: Mapping[str, Array] | None, seed: int) -> list[Probe]:
-    specs = program.signature.inputs
-    calibration = [_batched(sample[spec.name], spec) for spec in specs] if sample is not None else None
-    return make_probes(program, calibration=calibration, seed=seed)
-
-
-def _batched(row: Array, spec: TensorSpec) -> torch.Tensor:
-    """A sample with its batch dim: 1, or repeated to the size that the graph fixes."""
-    size = spec.shape[0] if spec.shape and isinstance(spec.shape[0], int) else 1
-    return torch.from_numpy(np.repeat(row[None], size, axis=0))
 
 
 def _blind(gate: NumericGate | None, source: Source) -> tuple[str, ...]:

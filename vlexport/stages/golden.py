@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from vlexport.core.artifact import Array, Artifact, Session, TensorSpec
-from vlexport.core.bundle import inside
-from vlexport.core.bundle_schema import Component, Golden
+from vlexport.core.bundle import artifact_folder, inside
+from vlexport.core.bundle_schema import Bundle, Component, Golden
 from vlexport.core.errors import BundleError, GateError
 from vlexport.core.numerics import relative_error
+from vlexport.core.wiring import WHOLE
+from vlexport.targets.base import Target
 
 
 def read_golden(folder: Path, component: Component) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -24,8 +26,8 @@ def read_golden(folder: Path, component: Component) -> tuple[dict[str, Array], d
     return _pair(folder, component.golden, component.artifact)
 
 
-def check_component(session: Session, folder: Path, component: Component, *, code: str) -> float:
-    """Check all golden vectors of a component; returns the largest error.
+def check_component(session: Session, folder: Path, component: Component, *, code: str, where: str = "") -> float:
+    """Check all golden vectors of a component; returns the largest error. ``where`` stands before an output's name.
 
     Raises:
         BundleError: VLX0601.
@@ -35,8 +37,39 @@ def check_component(session: Session, folder: Path, component: Component, *, cod
     for golden in (component.golden, component.golden_smallest):
         if golden is not None:
             inputs, outputs = _pair(folder, golden, component.artifact)
-            worst = max(worst, check_golden(session, inputs, outputs, tolerance=golden.tolerance, code=code))
+            error = check_golden(session, inputs, outputs, tolerance=golden.tolerance, code=code, where=where)
+            worst = max(worst, error)
     return worst
+
+
+def check_bundle(
+    target: Target, whole: Session, folder: Path, bundle: Bundle, *, code: str, threads: int
+) -> dict[str, float]:
+    """Check every component by itself, then all of them together: an edge that leads elsewhere is found there only.
+
+    Args:
+        target: Opens the components.
+        whole: A session of the whole bundle.
+        folder: Of the bundle.
+        bundle: Its components.
+        code: Of the error.
+        threads: Of the sessions.
+
+    Returns:
+        Component → largest error; ``whole`` among them where there are several.
+
+    Raises:
+        BundleError: VLX0601.
+        GateError: ``code``.
+    """
+    errors = {}
+    if len(bundle.components) == 1:
+        return {name: check_component(whole, folder, each, code=code) for name, each in bundle.components.items()}
+    for name, each in bundle.components.items():
+        place = folder / artifact_folder(bundle.components, name)
+        with target.open(place, each.artifact, threads=threads) as session:
+            errors[name] = check_component(session, folder, each, code=code, where=f"component {name}, ")
+    return {**errors, WHOLE: check_component(whole, folder, bundle.main, code=code, where="the whole, ")}
 
 
 def _pair(folder: Path, golden: Golden, artifact: Artifact) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -65,7 +98,13 @@ def worst_error(session: Session, inputs: Mapping[str, Array], outputs: Mapping[
 
 
 def check_golden(
-    session: Session, inputs: Mapping[str, Array], outputs: Mapping[str, Array], *, tolerance: float, code: str
+    session: Session,
+    inputs: Mapping[str, Array],
+    outputs: Mapping[str, Array],
+    *,
+    tolerance: float,
+    code: str,
+    where: str = "",
 ) -> float:
     """Raise when the artifact does not reproduce the vectors.
 
@@ -77,7 +116,7 @@ def check_golden(
         raise GateError(
             code,
             f"output {output} of the artifact differs from the source program by {error:.1e} (bound {tolerance:.0e})",
-            where=output,
+            where=f"{where}{output}",
             hint="another version of the runtime may help; please report it with `vlexport --version`",
         )
     return error

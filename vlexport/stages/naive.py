@@ -10,9 +10,10 @@ from pathlib import Path
 from vlexport.core.bundle import read_bundle
 from vlexport.core.errors import UsageError
 from vlexport.core.progress import Reporter
-from vlexport.frontends.source import open_source
+from vlexport.frontends.sources import open_sources
 from vlexport.stages.profile import Measurable
 from vlexport.stages.reference import reference_config
+from vlexport.stages.whole_model import naive_artifact
 from vlexport.targets import open_target
 
 
@@ -28,9 +29,9 @@ def naive_baseline(bundle: Path, reference: str, arch: str | None, reporter: Rep
     recorded = read_bundle(bundle)
     with tempfile.TemporaryDirectory(prefix="vlexport-") as scratch:
         with reporter.stage("plain export"):
-            source = open_source(reference_config(reference, arch, recorded))
-            if source.source_hash != recorded.source_hash:
+            sources = open_sources(reference_config(reference, arch, recorded))
+            if sources.source_hash != recorded.source_hash:
                 raise UsageError("VLX0804", "this is not the model that the bundle was built from", where="--reference")
             target = open_target(recorded.target)
-            artifact = target.lower_naive(source.program, Path(scratch))
+            artifact = naive_artifact(target, sources, Path(scratch))
         yield Measurable("naive", target, Path(scratch), artifact)

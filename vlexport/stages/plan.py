@@ -6,17 +6,16 @@ All problems are found at once, where a build stops at the first.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
-from vlexport.core.artifact import DimRange
 from vlexport.core.bundle_schema import CostRecord, PassRecord
 from vlexport.core.config import BuildConfig
 from vlexport.core.errors import CapabilityError, VlexportError
 from vlexport.core.progress import Reporter, Silent
-from vlexport.frontends.source import open_source
+from vlexport.core.whole import summed_cost, whole_passes
+from vlexport.frontends.sources import open_sources
 from vlexport.ir import dialect, provenance
-from vlexport.ir.narrow import narrowed
 from vlexport.ir.program import Program
 from vlexport.passes.base import Pass
 from vlexport.passes.pipeline import run_pipeline
@@ -85,32 +84,32 @@ def plan(config: BuildConfig, *, reporter: Reporter | None = None) -> Plan:
     collect(lambda: require_free(output_of(config), force=config.force))
     collect(lambda: target.require_tools(brief))
     with reporter.stage("open the model"):
-        source = open_source(config)
+        sources = open_sources(config)
     for data in (config.data, config.calib):
-        collect(partial(open_dataset, data, source))
+        collect(partial(open_dataset, data, sources))
     passes: list[Pass[Program]] = []
     try:
         passes = passes_of(config)
     except VlexportError as error:
         problems.append(error)
-    brief = replace(brief, labels=source.labels, preprocess=source.preprocess)
-    dims: dict[str, DimRange] = {}
     try:
-        dims = dims_of(config, target, source.program.signature)
+        sources = sources.narrowed(dims_of(config, target, sources.signature))
     except VlexportError as error:
         problems.append(error)
+    before = {name: source.program for name, source in sources.components.items()}
     with reporter.stage("passes"):
-        start = narrowed(source.program, dims) if dims else source.program
-        program, records = run_pipeline(start, [*passes, *target.program_passes(brief)], gate=None)
-    problems += _opaque(program)
+        ran = {n: run_pipeline(p, [*passes, *target.program_passes(brief)], gate=None) for n, p in before.items()}
+    after = {name: program for name, (program, _) in ran.items()}
+    for program in after.values():
+        problems += _opaque(program)
     return Plan(
-        passes=records,
-        before=cost_record(source.program),
-        after=cost_record(program),
-        calls_before=len(source.program.calls()),
-        calls_after=len(program.calls()),
+        passes=whole_passes({name: tuple(records) for name, (_, records) in ran.items()}),
+        before=summed_cost({name: cost_record(program) for name, program in before.items()}),
+        after=summed_cost({name: cost_record(program) for name, program in after.items()}),
+        calls_before=sum(len(program.calls()) for program in before.values()),
+        calls_after=sum(len(program.calls()) for program in after.values()),
         problems=tuple(problems),
-        notes=source.notes,
+        notes=sources.notes,
     )
 
 

@@ -50,16 +50,16 @@ def open_reference(path: str, bundle: Bundle, *, arch: str | None = None) -> Ite
             yield Reference("bundle", session.run, notes)
         return
     try:
-        from vlexport.frontends.source import open_source
+        from vlexport.frontends.sources import open_sources
     except ImportError as error:
         raise ModelFileError(
             "VLX0104", "a model file as reference needs torch, which is not installed", where="--reference",
             hint="pip install 'vlexport[build]', or give a bundle as reference",
         ) from error  # fmt: skip
-    source = open_source(reference_config(path, arch, bundle))
-    signature = source.program.signature
+    sources = open_sources(reference_config(path, arch, bundle))
+    signature = sources.signature
     _require_same(path, wanted_names(bundle), ([s.name for s in signature.inputs], [s.name for s in signature.outputs]))
-    yield Reference("model", source.run)
+    yield Reference("model", sources.run)
 
 
 def reference_config(path: str, arch: str | None, bundle: Bundle) -> BuildConfig:

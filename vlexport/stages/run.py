@@ -80,7 +80,7 @@ class LoadedBundle:
             DataError: VLX0203, VLX0206 as in :meth:`classify`.
         """
         main = self.bundle.main
-        if len(main.preprocess) != 1 or len(main.artifact.inputs) != 1:
+        if len(main.preprocess) != 1 or len(main.artifact.needed_with(next(iter(main.preprocess)))) != 1:
             raise DataError(
                 "VLX0206", "the bundle does not record how an image becomes its input",
                 hint="save the model with preprocess=, or call run() with arrays",

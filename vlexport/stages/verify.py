@@ -8,13 +8,13 @@ from pathlib import Path
 from vlexport.core.bundle import ARTIFACT_FOLDER, check_files, read_bundle
 from vlexport.core.bundle_schema import Bundle
 from vlexport.core.progress import Reporter, Silent
-from vlexport.stages.golden import check_component
+from vlexport.stages.golden import check_bundle
 from vlexport.targets import open_target
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What verify found: the bundle, and each component's largest golden error."""
+    """What verify found: the bundle, and the largest golden error of each component, and of the whole if several."""
 
     bundle: Bundle
     errors: dict[str, float]
@@ -34,9 +34,6 @@ def verify(folder: str | Path, *, threads: int = 0, reporter: Reporter | None = 
     with reporter.stage("check files"):
         check_files(folder, bundle)
     target = open_target(bundle.target)
-    errors = {}
-    for name, component in bundle.components.items():
-        opened = target.open(folder / ARTIFACT_FOLDER, component.artifact, threads=threads)
-        with opened as session, reporter.stage(f"golden check of {name}"):
-            errors[name] = check_component(session, folder, component, code="VLX0606")
-    return Verified(bundle, errors)
+    opened = target.open(folder / ARTIFACT_FOLDER, bundle.main.artifact, threads=threads)
+    with opened as session, reporter.stage("golden check"):
+        return Verified(bundle, check_bundle(target, session, folder, bundle, code="VLX0606", threads=threads))

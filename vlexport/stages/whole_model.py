@@ -1,0 +1,74 @@
+"""What a build makes of all components of a model together: inputs, golden vectors, the plain export. Needs torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from vlexport.core.artifact import Array, Artifact
+from vlexport.core.bundle_schema import Golden
+from vlexport.core.dataset import Dataset
+from vlexport.core.errors import DataError
+from vlexport.core.pipeline import pipeline_of
+from vlexport.core.wiring import WHOLE
+from vlexport.frontends.sources import Sources
+from vlexport.stages.component import drawn, write_goldens
+from vlexport.targets.base import Target
+
+_SEED_STEP = 16
+"""Between the draws of two components: inputs of the same shape must differ, or exchanging them would not be seen."""
+
+
+def first_sample(dataset: Dataset | None, sources: Sources) -> dict[str, dict[str, Array]]:
+    """What each component is given on the first calibration sample, with batch dim; nothing without data.
+
+    Raises:
+        DataError: VLX0202 when the data is empty.
+    """
+    if dataset is None:
+        return {}
+    first = next(iter(dataset), None)
+    if first is None:
+        raise DataError("VLX0202", "the calibration data is empty", where="--calib")
+    made = {}
+    for spec in sources.signature.inputs:
+        size = spec.shape[0] if spec.shape and isinstance(spec.shape[0], int) else 1
+        made[spec.name] = np.repeat(first.inputs[spec.name][None], size, axis=0)
+    return sources.inputs_of(made)
+
+
+def opt_inputs(sources: Sources, seed: int) -> dict[str, Array]:
+    """Seeded inputs with every dynamic dim at its ``opt``: what latency is measured on."""
+    return _drawn(sources, seed + 2, {name: r.opt for name, r in sources.signature.dims.items()})
+
+
+def whole_goldens(folder: Path, sources: Sources, seed: int) -> tuple[Golden | None, Golden | None]:
+    """Golden vectors of all components together, and at the smallest sizes; a single one has its own and no others."""
+    if sources.only is not None:
+        return None, None
+
+    def draw(sizes: Mapping[str, int], masks: bool) -> dict[str, Array]:
+        return _drawn(sources, seed + 1, sizes, masks=masks)
+
+    return write_goldens(folder, WHOLE, dims=sources.signature.dims, draw=draw, run=sources.run)
+
+
+def naive_artifact(target: Target, sources: Sources, folder: Path) -> Artifact:
+    """The plain export of every component."""
+    if sources.only is not None:
+        return target.lower_naive(sources.only.program, folder)
+    parts = {name: target.lower_naive(each.program, folder / name) for name, each in sources.components.items()}
+    return pipeline_of(
+        parts, {name: each.program.signature.dims for name, each in sources.components.items()}, sources.edges
+    )
+
+
+def _drawn(sources: Sources, seed: int, sizes: Mapping[str, int], *, masks: bool = False) -> dict[str, Array]:
+    """Inputs of the whole: for each component a draw of its own, of which the inputs that no edge feeds are taken."""
+    draws = {}
+    for number, (name, source) in enumerate(sources.components.items()):
+        own = sources.wiring.dims.sizes(name, sizes)
+        draws[name] = drawn(source.program, seed + number * _SEED_STEP, own, masks=masks)
+    return {public: draws[port.component][port.name] for public, port in sources.wiring.inputs.items()}
