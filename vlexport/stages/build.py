@@ -48,6 +48,7 @@ from vlexport.stages.choices import (
 from vlexport.stages.golden import check_component
 from vlexport.stages.lowered import lower_and_rewrite
 from vlexport.stages.profile import QUICK, Measurable, measure_latency
+from vlexport.stages.tune import Subject, Tuned, autotune, axes_of
 from vlexport.stages.validate import TIMED, judge_gates, measure_accuracy, require_measured, skipped_phrase
 from vlexport.stages.write_bundle import require_folder, require_free, staging, write_bundle, write_golden
 from vlexport.targets import open_target
@@ -89,6 +90,7 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
     precision, reason = precision_of(config, target)
     gates = gates_of(config)
     options = options_of(config, target)
+    axes = axes_of(config, target, options)
     passes = passes_of(config)
     device = profile_of(config)
     metrics = open_metrics(config.metric)
@@ -122,6 +124,17 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
             )  # fmt: skip
         goldens = _write_goldens(folder, source, config.seed)
         component = _component(source, program, (*records, *lowered_records), artifact, goldens)
+        tuned: Tuned | None = None
+        if axes:
+            with clock.stage("autotune"):
+                subject = Subject(
+                    config=config, target=target, folder=folder, component=component, source_hash=source.source_hash,
+                    source=source.run, inputs=opt_inputs(source.program, config.seed), gates=gates, metrics=metrics,
+                    tools=tools_of(config, target), threads=threads,
+                )  # fmt: skip
+                tuned = autotune(subject, axes, dataset, reporter=reporter)
+            config, component, dataset = tuned.config, tuned.component, tuned.dataset
+            artifact, options = component.artifact, options_of(config, target)
         with target.open(folder / ARTIFACT_FOLDER, artifact, threads=threads) as session:
             with clock.stage("golden check"):
                 check_component(session, folder, component, code="VLX0504")
@@ -144,6 +157,7 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
                 config.recipe(),
             )
             report = new_report(bundle, notes=(*source.notes, *_blind(gate, source)))
+            report = report.model_copy(update={"tuning": tuned.tuning if tuned is not None else None})
             if dataset is not None:
                 with clock.stage("validate"):
                     judged = measure_accuracy(
@@ -171,6 +185,8 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
         seconds = {**clock.seconds, **{f"pass {name}": spent for name, spent in timing.seconds.items()}}
         report = report.model_copy(update={"stage_seconds": {k: round(v, 2) for k, v in seconds.items()}})
         write_report(folder, bundle, report)
+    if tuned is not None:
+        tuned.finish()
     reporter.note(f"precision {precision}: {reason}")
     return BuildResult(output, bundle, report, seconds)
 

@@ -28,6 +28,7 @@ from vlexport.stages.choices import (
     precision_of,
     profile_of,
 )
+from vlexport.stages.tune import axes_of
 from vlexport.stages.write_bundle import require_free
 from vlexport.targets import open_target
 
@@ -44,6 +45,7 @@ class Plan:
         calls_after: Calls of the graph that would be lowered.
         problems: Everything that would stop the build, or is likely to.
         notes: What the user should know.
+        candidates: What a search would try: option → values.
     """
 
     passes: tuple[PassRecord, ...]
@@ -53,6 +55,7 @@ class Plan:
     calls_after: int
     problems: tuple[VlexportError, ...]
     notes: tuple[str, ...]
+    candidates: dict[str, tuple[str, ...]]
 
 
 def plan(config: BuildConfig, *, reporter: Reporter | None = None) -> Plan:
@@ -73,7 +76,8 @@ def plan(config: BuildConfig, *, reporter: Reporter | None = None) -> Plan:
 
     collect(lambda: precision_of(config, target))
     collect(lambda: gates_of(config))
-    collect(lambda: options_of(config, target))
+    candidates: dict[str, tuple[str, ...]] = {}
+    collect(lambda: candidates.update(axes_of(config, target, options_of(config, target))))
     collect(lambda: profile_of(config))
     collect(lambda: require_free(output_of(config), force=config.force))
     collect(target.require)
@@ -97,6 +101,7 @@ def plan(config: BuildConfig, *, reporter: Reporter | None = None) -> Plan:
         calls_after=len(program.calls()),
         problems=tuple(problems),
         notes=source.notes,
+        candidates=candidates,
     )
 
 
