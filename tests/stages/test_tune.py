@@ -142,7 +142,8 @@ def test_recipe_replays_the_same_bytes_when_a_search_adopted_options(
     model_file: Path, tmp_path: Path, in_process: None, asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And accuracy is that of the samples which the search did not choose on."""
-    monkeypatch.setattr("vlexport.stages.build.measure_latency", speeds({}, []))
+    profiled: list[str] = []
+    monkeypatch.setattr("vlexport.stages.build.measure_latency", speeds({}, profiled))
     monkeypatch.setattr(OnnxRuntimeTarget, "lower_naive", lambda self, program, folder: self.lower(
         program, folder, options=OnnxRuntimeOptions(), threads=1))  # fmt: skip
     values = {"model": str(model_file), "options": LEVELS_ONLY, "threads": 1}
@@ -172,6 +173,7 @@ def test_recipe_replays_the_same_bytes_when_a_search_adopted_options(
     again = {"model": str(model_file), "output": str(tmp_path / "again"), "data": str(tmp_path / "photos")}
     build(config_from(again, recipe=tmp_path / "tuned/recipe.toml"))
     assert len(asked) == 4
+    assert profiled == ["extended/all"] * 2  # the naive export is opened as the runtime does by default
     assert content(tmp_path / "again") == content(tmp_path / "tuned")
 
 

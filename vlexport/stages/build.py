@@ -134,8 +134,8 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
                 )  # fmt: skip
                 tuned = autotune(subject, axes, dataset, reporter=reporter)
             config, component, dataset = tuned.config, tuned.component, tuned.dataset
-            artifact, options = component.artifact, options_of(config, target)
-        with target.open(folder / ARTIFACT_FOLDER, artifact, threads=threads) as session:
+            options = options_of(config, target)
+        with target.open(folder / ARTIFACT_FOLDER, component.artifact, threads=threads) as session:
             with clock.stage("golden check"):
                 check_component(session, folder, component, code="VLX0504")
             untimed = why_untimed(session, gates)
@@ -174,7 +174,7 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
         elif config.profile:
             with clock.stage("profile"), tempfile.TemporaryDirectory(prefix="vlexport-") as scratch:
                 naive = Measurable("naive", target, Path(scratch), target.lower_naive(source.program, Path(scratch)))
-                ours = Measurable("artifact", target, folder / ARTIFACT_FOLDER, artifact)
+                ours = Measurable("artifact", target, folder / ARTIFACT_FOLDER, component.artifact)
                 inputs = opt_inputs(source.program, config.seed)
                 latency = measure_latency(ours, inputs, baseline=naive, plan=QUICK, threads=threads, reporter=reporter)
             report = report.model_copy(update={"latency": latency})
