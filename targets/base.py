@@ -142,6 +142,21 @@ class Target(abc.ABC):
         """
         raise InternalError("VLX0901", f"{self.id} has no lowered passes")
 
+    def tunables(self, options: Frozen) -> Mapping[str, tuple[str, ...]]:
+        """Option → values worth trying beside the one of ``options``, for options that :meth:`retuned` can change.
+
+        They leave what the artifact computes as it is, up to rounding, and every file of it untouched.
+        """
+        return {}
+
+    def retuned(self, artifact: Artifact, options: Frozen) -> Artifact:
+        """The same files, opened as ``options`` say.
+
+        Raises:
+            InternalError: VLX0901 for a target that has no tunables.
+        """
+        raise InternalError("VLX0901", f"{self.id} has no options to open an artifact with")
+
     def compatibility(self, brief: Brief) -> dict[str, str]:
         """Facts that a device can be checked against before it opens the artifact."""
         return {}

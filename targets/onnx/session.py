@@ -29,8 +29,14 @@ class OnnxRuntimeSession(Session):
         super().__init__(artifact.inputs, artifact.outputs)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
-        options.intra_op_num_threads = threads or int(artifact.session_options.get("threads", 0))
-        options.graph_optimization_level = _LEVELS[str(artifact.session_options.get("graph_optimization", "all"))]
+        recorded = artifact.session_options
+        options.intra_op_num_threads = threads or int(recorded.get("threads", 0))
+        options.graph_optimization_level = _LEVELS[str(recorded.get("graph_optimization", "all"))]
+        options.enable_cpu_mem_arena = bool(recorded.get("memory_arena", True))
+        options.enable_mem_pattern = bool(recorded.get("memory_pattern", True))
+        spinning = "1" if recorded.get("allow_spinning", True) else "0"
+        options.add_session_config_entry("session.intra_op.allow_spinning", spinning)
+        options.add_session_config_entry("session.dynamic_block_base", str(recorded.get("dynamic_block_base", 0)))
         try:
             self._session = onnxruntime.InferenceSession(
                 str(artifact_file(folder, artifact)), options, providers=["CPUExecutionProvider"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -26,14 +26,42 @@ class OnnxRuntimeOptions(Frozen):
     Attributes:
         opset: Version of ONNX's standard domain.
         graph_optimization: ONNX Runtime's own optimisation level when the artifact is opened.
+        allow_spinning: Idle threads wait in a loop for some 40 ms, which wakes them sooner. Off: a core less is busy.
+        memory_arena: Keep freed memory for the next run. Off: it goes back to the system, at the price of time.
+        memory_pattern: Plan the memory of a run as one block, by the shapes of an earlier one.
+        dynamic_block_base: 0 cuts an operator's work into blocks of one size; above 0, blocks shrink towards the end,
+            so that threads end together (ONNX Runtime recommends 4).
         optimize: Run optimize-onnx (onnxscript's optimizer) on the lowered graph. Off: the exporter leaves it nothing.
         simplify: Run simplify-onnx (onnxsim) before it. Off: fewer nodes, no gain in speed shown.
     """
 
     opset: int = Field(default=20, ge=18, le=24)
     graph_optimization: str = Field(default="all", pattern="^(none|basic|extended|all)$")
+    allow_spinning: bool = True
+    memory_arena: bool = True
+    memory_pattern: bool = True
+    dynamic_block_base: int = Field(default=0, ge=0, le=64)
     optimize: bool = False
     simplify: bool = False
+
+
+_WORTH_TRYING: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("graph_optimization", ("all", "extended", "basic", "none")),
+    ("allow_spinning", ("true", "false")),
+    ("memory_pattern", ("true", "false")),
+    ("memory_arena", ("true", "false")),
+    ("dynamic_block_base", ("0", "4")),
+)
+"""Left out: parallel execution, which takes threads of its own beside those of --threads, and denormals as zero, which
+ONNX Runtime sets for the whole process when its first session is opened."""
+
+
+def _session_options(options: OnnxRuntimeOptions) -> dict[str, str | int | float | bool]:
+    return {name: getattr(options, name) for name, _ in _WORTH_TRYING}
+
+
+def _as_text(value: object) -> str:
+    return str(value).lower()
 
 
 class OnnxRuntimeTarget(Target):
@@ -79,7 +107,7 @@ class OnnxRuntimeTarget(Target):
             path=MAIN_FILE,
             inputs=program.signature.inputs,
             outputs=program.signature.outputs,
-            session_options={"graph_optimization": chosen.graph_optimization, "threads": brief.threads},
+            session_options={**_session_options(chosen), "threads": brief.threads},
         )
 
     def lower_naive(self, program: Program, folder: Path) -> Artifact:
@@ -105,6 +133,17 @@ class OnnxRuntimeTarget(Target):
         from vlexport.targets.onnx.level import ONNX
 
         return ONNX
+
+    def tunables(self, options: Frozen) -> Mapping[str, tuple[str, ...]]:
+        """Session options and the level of graph optimisation, the likeliest first."""
+        return {
+            name: tuple(v for v in values if v != _as_text(getattr(options, name))) for name, values in _WORTH_TRYING
+        }
+
+    def retuned(self, artifact: Artifact, options: Frozen) -> Artifact:
+        """The same model file with other session options."""
+        chosen = _session_options(cast("OnnxRuntimeOptions", options))
+        return artifact.model_copy(update={"session_options": {**artifact.session_options, **chosen}})
 
     def compatibility(self, brief: Brief) -> dict[str, str]:
         """The opset decides which ONNX Runtime is new enough."""

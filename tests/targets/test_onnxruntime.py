@@ -21,7 +21,7 @@ from vlexport.core.devices import this_machine
 from vlexport.core.errors import VlexportError
 from vlexport.frontends.capture import capture
 from vlexport.targets import CATALOGUE, open_target
-from vlexport.targets.base import Brief
+from vlexport.targets.base import Brief, Target
 from vlexport.targets.onnxruntime import OnnxRuntimeOptions, OnnxRuntimeTarget
 from vlexport.targets.onnxruntime.session import OnnxRuntimeSession
 
@@ -228,6 +228,59 @@ def test_session_has_the_recorded_options_when_opened(lowered: tuple[Path, Artif
         assert session.timing == "real"
     with OnnxRuntimeTarget().open_here(*lowered, threads=2) as session:
         assert session._session.get_session_options().intra_op_num_threads == 2  # type: ignore[attr-defined]
+
+
+def test_defaults_are_those_of_the_runtime_when_nothing_is_recorded(lowered: tuple[Path, Artifact]) -> None:
+    folder, artifact = lowered
+    theirs = onnxruntime.SessionOptions()
+    with OnnxRuntimeTarget().open_here(folder, artifact.model_copy(update={"session_options": {}})) as session:
+        ours = session._session.get_session_options()  # type: ignore[attr-defined]
+    for name in ("enable_cpu_mem_arena", "enable_mem_pattern", "graph_optimization_level", "execution_mode"):
+        assert getattr(ours, name) == getattr(theirs, name)
+    assert ours.get_session_config_entry("session.intra_op.allow_spinning") == "1"
+    assert ours.get_session_config_entry("session.dynamic_block_base") == "0"
+
+
+def test_every_tunable_reaches_the_session_when_retuned(lowered: tuple[Path, Artifact], program: Any) -> None:
+    folder, artifact = lowered
+    target = OnnxRuntimeTarget()
+
+    def seen(found: Artifact) -> list[object]:
+        with target.open_here(folder, found) as session:
+            options = session._session.get_session_options()  # type: ignore[attr-defined]
+            entries = ("session.intra_op.allow_spinning", "session.dynamic_block_base")
+            return [
+                options.graph_optimization_level, options.enable_cpu_mem_arena, options.enable_mem_pattern,
+                options.intra_op_num_threads, *map(options.get_session_config_entry, entries),
+            ]  # fmt: skip
+
+    before = seen(artifact)
+    given = {"opset": "19", "graph_optimization": "basic"}
+    for name, values in target.tunables(target.check_options(given)).items():
+        for value in values:
+            options = target.check_options({**given, name: value})
+            found = target.retuned(artifact, options)
+            assert (found.path, found.inputs, found.outputs) == (artifact.path, artifact.inputs, artifact.outputs)
+            assert sum(a != b for a, b in zip(seen(found), before, strict=True)) == 1, f"{name}={value}"
+            assert found.session_options == {**artifact.session_options, name: getattr(options, name)}
+
+
+def test_value_is_not_tried_again_when_an_option_has_it() -> None:
+    target = OnnxRuntimeTarget()
+    standing = target.tunables(OnnxRuntimeOptions())
+    assert standing["graph_optimization"] == ("extended", "basic", "none")
+    assert standing["allow_spinning"] == ("false",)
+    other = target.tunables(OnnxRuntimeOptions(graph_optimization="basic", allow_spinning=False))
+    assert other["graph_optimization"] == ("all", "extended", "none")
+    assert other["allow_spinning"] == ("true",)
+
+
+def test_target_without_tunables_says_so_when_retuned() -> None:
+    target = OnnxRuntimeTarget()
+    assert Target.tunables(target, OnnxRuntimeOptions()) == {}
+    artifact = Artifact(target="onnxruntime", path="main.onnx", inputs=(), outputs=())
+    error = refused("VLX0901", lambda: Target.retuned(target, artifact, OnnxRuntimeOptions()))
+    assert "onnxruntime" in error.message
 
 
 @pytest.mark.parametrize("isolated", [False, True])

@@ -120,6 +120,7 @@ def _planned(config: BuildConfig) -> tuple[list[str], dict[str, Any], int]:
         lines.append(f"Pass     {pass_phrase(record)}")
         lines += [f"         {change.what} ×{change.count}" for change in record.changes]
         lines += [f"         not {miss.pattern} at {miss.node}: {miss.reason}" for miss in record.near_misses]
+    lines += [f"Try      {name} = {', '.join(values)}" for name, values in found.candidates.items()]
     lines += [f"Note     {note}" for note in found.notes]
     for problem in found.problems:
         where = f" ({problem.where})" if problem.where else ""
@@ -131,6 +132,7 @@ def _planned(config: BuildConfig) -> tuple[list[str], dict[str, Any], int]:
         "after": plain_json(found.after),
         "problems": [problem.as_dict() for problem in found.problems],
         "notes": list(found.notes),
+        "candidates": {name: list(values) for name, values in found.candidates.items()},
     }
     return lines, payload, found.problems[0].exit_code if found.problems else 0
 

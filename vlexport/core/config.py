@@ -88,6 +88,14 @@ class BuildConfig(BaseModel):
     require: Literal["built", "verified"] = _option(
         "built", "Exit with 4 when the artifact was made but could not be verified here.", "--require", recipe=False
     )
+    autotune: bool = _option(
+        False, "Measure the target's other session options and keep what is faster.", "--autotune", recipe=False
+    )
+    budget_minutes: float | None = _option(
+        None, "No candidate of a search is begun after so many minutes.", "--budget-minutes", recipe=False,
+        gt=0, allow_inf_nan=False,
+    )  # fmt: skip
+    resume: bool = _option(False, "Go on with a search that was interrupted.", "--resume", recipe=False)
     threads: int = _option(
         0,
         "Threads for every runtime, recorded in the bundle; 0 means all cores of wherever it runs.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -99,6 +100,14 @@ class Dataset:
                 continue
             yield sample
 
+    def part(self, keep: Callable[[str], bool], count: int) -> Dataset:
+        """The samples whose id ``keep`` takes, bad ones among them, in the same order; ``count`` is their number."""
+        found = copy.copy(self)
+        found.skipped = {}
+        found._length = count
+        found._read = lambda: (each for each in self._read() if keep(_id_of(each)))
+        return found
+
     def _checked(self, sample: Sample) -> Sample:
         unknown = sorted(set(sample.inputs) - set(self._rows))
         if unknown:
@@ -131,6 +140,10 @@ class Dataset:
         if self._labels and label >= len(self._labels):
             known = f"the model has {len(self._labels)} labels, counted from 0"
             raise DataError("VLX0208", f"sample {where} has label {label}, {known}", where=where)
+
+
+def _id_of(found: Sample | DataError) -> str:
+    return found.id if isinstance(found, Sample) else found.where
 
 
 def first_sample(read: Callable[[], Iterator[Sample | DataError]]) -> Sample | None:

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import math
 
-from vlexport.core.bundle_schema import AccuracyResult, LatencyResult, MetricResult, PassRecord, Report
+from vlexport.core.bundle_schema import (
+    AccuracyResult,
+    LatencyResult,
+    MetricResult,
+    PassRecord,
+    Report,
+    Trial,
+    Tuning,
+)
 
 
 def size_phrase(size_bytes: int) -> str:
@@ -115,6 +123,37 @@ def latency_phrase(report: Report) -> str:
     if found.verdict == "quick":
         return f"{shown}; {found.ratio:.2f}× against {found.baseline} ({span}, {kind})"
     return f"{shown}; {found.ratio:.2f}× against {found.baseline} ({kind})"
+
+
+def tuning_phrase(found: Tuning) -> str:
+    """What a search decided, with the confirmed figure."""
+    count = len(found.trials)
+    tried = f"{count} candidate{'s' if count != 1 else ''}"
+    confirmed = found.confirmation
+    if confirmed is None:
+        said = f"the recipe stands: none of {tried} was faster"
+    elif found.adopted:
+        said = f"{options_phrase(found.adopted)} of {tried}: {ratio_phrase(confirmed)} the recipe as it was, confirmed"
+    else:
+        said = f"the recipe stands: of {tried}, {options_phrase(confirmed.options)} was not confirmed: "
+        said += ratio_phrase(confirmed)
+    if not found.finished:
+        said += "; the budget ended the search, --resume goes on"
+    if found.confirming_samples:
+        said += f"; accuracy is that of the {found.confirming_samples} samples not chosen on"
+    return said
+
+
+def ratio_phrase(trial: Trial) -> str:
+    """A candidate's ratio with its interval or range, or why there is none."""
+    if trial.ratio is None or trial.ratio_low is None or trial.ratio_high is None:
+        return f"{trial.outcome} ({trial.reason})"
+    return f"{trial.ratio:.3f}× ({trial.ratio_low:.3f} to {trial.ratio_high:.3f})"
+
+
+def options_phrase(options: dict[str, str]) -> str:
+    """Options as after ``--set``."""
+    return " ".join(f"{name}={value}" for name, value in options.items())
 
 
 def pass_phrase(record: PassRecord) -> str:

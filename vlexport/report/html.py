@@ -12,9 +12,12 @@ from vlexport.report.figures import (
     latency_phrase,
     load_phrase,
     memory_phrase,
+    options_phrase,
+    ratio_phrase,
     size_phrase,
     tail_phrase,
     throughput_phrase,
+    tuning_phrase,
 )
 
 
@@ -45,6 +48,9 @@ def html_from_report(report: Report, bundle: Bundle) -> str:
             latency_more=[f(latency) for f in (tail_phrase, throughput_phrase, load_phrase, memory_phrase)]
             if latency
             else [],
+            tuned=tuning_phrase(report.tuning) if report.tuning is not None else "",
+            shown_options=options_phrase,
+            shown_ratio=ratio_phrase,
             size=size_phrase(report.size_bytes),
             slowest=slowest,
         )

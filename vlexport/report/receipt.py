@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from vlexport.core.bundle_schema import Bundle, Report
-from vlexport.report.figures import accuracy_phrase, latency_phrase, macs_phrase, pass_phrase, size_phrase
+from vlexport.report.figures import (
+    accuracy_phrase,
+    latency_phrase,
+    macs_phrase,
+    pass_phrase,
+    size_phrase,
+    tuning_phrase,
+)
 
 MAX_LINES = 12
 
@@ -25,6 +32,8 @@ def receipt(bundle: Bundle, report: Report, shown_path: str) -> list[str]:
         f"Accuracy {accuracy_phrase(report)}",
         f"Latency  {latency_phrase(report)}",
     ]
+    if report.tuning is not None:
+        lines.append(f"Tuned    {tuning_phrase(report.tuning)}")
     lines += [f"Gate     {verdict}" for verdict in report.verdicts[:2]]
     if len(report.verdicts) > 2:
         lines[-1] += f" (and {len(report.verdicts) - 2} more in the report)"

@@ -30,12 +30,13 @@ from vlexport.ir.program import Program
 from vlexport.passes.base import Pass
 from vlexport.passes.pipeline import TimingHook
 from vlexport.report.write import new_report, write_report
-from vlexport.stages.choices import open_dataset, output_of, passes_of, tools_of, why_untimed
+from vlexport.stages.choices import open_dataset, options_of, output_of, passes_of, tools_of, why_untimed
 from vlexport.stages.component import Optimized, lower_component, optimize_component, specialize_component
 from vlexport.stages.dims import dims_of
 from vlexport.stages.golden import check_bundle
 from vlexport.stages.order import Order, configs_of, order_of
 from vlexport.stages.profile import QUICK, Measurable, measure_latency
+from vlexport.stages.tune import Subject, Tuned, autotune, require_searchable
 from vlexport.stages.validate import TIMED, judge_gates, measure_accuracy, require_measured, skipped_phrase
 from vlexport.stages.whole_model import first_sample, naive_artifact, opt_inputs, whole_goldens
 from vlexport.stages.write_bundle import require_folder, require_free, staging, write_bundle
@@ -50,12 +51,20 @@ class BuildResult:
         bundle: Its ``bundle.json``.
         report: What was measured.
         seconds: Stage → seconds; passes as ``pass NAME`` (their part of the stage ``passes``).
+        tuned: The search behind it; ``finish`` forgets its trials, once the bundle stands.
     """
 
     output: Path
     bundle: Bundle
     report: Report
     seconds: dict[str, float]
+    tuned: Tuned | None = None
+
+    def standing(self, output: Path) -> BuildResult:
+        """The same, now that the bundle stands at ``output``."""
+        if self.tuned is not None:
+            self.tuned.finish()
+        return replace(self, output=output)
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,7 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
     prepared = prepare(config, (order,), reporter)
     with staging(output) as folder:
         result = build_prepared(order, prepared, folder, reporter)
-    return replace(result, output=output)
+    return result.standing(output)
 
 
 def prepare(config: BuildConfig, orders: Sequence[Order], reporter: Reporter) -> Prepared:
@@ -119,6 +128,7 @@ def prepare(config: BuildConfig, orders: Sequence[Order], reporter: Reporter) ->
     require_folder(config.dump)
     with clock.stage("open the model"):
         sources = open_sources(config)
+    require_searchable(config, sources.components)
     dataset = open_dataset(config.data, sources, skip_bad=config.skip_bad)
     if dataset is not None:
         for order in orders:
@@ -168,7 +178,21 @@ def build_prepared(order: Order, prepared: Prepared, folder: Path, reporter: Rep
                     folder=folder / artifact_folder(sources.components, name),
                     dump=_dump(config, sources, name, target.id, "lowered"), hooks=[timing],
                 )  # fmt: skip
-    bundle, report = _measured(order, prepared, sources, components, folder, clock)
+    dataset = prepared.dataset
+    tuned: Tuned | None = None
+    if order.axes:
+        with clock.stage("autotune"):
+            ((name, component),) = components.items()
+            subject = Subject(
+                config=config, target=target, folder=folder, component=component, source_hash=sources.source_hash,
+                source=sources.run, inputs=opt_inputs(sources, config.seed), gates=order.gates,
+                metrics=prepared.metrics, tools=tools_of(config, target), threads=config.threads or available_cores(),
+            )  # fmt: skip
+            tuned = autotune(subject, order.axes, dataset, reporter=reporter)
+        components[name], dataset = tuned.component, tuned.dataset
+        order = replace(order, config=tuned.config, brief=replace(brief, options=options_of(tuned.config, target)))
+    bundle, report = _measured(order, replace(prepared, dataset=dataset), sources, components, folder, clock)
+    report = report.model_copy(update={"tuning": tuned.tuning if tuned is not None else None})
     notes = [note for name, each in optimized.items() for note in sources.said(name, each.notes)]
     report = _with_notes(report, *notes, *_narrowing(prepared.sources, sources))
     if prepared.calibration is not None and prepared.calibration.skipped:
@@ -180,7 +204,7 @@ def build_prepared(order: Order, prepared: Prepared, folder: Path, reporter: Rep
     report = report.model_copy(update={"stage_seconds": {k: round(v, 2) for k, v in seconds.items()}})
     write_report(folder, bundle, report)
     reporter.note(f"precision {order.brief.precision}: {order.reason}")
-    return BuildResult(folder, bundle, report, seconds)
+    return BuildResult(folder, bundle, report, seconds, tuned)
 
 
 def _measured(

@@ -7,7 +7,7 @@ other one's bundle; where none is left, nothing is written.
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import vlexport
@@ -73,7 +73,7 @@ def build_each(config: BuildConfig, *, reporter: Reporter | None = None) -> Buil
                 refused[name] = error
                 shutil.rmtree(folder / name)
             else:
-                results[name] = replace(made, output=output / name)
+                results[name] = made
         _require_some(results, refused)
         comparison = Comparison(
             vlexport=vlexport.__version__,
@@ -81,7 +81,8 @@ def build_each(config: BuildConfig, *, reporter: Reporter | None = None) -> Buil
         )
         text = canonical_json(plain_json(comparison)) + "\n"
         (folder / COMPARE_FILE).write_text(text, encoding="utf-8", newline="\n")
-    return Built(output, results, refused, comparison)
+    standing = {name: made.standing(output / name) for name, made in results.items()}
+    return Built(output, standing, refused, comparison)
 
 
 def _require_some(found: dict[str, Order] | dict[str, BuildResult], refused: dict[str, VlexportError]) -> None:

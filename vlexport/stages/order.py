@@ -9,6 +9,7 @@ from vlexport.core.device_profiles import device_profiles
 from vlexport.core.errors import CapabilityError
 from vlexport.core.verdict import Gate
 from vlexport.stages.choices import gates_of, options_of, precision_of, profile_of
+from vlexport.stages.tune import axes_of
 from vlexport.targets import open_target, target_names
 from vlexport.targets.base import Brief, Probe, Target
 
@@ -24,6 +25,7 @@ class Order:
         reason: Why this precision.
         gates: To judge.
         probe: What the target finds on this machine.
+        axes: What a search tries, ``SCOPE.NAME`` → values.
     """
 
     config: BuildConfig
@@ -32,6 +34,7 @@ class Order:
     reason: str
     gates: tuple[Gate, ...]
     probe: Probe
+    axes: dict[str, tuple[str, ...]]
 
 
 def order_of(config: BuildConfig) -> Order:
@@ -54,7 +57,7 @@ def order_of(config: BuildConfig) -> Order:
                 "VLX0803", f"gate {gate} cannot be judged: {target.id} does not run here: {probe.reason}",
                 where="--gate", hint="leave that --gate out, or build where the target runs",
             )  # fmt: skip
-    return Order(config, target, brief, reason, gates, probe)
+    return Order(config, target, brief, reason, gates, probe, axes_of(config, target, brief.options))
 
 
 def configs_of(config: BuildConfig) -> dict[str, BuildConfig]:

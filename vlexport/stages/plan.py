@@ -30,6 +30,7 @@ from vlexport.stages.choices import (
 )
 from vlexport.stages.component import cost_record
 from vlexport.stages.dims import dims_of
+from vlexport.stages.tune import axes_of
 from vlexport.stages.write_bundle import require_free
 from vlexport.targets import open_target
 from vlexport.targets.base import Brief
@@ -47,6 +48,7 @@ class Plan:
         calls_after: Calls of the graph that would be lowered.
         problems: Everything that would stop the build, or is likely to.
         notes: What the user should know.
+        candidates: What a search would try: option → values.
     """
 
     passes: tuple[PassRecord, ...]
@@ -56,6 +58,7 @@ class Plan:
     calls_after: int
     problems: tuple[VlexportError, ...]
     notes: tuple[str, ...]
+    candidates: dict[str, tuple[str, ...]]
 
 
 def plan(config: BuildConfig, *, reporter: Reporter | None = None) -> Plan:
@@ -81,6 +84,8 @@ def plan(config: BuildConfig, *, reporter: Reporter | None = None) -> Plan:
         problems.append(error)
     collect(lambda: precision_of(config, target))
     collect(lambda: gates_of(config))
+    candidates: dict[str, tuple[str, ...]] = {}
+    collect(lambda: candidates.update(axes_of(config, target, options_of(config, target))))
     collect(lambda: require_free(output_of(config), force=config.force))
     collect(lambda: target.require_tools(brief))
     with reporter.stage("open the model"):
@@ -110,6 +115,7 @@ def plan(config: BuildConfig, *, reporter: Reporter | None = None) -> Plan:
         calls_after=sum(len(program.calls()) for program in after.values()),
         problems=tuple(problems),
         notes=sources.notes,
+        candidates=candidates,
     )
 
 
