@@ -45,6 +45,26 @@ class Probe(Frozen):
     reason: str = ""
 
 
+class LoweredPass(Frozen):
+    """A pass over what a target lowers to, and how a user asks for it.
+
+    Attributes:
+        name: Its id.
+        value: ``module:class``, imported when it is used.
+        option: The target's option that turns it on, true or false.
+    """
+
+    name: str
+    value: str
+    option: str
+
+    def kind(self) -> type[Pass[Any]]:
+        """Its class."""
+        module, _, attribute = self.value.partition(":")
+        found: type[Pass[Any]] = getattr(importlib.import_module(module), attribute)
+        return found
+
+
 class Target(abc.ABC):
     """One runtime that artifacts are made for.
 
@@ -55,6 +75,7 @@ class Target(abc.ABC):
         precision_reason: Why the first one is the default.
         Options: Typed options of lowering and opening.
         session_entry: ``module:function`` that opens a session in a child process.
+        lowered: Passes over what it lowers to, in the order they run.
     """
 
     id: ClassVar[str]
@@ -63,6 +84,7 @@ class Target(abc.ABC):
     precision_reason: ClassVar[str]
     Options: ClassVar[type[Frozen]]
     session_entry: ClassVar[str]
+    lowered: ClassVar[tuple[LoweredPass, ...]] = ()
 
     @abc.abstractmethod
     def probe(self) -> Probe:
@@ -100,8 +122,11 @@ class Target(abc.ABC):
         return ()
 
     def lowered_passes(self, options: Frozen) -> Sequence[Pass[Any]]:
-        """Passes over what ``lower`` makes, run before it is written; they work at ``lowered_level``."""
-        return ()
+        """Passes over what ``lower`` makes, run before it is written: those of ``lowered`` that the options turn on.
+
+        They work at ``lowered_level``.
+        """
+        return [each.kind()() for each in self.lowered if getattr(options, each.option)]
 
     def lowered_level(self) -> Level[Any]:
         """How graphs that ``lower`` makes are copied, checked and run.

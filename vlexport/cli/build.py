@@ -72,6 +72,7 @@ def _plan(config: BuildConfig) -> Outcome:
         lines.append(f"Pass     {pass_phrase(record)}")
         lines += [f"         {change.what} ×{change.count}" for change in record.changes]
         lines += [f"         not {miss.pattern} at {miss.node}: {miss.reason}" for miss in record.near_misses]
+    lines += [f"Pass     {name}: on the lowered graph, which a plan does not make" for name in found.lowered]
     lines += [f"Note     {note}" for note in found.notes]
     for problem in found.problems:
         where = f" ({problem.where})" if problem.where else ""
@@ -80,6 +81,7 @@ def _plan(config: BuildConfig) -> Outcome:
     lines.append("Nothing was written." if found.problems else "No problem found; nothing was written.")
     payload = {
         "passes": [plain_json(record) for record in found.passes],
+        "lowered_passes": list(found.lowered),
         "before": plain_json(found.before),
         "after": plain_json(found.after),
         "problems": [problem.as_dict() for problem in found.problems],

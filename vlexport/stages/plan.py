@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from vlexport.core.bundle_schema import CostRecord, PassRecord
 from vlexport.core.config import BuildConfig
@@ -21,6 +22,7 @@ from vlexport.passes.pipeline import run_pipeline
 from vlexport.stages.build import cost_record
 from vlexport.stages.choices import (
     gates_of,
+    lowered_passes_of,
     open_dataset,
     options_of,
     output_of,
@@ -38,6 +40,7 @@ class Plan:
 
     Attributes:
         passes: One record per pass; gates are off.
+        lowered: Passes that would run on the lowered graph, which a plan does not make.
         before: Cost of the captured graph.
         after: Cost of the graph that would be lowered.
         calls_before: Calls of the captured graph.
@@ -47,6 +50,7 @@ class Plan:
     """
 
     passes: tuple[PassRecord, ...]
+    lowered: tuple[str, ...]
     before: CostRecord
     after: CostRecord
     calls_before: int
@@ -73,7 +77,8 @@ def plan(config: BuildConfig, *, reporter: Reporter | None = None) -> Plan:
 
     collect(lambda: precision_of(config, target))
     collect(lambda: gates_of(config))
-    collect(lambda: options_of(config, target))
+    lowered: list[Pass[Any]] = []
+    collect(lambda: lowered.extend(lowered_passes_of(config, target, options_of(config, target))))
     collect(lambda: profile_of(config))
     collect(lambda: require_free(output_of(config), force=config.force))
     collect(target.require)
@@ -91,6 +96,7 @@ def plan(config: BuildConfig, *, reporter: Reporter | None = None) -> Plan:
     problems += _opaque(program)
     return Plan(
         passes=records,
+        lowered=tuple(each.name for each in lowered),
         before=cost_record(source.program),
         after=cost_record(program),
         calls_before=len(source.program.calls()),
