@@ -20,6 +20,7 @@ import vlexport
 from vlexport.core.artifact import Array, Artifact, TensorSpec
 from vlexport.core.bundle import ARTIFACT_FOLDER
 from vlexport.core.bundle_schema import Bundle, Component, CostRecord, Golden, PassRecord, Report
+from vlexport.core.cache import open_cache
 from vlexport.core.config import BuildConfig
 from vlexport.core.dataset import Dataset
 from vlexport.core.devices import available_cores, this_machine
@@ -36,6 +37,7 @@ from vlexport.passes.probes import make_probes
 from vlexport.report.write import new_report, write_report
 from vlexport.stages.choices import (
     gates_of,
+    lowered_passes_of,
     open_dataset,
     options_of,
     output_of,
@@ -47,6 +49,7 @@ from vlexport.stages.choices import (
 )
 from vlexport.stages.golden import check_component
 from vlexport.stages.lowered import lower_and_rewrite
+from vlexport.stages.naive import plain_export
 from vlexport.stages.profile import QUICK, Measurable, measure_latency
 from vlexport.stages.validate import TIMED, judge_gates, measure_accuracy, require_measured, skipped_phrase
 from vlexport.stages.write_bundle import require_folder, require_free, staging, write_bundle, write_golden
@@ -90,6 +93,7 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
     gates = gates_of(config)
     options = options_of(config, target)
     passes = passes_of(config)
+    lowered_passes = lowered_passes_of(config, target, options)
     device = profile_of(config)
     metrics = open_metrics(config.metric)
     output = output_of(config)
@@ -97,6 +101,7 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
     require_folder(config.dump)
     target.require()
     threads = config.threads or available_cores()
+    cache = open_cache(reporter)
 
     with clock.stage("open the model"):
         source = open_source(config)
@@ -117,8 +122,8 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
         with clock.stage(f"lower to {target.id}"):
             artifact, lowered_records = lower_and_rewrite(
                 target, program, folder / ARTIFACT_FOLDER, options=options, threads=config.threads,
-                probes=probes if config.numeric_gate else None, hooks=[timing],
-                dump=Path(config.dump) / "lowered" if config.dump else None,
+                probes=probes if config.numeric_gate else None, passes=lowered_passes, hooks=[timing],
+                dump=Path(config.dump) / "lowered" if config.dump else None, cache=cache, reporter=reporter,
             )  # fmt: skip
         goldens = _write_goldens(folder, source, config.seed)
         component = _component(source, program, (*records, *lowered_records), artifact, goldens)
@@ -136,7 +141,7 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
                     device_profile=device.id,
                     source_hash=source.source_hash,
                     components={"main": component},
-                    tools=tools_of(config, target),
+                    tools=tools_of(config, target, lowered_passes),
                     instruction_set=this_machine().instruction_set,
                     compatibility=target.compatibility(options),
                     files={},
@@ -159,7 +164,7 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
             report = report.model_copy(update={"notes": (*report.notes, untimed)})
         elif config.profile:
             with clock.stage("profile"), tempfile.TemporaryDirectory(prefix="vlexport-") as scratch:
-                naive = Measurable("naive", target, Path(scratch), target.lower_naive(source.program, Path(scratch)))
+                naive = plain_export(target, source.program, Path(scratch), cache=cache, reporter=reporter)
                 ours = Measurable("artifact", target, folder / ARTIFACT_FOLDER, artifact)
                 inputs = opt_inputs(source.program, config.seed)
                 latency = measure_latency(ours, inputs, baseline=naive, plan=QUICK, threads=threads, reporter=reporter)
