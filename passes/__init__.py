@@ -6,6 +6,7 @@ offer further ones as entry points (``core/plugins``).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 if __name__ != "vlexport.passes":
@@ -34,8 +35,12 @@ def offered_passes() -> dict[str, tuple[Offer, ...]]:
     return offers(GROUP, CATALOGUE)
 
 
-def pass_class(name: str) -> type[Pass[Any]]:
+def pass_class(name: str, *, others: Iterable[str] = ()) -> type[Pass[Any]]:
     """The class behind an id. A plugin's code is imported here.
+
+    Args:
+        name: Of a pass over Programs.
+        others: Further ids that a wrong one may have meant.
 
     Raises:
         UsageError: VLX0703 for an unknown id, with the nearest one.
@@ -43,7 +48,8 @@ def pass_class(name: str) -> type[Pass[Any]]:
     """
     known = offered_passes()
     if name not in known:
-        raise UsageError("VLX0703", f"no pass '{name}'{nearest(name, known)}", hint=f"known: {', '.join(known)}")
+        names = [*known, *others]
+        raise UsageError("VLX0703", f"no pass '{name}'{nearest(name, names)}", hint=f"known: {', '.join(names)}")
     offer = only_one(known[name])
     found: type[Pass[Any]] = load(offer, base=Pass, api_version=API_VERSION)
     if found.name != name:

@@ -83,6 +83,7 @@ class Pass(abc.ABC, Generic[IR]):
         establishes: Facts that hold after; the runner evaluates them.
         breaks: Facts that may no longer hold after.
         Options: Typed options.
+        tools: Names of outside packages, as pip knows them, whose version decides what the pass does.
     """
 
     name: ClassVar[str]
@@ -92,6 +93,7 @@ class Pass(abc.ABC, Generic[IR]):
     establishes: ClassVar[frozenset[str]] = frozenset()
     breaks: ClassVar[frozenset[str]] = frozenset()
     Options: ClassVar[type[Frozen]] = NoOptions
+    tools: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, options: Frozen | None = None) -> None:
         self.options = options if options is not None else self.Options()

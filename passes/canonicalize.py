@@ -197,22 +197,15 @@ def _cast(node: Node) -> Any:
     return source if source.meta["val"].dtype == node.meta["val"].dtype else None
 
 
+def _spelled(canonical: str, rule: _Rule) -> dict[str, _Rule]:
+    return dict.fromkeys((canonical, *dialect.SECOND_SPELLINGS[canonical]), rule)
+
+
 _RULES: dict[str, _Rule] = {
-    **dict.fromkeys(
-        (
-            "aten.permute.default", "aten.transpose.int", "aten.t.default", "aten.numpy_T.default", "aten.mT.default",
-            "aten.swapaxes.default", "aten.swapdims.default", "aten.movedim.int", "aten.movedim.intlist",
-        ),
-        _permute,
-    ),
-    **dict.fromkeys(
-        (
-            "aten.reshape.default", "aten.view.default", "aten.flatten.using_ints", "aten.unflatten.int",
-            "aten._unsafe_view.default", "aten.view_as.default", "aten.reshape_as.default",
-        ),
-        _reshape,
-    ),
-    "aten.expand_as.default": _expand_as,
+    **_spelled("aten.permute.default", _permute),
+    **_spelled("aten.reshape.default", _reshape),
+    **dict.fromkeys(dialect.SECOND_SPELLINGS["aten.expand.default"], _expand_as),
+    **dict.fromkeys(dialect.COPIES, _operand),
     "aten.squeeze.dim": _squeeze,
     "aten.squeeze.dims": _squeeze,
     "aten.squeeze.default": _squeeze,
@@ -220,6 +213,4 @@ _RULES: dict[str, _Rule] = {
     "aten.to.dtype": _cast,
     "aten.to.dtype_layout": _cast,
     "aten.type_as.default": _cast,
-    "aten.clone.default": _operand,
-    "aten.contiguous.default": _operand,
-}  # fmt: skip
+}

@@ -29,11 +29,6 @@ from vlexport.ir.program import Program
 from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
 from vlexport.passes.match import Failed, Found, bind, match, op, stored
 
-_CONVOLUTIONS = (
-    "aten.conv1d.default", "aten.conv2d.default", "aten.conv3d.default", "aten.conv1d.padding", "aten.conv2d.padding",
-    "aten.conv3d.padding",
-)  # fmt: skip
-_TRANSPOSED = ("aten.conv_transpose1d.default", "aten.conv_transpose2d.input", "aten.conv_transpose3d.input")
 _TRAINING, _EPSILON, _GROUPS = 5, 7, 6
 """Places of operands: of batch norm, of batch norm, of a transposed convolution."""
 _WEIGHT = "the convolution's weight or bias is computed, not stored"
@@ -59,7 +54,7 @@ def _has_its_channels(program: Program, producer: Node) -> str:
 _CONV_BATCH_NORM = op(
     "aten.batch_norm.default",
     op(
-        (*_CONVOLUTIONS, *_TRANSPOSED, "aten.linear.default"),
+        (*dialect.CONVOLUTIONS, *dialect.TRANSPOSED_CONVOLUTIONS, "aten.linear.default"),
         bind("input"), stored("weight", _WEIGHT), stored("bias", _WEIGHT, optional=True),
         name="producer", noun="a convolution or linear", check=_has_its_channels,
     ),
@@ -120,7 +115,7 @@ def _folded(ir: Program, norm: Node, found: Found) -> tuple[Tensor, Tensor]:
     if gamma is not None:
         scale = scale * gamma
     producer: Node = found["producer"]
-    if dialect.op_name(producer) in _TRANSPOSED:
+    if dialect.op_name(producer) in dialect.TRANSPOSED_CONVOLUTIONS:
         groups = int(dialect.operands(producer)[_GROUPS])
         inputs, outputs = weight.shape[:2]
         grouped = weight.reshape(groups, inputs // groups, outputs, *weight.shape[2:])

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 from vlexport.core.bundle_schema import Change, ChangeSummary, GateRecord, NearMissRecord, PassRecord
 from vlexport.core.errors import InternalError
+from vlexport.core.plugins import answering_for
+from vlexport.passes import offered_passes
 from vlexport.passes.base import IR, STAGES, NearMiss, Pass
 from vlexport.passes.gate import NumericGate
 from vlexport.passes.level import Level
@@ -137,7 +139,18 @@ def run_pipeline(
 def run_pass(
     applied: Pass[IR], before: IR, *, gate: NumericGate | None, level: Level[Any] = PROGRAM
 ) -> tuple[IR, PassRecord]:
-    """Run one pass on a copy of ``before`` and check its contract."""
+    """Run one pass on a copy of ``before`` and check its contract.
+
+    Raises:
+        CapabilityError: VLX1003 naming the package, when a plugin's pass breaks it.
+    """
+    with answering_for(lambda: offered_passes().get(applied.name, ())):
+        return _run_checked(applied, before, gate=gate, level=level)
+
+
+def _run_checked(
+    applied: Pass[IR], before: IR, *, gate: NumericGate | None, level: Level[Any]
+) -> tuple[IR, PassRecord]:
     after: IR = level.copy(before)
     changes, misses = applied.run(after)
     if gate is not None:

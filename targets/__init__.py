@@ -8,9 +8,9 @@ from __future__ import annotations
 if __name__ != "vlexport.targets":
     raise ImportError("import vlexport.targets, not targets: the folder at the top is the package's source")
 
-from vlexport.core.errors import UsageError, nearest
+from vlexport.core.errors import CapabilityError, UsageError, nearest
 from vlexport.core.plugins import Offer, load, offers, only_one, unusable
-from vlexport.targets.base import API_VERSION, Target
+from vlexport.targets.base import API_VERSION, LoweredPass, Target
 
 CATALOGUE: dict[str, str] = {
     "onnxruntime": "vlexport.targets.onnxruntime:OnnxRuntimeTarget",
@@ -61,3 +61,19 @@ def target_names(text: str) -> tuple[str, ...]:
             "VLX0701", "no target is named", where="--target", hint=f"known: {', '.join(offered_targets())}"
         )
     return names
+
+
+def lowered_passes() -> dict[str, dict[str, LoweredPass]]:
+    """Id of a pass over a lowered graph → target → how that target turns it on.
+
+    A plugin's target that cannot be used has none: ``vlexport targets`` says why.
+    """
+    found: dict[str, dict[str, LoweredPass]] = {}
+    for name in offered_targets():
+        try:
+            target = open_target(name)
+        except CapabilityError:
+            continue
+        for each in target.lowered:
+            found.setdefault(each.name, {})[name] = each
+    return found

@@ -77,6 +77,26 @@ class Brief:
     rewrite: Callable[[Any], Any] | None = None
 
 
+class LoweredPass(Frozen):
+    """A pass over what a target lowers to, and how a user asks for it.
+
+    Attributes:
+        name: Its id.
+        value: ``module:class``, imported when it is used.
+        option: The target's option that turns it on, true or false.
+    """
+
+    name: str
+    value: str
+    option: str
+
+    def kind(self) -> type[Pass[Any]]:
+        """Its class."""
+        module, _, attribute = self.value.partition(":")
+        found: type[Pass[Any]] = getattr(importlib.import_module(module), attribute)
+        return found
+
+
 class Target(abc.ABC):
     """One runtime that artifacts are made for.
 
@@ -90,6 +110,7 @@ class Target(abc.ABC):
         fixed_batch: Whether the batch is narrowed to 1 where the user asks for nothing else; such a target also wants
             an upper bound for every dynamic dim.
         default_device: Device profile where none is asked for.
+        lowered: Passes over what it lowers to, in the order they run.
     """
 
     id: ClassVar[str]
@@ -100,6 +121,7 @@ class Target(abc.ABC):
     session_entry: ClassVar[str]
     fixed_batch: ClassVar[bool] = False
     default_device: ClassVar[str] = THIS
+    lowered: ClassVar[tuple[LoweredPass, ...]] = ()
 
     @abc.abstractmethod
     def probe(self) -> Probe:
@@ -131,8 +153,11 @@ class Target(abc.ABC):
         return ()
 
     def lowered_passes(self, options: Frozen) -> Sequence[Pass[Any]]:
-        """Passes over what ``lower`` makes, run before it is written; they work at ``lowered_level``."""
-        return ()
+        """Passes over what ``lower`` makes, run before it is written: those of ``lowered`` that the options turn on.
+
+        They work at ``lowered_level``.
+        """
+        return [each.kind()() for each in self.lowered if getattr(options, each.option)]
 
     def lowered_level(self) -> Level[Any]:
         """How graphs that ``lower`` makes are copied, checked and run.

@@ -8,12 +8,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
+from tests.harness import captured
 from vlexport.cli.main import main
 from vlexport.core.config import BuildConfig, read_recipe
 from vlexport.core.errors import VlexportError
 from vlexport.passes import CATALOGUE as PASSES
 from vlexport.passes import offered_passes, pass_class
+from vlexport.passes.pipeline import run_pipeline
 from vlexport.stages.choices import options_of, passes_of
 from vlexport.targets import open_target
 
@@ -220,6 +224,54 @@ def test_listing_shows_a_plugin_as_broken_when_it_is(
     assert "ValueError: no licence" in out
     assert ("canonicalize" if group == "passes" else "onnxruntime") in out
     assert main([group, "fold-x"]) == 4
+
+
+# -- passes that break the contract ------------------------------------------------------------------------------------
+
+FOUND = "    def find(self, ir):\n        return iter(())"
+CLAIMS = """
+    def run(self, ir, *, limit=None):
+        return [Change(what='nothing at all')], []"""
+BREAKING = [
+    (FOUND.replace("return iter(())", "raise KeyError('missing piece\\nsecond line')"), "KeyError: 'missing piece"),
+    (f"{FOUND}{CLAIMS}", "reports 1 changes, but its program is not different"),
+    (FOUND.replace("return iter(())", "ir.graph.erase_node(ir.output); return iter(())"), "cannot be used"),
+]
+
+
+def broken(body: str) -> str:
+    return a_pass().replace(FOUND, body).replace("import Pass", "import Change, Pass")
+
+
+@pytest.mark.parametrize(("body", "said"), BREAKING, ids=["raises", "claims a change", "ruins the graph"])
+def test_package_is_named_when_its_pass_breaks_the_contract(body: str, said: str, install: Install) -> None:
+    install("fold-x", broken(body), package="bad-one")
+    source = captured(nn.ReLU(), torch.zeros(2, 3))
+    error = refused("VLX1003", 4, lambda: run_pipeline(source, passes_of(config("fold-x")), gate=None))
+    assert "'fold-x' of bad-one 2.1 cannot be used: " in error.message
+    assert said in error.message
+    assert "bad-one" in error.hint
+
+
+def test_error_stays_what_it_is_when_a_pass_of_ours_raises(monkeypatch: pytest.MonkeyPatch, install: Install) -> None:
+    """A broken plugin that does not run is not to blame."""
+    install("fold-x", broken(BREAKING[0][0]), package="bad-one")
+    kind = pass_class("canonicalize")
+
+    def fail(*_: object) -> None:
+        raise KeyError("ours")
+
+    monkeypatch.setattr(kind, "find", fail)
+    with pytest.raises(KeyError, match="ours"):
+        run_pipeline(captured(nn.ReLU(), torch.zeros(2, 3)), [kind()], gate=None)
+
+
+def test_error_for_the_user_passes_through_when_a_plugins_pass_raises_it(install: Install) -> None:
+    body = FOUND.replace("return iter(())", "raise CapabilityError('VLX0408', 'no', hint='leave it out')")
+    content = broken(body).replace("from typing", "from vlexport.core.errors import CapabilityError\nfrom typing")
+    install("fold-x", content, package="bad-one")
+    source = captured(nn.ReLU(), torch.zeros(2, 3))
+    refused("VLX0408", 4, lambda: run_pipeline(source, passes_of(config("fold-x")), gate=None))
 
 
 # -- one place ---------------------------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ class OptimizeOnnx(WholeGraphPass):
 
     name: ClassVar[str] = "optimize-onnx"
     Options: ClassVar[type[Frozen]] = OptimizeOnnxOptions
+    tools: ClassVar[tuple[str, ...]] = ("onnxscript",)
 
     def find(self, ir: OnnxModel) -> Iterator[Match[onnx_ir.Node] | NearMiss[onnx_ir.Node]]:
         limit = cast("OptimizeOnnxOptions", self.options).input_limit

@@ -60,6 +60,7 @@ class SimplifyOnnx(WholeGraphPass):
 
     name: ClassVar[str] = "simplify-onnx"
     Options: ClassVar[type[Frozen]] = SimplifyOnnxOptions
+    tools: ClassVar[tuple[str, ...]] = ("onnxsim",)
 
     def find(self, ir: OnnxModel) -> Iterator[Match[onnx_ir.Node] | NearMiss[onnx_ir.Node]]:
         if ir.size_bytes > _MESSAGE_LIMIT_BYTES:

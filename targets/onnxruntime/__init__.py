@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -12,11 +12,10 @@ from pydantic import Field
 
 from vlexport.core.artifact import Artifact, Frozen
 from vlexport.core.devices import this_machine
-from vlexport.targets.base import Brief, Probe, Target
+from vlexport.targets.base import Brief, LoweredPass, Probe, Target
 
 if TYPE_CHECKING:
     from vlexport.ir.program import Program
-    from vlexport.passes.base import Pass
     from vlexport.passes.level import Level
 
 
@@ -73,6 +72,10 @@ class OnnxRuntimeTarget(Target):
     precision_reason: ClassVar[str] = "the CPU provider computes in fp32"
     Options: ClassVar[type[Frozen]] = OnnxRuntimeOptions
     session_entry: ClassVar[str] = "vlexport.targets.onnxruntime.session:open_session"
+    lowered: ClassVar[tuple[LoweredPass, ...]] = (
+        LoweredPass(name="simplify-onnx", value="vlexport.targets.onnx.simplify_onnx:SimplifyOnnx", option="simplify"),
+        LoweredPass(name="optimize-onnx", value="vlexport.targets.onnx.optimize_onnx:OptimizeOnnx", option="optimize"),
+    )
 
     def probe(self) -> Probe:
         """Version, providers and instruction set."""
@@ -118,15 +121,6 @@ class OnnxRuntimeTarget(Target):
         return Artifact(
             target=self.id, path=MAIN_FILE, inputs=program.signature.inputs, outputs=program.signature.outputs
         )
-
-    def lowered_passes(self, options: Frozen) -> Sequence[Pass[Any]]:
-        """simplify-onnx and optimize-onnx, where they are asked for."""
-        from vlexport.targets.onnx.optimize_onnx import OptimizeOnnx
-        from vlexport.targets.onnx.simplify_onnx import SimplifyOnnx
-
-        chosen = cast("OnnxRuntimeOptions", options)
-        wanted: list[Pass[Any]] = [SimplifyOnnx()] if chosen.simplify else []
-        return [*wanted, OptimizeOnnx()] if chosen.optimize else wanted
 
     def lowered_level(self) -> Level[Any]:
         """ONNX models."""

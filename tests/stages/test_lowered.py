@@ -12,6 +12,7 @@ import pytest
 import vlexport
 from tests.targets.onnx_passes import Editing
 from vlexport.cli.main import main
+from vlexport.core.artifact import Artifact
 from vlexport.core.bundle import read_bundle
 from vlexport.core.bundle_schema import PassRecord
 from vlexport.core.config import BuildConfig
@@ -113,8 +114,11 @@ def test_nothing_is_left_when_an_outside_optimizer_crashes(
     assert [p.name for p in tmp_path.iterdir()] == ["fake"]
 
 
-def test_bundle_is_byte_identical_when_simplified_twice(model_file: Path, tmp_path: Path) -> None:
+def test_bundle_is_byte_identical_when_simplified_twice(
+    model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("onnxsim", reason="there is no onnxsim for Python 3.10")
+    monkeypatch.setenv("VLEXPORT_CACHE", "off")
     wanted = {"options": {"onnxruntime.simplify": "true", **OPTIMIZED}}
     first, second = (built(model_file, tmp_path / name, **wanted) for name in ("a", "b"))
     for name in ("artifact/main.onnx", "bundle.json", "recipe.toml"):
@@ -133,7 +137,7 @@ class Plain(Target):
         raise NotImplementedError
 
     def lower(self, program: Any, folder: Path, brief: Any) -> Any:
-        return f"artifact with {brief.threads} threads"
+        return Artifact(target=self.id, path="main", inputs=(), outputs=(), session_options={"threads": brief.threads})
 
     def lower_naive(self, program: Any, folder: Path) -> Any:
         raise NotImplementedError
@@ -144,5 +148,5 @@ def test_target_is_lowered_as_ever_when_it_has_no_lowered_passes(tmp_path: Path)
 
     program: Any = None
     options: Any = None
-    found = lower_and_rewrite(Plain(), program, tmp_path, Brief(options, threads=3), probes=None)
-    assert found == ("artifact with 3 threads", ())
+    artifact, records = lower_and_rewrite(Plain(), program, tmp_path, Brief(options, threads=3), probes=None)
+    assert (artifact.session_options, records) == ({"threads": 3}, ())

@@ -120,6 +120,7 @@ def _planned(config: BuildConfig) -> tuple[list[str], dict[str, Any], int]:
         lines.append(f"Pass     {pass_phrase(record)}")
         lines += [f"         {change.what} ×{change.count}" for change in record.changes]
         lines += [f"         not {miss.pattern} at {miss.node}: {miss.reason}" for miss in record.near_misses]
+    lines += [f"Pass     {name}: on the lowered graph, which a plan does not make" for name in found.lowered]
     lines += [f"Try      {name} = {', '.join(values)}" for name, values in found.candidates.items()]
     lines += [f"Note     {note}" for note in found.notes]
     for problem in found.problems:
@@ -128,6 +129,7 @@ def _planned(config: BuildConfig) -> tuple[list[str], dict[str, Any], int]:
         lines.append(f"Problem  {problem.code}: {problem.message}{where}{hint}")
     payload = {
         "passes": [plain_json(record) for record in found.passes],
+        "lowered_passes": list(found.lowered),
         "before": plain_json(found.before),
         "after": plain_json(found.after),
         "problems": [problem.as_dict() for problem in found.problems],

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Annotated, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,9 @@ from vlexport.core.errors import CapabilityError
 from vlexport.core.halves import require_build_half
 from vlexport.core.option_records import option_lines, option_records
 from vlexport.core.plugins import Offer, only_one
+
+if TYPE_CHECKING:
+    from vlexport.targets.base import LoweredPass
 
 
 def targets(
@@ -54,17 +57,23 @@ def passes(
     ] = None,
     json_output: JsonOption = False,
 ) -> Outcome:
-    """List the passes in pipeline order, or describe one with its options."""
+    """List the passes in pipeline order, those of targets last, or describe one with its options."""
     require_build_half("vlexport passes")
     from vlexport.passes import offered_passes, pass_class
+    from vlexport.targets import lowered_passes
 
+    lowered = lowered_passes()
     if name is not None:
-        kind = pass_class(name)
+        here = None if name in offered_passes() else lowered.get(name)
+        kind = next(iter(here.values())).kind() if here else pass_class(name, others=lowered)
         module = inspect.getmodule(kind)
         text = inspect.cleandoc((module.__doc__ if module else None) or inspect.getdoc(kind) or "")
         records = option_records(kind.Options)
-        lines = [*text.splitlines(), "", *option_lines(name, records)]
+        lines = [*text.splitlines(), "", *([f"run with {_asked_for(here)}"] if here else [])]
+        lines += option_lines(name, records)
         payload = {"stage": kind.stage, "effect": kind.effect, "options": [plain_json(each) for each in records]}
+        if here:
+            return Outcome(lines, {"name": name, "description": text, "turned_on_by": _switches(here), **payload})
         offer = only_one(offered_passes()[name])
         return Outcome(lines, {"name": name, "description": text, "distribution": offer.origin, **payload})
 
@@ -76,7 +85,23 @@ def passes(
 
     lines, found, broken = _listed(offered_passes(), about)
     rows = [{"name": each, **payload} for each, payload in found.items()]
+    for each, targets_of in lowered.items():
+        kind = next(iter(targets_of.values())).kind()
+        summary = f"{each} ({kind.stage}, {kind.effect}): {inspect.getdoc(kind)}"
+        lines.append(f"{summary}; on what is lowered, run with {_asked_for(targets_of)}")
+        rows.append(
+            {"name": each, "stage": kind.stage, "effect": kind.effect, "turned_on_by": _switches(targets_of)}
+        )  # fmt: skip
     return Outcome(lines, {"passes": rows, "broken": broken})
+
+
+def _switches(lowered: Mapping[str, LoweredPass]) -> list[str]:
+    """What ``--set`` takes to turn a lowered pass on, for each target that has it."""
+    return [f"{target}.{each.option}=true" for target, each in lowered.items()]
+
+
+def _asked_for(lowered: Mapping[str, LoweredPass]) -> str:
+    return " or ".join(f"--set {switch}" for switch in _switches(lowered))
 
 
 def _listed(

@@ -18,7 +18,7 @@ from typing import Annotated, Any, cast
 import typer
 
 import vlexport
-from vlexport.cli import build, bundle, catalogue, measure
+from vlexport.cli import build, bundle, cache, catalogue, measure
 from vlexport.cli.console import error_lines, inert
 from vlexport.cli.outcome import Outcome
 from vlexport.core.errors import EXIT_INPUT, EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_USAGE, VlexportError
@@ -43,6 +43,7 @@ for _command in (
     bundle.run,
     catalogue.passes,
     catalogue.targets,
+    cache.cache,
 ):
     app.command()(_command)
 

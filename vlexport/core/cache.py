@@ -2,10 +2,12 @@
 
 An entry is a folder of files under the SHA-256 of its key: everything that decides its content (inputs, options, tool
 and code versions), never a path or a time. It is written to a temporary sibling and renamed, so that a reader sees all
-of it or nothing; of two writers the first wins and the second's work is dropped. Every file's hash is checked on read:
-a damaged entry is removed and counts as a miss. The least recently used entries go when the cache grows over its cap.
+of it or nothing; of two writers the first wins and the second's work is dropped. Files are copied out and their hashes
+checked on the way: nobody else gets the cache's own files, and a damaged entry counts as a miss and is written anew.
+The least recently used entries go when the cache grows over its cap.
 
-The folder is ``$VLEXPORT_CACHE``, or the platform's cache folder, with mode 0700.
+The folder is ``$VLEXPORT_CACHE``, or the platform's cache folder, with mode 0700; one that others own or may write to
+is refused, because its hashes lie beside its files. ``VLEXPORT_CACHE=off`` does without.
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +29,17 @@ import platformdirs
 
 from vlexport.core.bundle import file_record
 from vlexport.core.errors import BundleError
+from vlexport.core.progress import Reporter
 
 ENTRY_FILE = ".entry.json"
 DEFAULT_CAP_BYTES = 10 << 30
-_TEMPORARY = ".tmp-"
-
-
-@dataclass(frozen=True)
-class Hit:
-    """An entry.
-
-    Attributes:
-        folder: Its files; read-only by convention.
-        fresh: Whether it was made just now.
-    """
-
-    folder: Path
-    fresh: bool
+OFF = "off"
+"""Value of ``VLEXPORT_CACHE`` that switches the cache off; a folder of that name is ``./off``."""
+_TEMPORARY = ".vlexport-"
+_ENTRY = re.compile(r"[0-9a-f]{64}")
+_STALE_SECONDS = 24 * 3600
+"""Age at which half an entry counts as left by a process that was killed."""
+_CHUNK = 1 << 20
 
 
 class Cache:
@@ -52,7 +50,7 @@ class Cache:
         cap_bytes: Size above which the least recently used entries go.
 
     Raises:
-        BundleError: VLX0607 when the folder cannot be made.
+        BundleError: VLX0607 when the folder cannot be made, or others own it or may write to it.
     """
 
     def __init__(self, folder: Path | None = None, *, cap_bytes: int = DEFAULT_CAP_BYTES) -> None:
@@ -60,61 +58,86 @@ class Cache:
         self.cap_bytes = cap_bytes
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            found = self.folder.stat()
         except OSError as error:
             raise BundleError(
                 "VLX0607", f"the cache folder cannot be made: {error.strerror}", where=str(self.folder),
-                hint="set VLEXPORT_CACHE to a folder that can be written",
+                hint="set VLEXPORT_CACHE to a folder that can be written, or to off",
             ) from error  # fmt: skip
+        distrust = _distrust(found)
+        if distrust:
+            raise BundleError("VLX0607", distrust[0], where=str(self.folder), hint=distrust[1])
 
-    def get(self, key: Mapping[str, Any]) -> Path | None:
-        """The files of an entry, their hashes checked, or None. A damaged entry is removed."""
+    def take(self, key: Mapping[str, Any], into: Path) -> dict[str, Any] | None:
+        """Copy the files of an entry out of the cache.
+
+        Args:
+            key: What decides the content, as JSON.
+            into: A folder that is empty or not there yet, and stays so when there is no whole entry.
+
+        Returns:
+            What was kept beside the files, or None when there is no entry or it is damaged.
+        """
         place = self._place(key)
-        if not place.is_dir():
+        scratch = into.with_name(f".{into.name}.{os.getpid()}")
+        try:
+            index = _index(place)
+            if set(index["files"]) != set(_files(place)):
+                return None
+            scratch.mkdir(parents=True)
+            for name, record in index["files"].items():
+                if _copied(place / name, scratch / name) != record["sha256"]:
+                    return None
+            os.rename(scratch, into)
+        except (OSError, ValueError):  # also when another process removes the entry meanwhile
             return None
-        if not _intact(place):
-            _remove(place)
-            return None
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
         with contextlib.suppress(OSError):
             os.utime(place)
-        return place
+        about: dict[str, Any] = index["about"]
+        return about
 
-    def get_or_make(self, key: Mapping[str, Any], make: Callable[[Path], None]) -> Hit:
-        """The entry of a key, made by ``make(folder)`` when it is missing or damaged.
+    def keep(self, key: Mapping[str, Any], folder: Path, about: Mapping[str, Any]) -> bool:
+        """Keep a copy of a folder's files under a key; a whole entry that stands there stays, a damaged one goes.
 
-        Two makers may run at once; what is kept is the first one's.
+        Args:
+            key: What decides the content, as JSON.
+            folder: Its files are copied.
+            about: What else to keep, as JSON.
+
+        Returns:
+            Whether the entry is new.
+
+        Raises:
+            OSError: When it cannot be written; then nothing is left of it.
         """
-        found = self.get(key)
-        if found is not None:
-            return Hit(found, fresh=False)
+        place = self._place(key)
         scratch = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=self.folder))
         try:
-            make(scratch)
-            _seal(scratch, key)
-            place = self._place(key)
-            try:
-                os.rename(scratch, place)
-            except OSError:  # another writer was first: a folder that is not empty stands there
-                other = self.get(key)
-                if other is None:
-                    raise
-                shutil.rmtree(scratch, ignore_errors=True)
-                return Hit(other, fresh=False)
-        except BaseException:
+            for name in _files(folder):
+                _copied(folder / name, scratch / name)
+            _seal(scratch, key, about)
+            new = self._place_whole(scratch, place)
+        finally:
             shutil.rmtree(scratch, ignore_errors=True)
-            raise
         self.trim()
-        return Hit(place, fresh=True)
+        return new
 
     def entries(self) -> list[tuple[Path, int]]:
         """Entries with their bytes, the least recently used first."""
-        found = [(p, _bytes(p)) for p in self.folder.iterdir() if p.is_dir() and not p.name.startswith(_TEMPORARY)]
+        found = [(p, _bytes(p)) for p in self._inside() if _ENTRY.fullmatch(p.name)]
         return sorted(found, key=lambda item: (_used(item[0]), item[0].name))
 
     def trim(self) -> int:
-        """Remove the least recently used entries above the cap; returns how many went."""
+        """Remove what killed processes left, and the least recently used entries above the cap; returns how many."""
+        now = time.time()
+        left = [p for p in self._inside() if p.name.startswith(_TEMPORARY) and now - _used(p) > _STALE_SECONDS]
+        for place in left:
+            shutil.rmtree(place, ignore_errors=True)
         entries = self.entries()
         total = sum(size for _, size in entries)
-        gone = 0
+        gone = len(left)
         for place, size in entries[:-1]:
             if total <= self.cap_bytes:
                 break
@@ -124,17 +147,47 @@ class Cache:
         return gone
 
     def clear(self) -> int:
-        """Remove every entry; returns the bytes that were freed."""
+        """Remove every entry and nothing else; returns the bytes that were freed."""
         freed = 0
-        for place in list(self.folder.iterdir()):
-            if place.is_dir():
-                freed += _bytes(place)
-                _remove(place)
+        for place in self._inside():
+            freed += _bytes(place)
+            _remove(place)
         return freed
 
+    def _inside(self) -> list[Path]:
+        """What is the cache's own: the folder may be one that holds other things."""
+        found = [p for p in self.folder.iterdir() if _ENTRY.fullmatch(p.name) or p.name.startswith(_TEMPORARY)]
+        return [p for p in found if p.is_dir() and not p.is_symlink()]
+
     def _place(self, key: Mapping[str, Any]) -> Path:
-        text = json.dumps(key, sort_keys=True, separators=(",", ":"), allow_nan=False)
-        return self.folder / hashlib.sha256(text.encode()).hexdigest()
+        return self.folder / hashlib.sha256(_canonical(key).encode()).hexdigest()
+
+    def _place_whole(self, scratch: Path, place: Path) -> bool:
+        """Rename an entry to its place, unless a whole one stands there."""
+        for last in (False, True):
+            if place.is_dir() and not _intact(place):
+                _remove(place)
+            try:
+                os.rename(scratch, place)
+            except OSError:  # a folder that is not empty stands there
+                if place.is_dir() and _intact(place):
+                    return False
+                if last:
+                    raise
+            else:
+                return True
+        return False
+
+
+def open_cache(reporter: Reporter) -> Cache | None:
+    """The user's cache, or None where it is off; one that cannot be used is none either, and said."""
+    if os.environ.get("VLEXPORT_CACHE") == OFF:
+        return None
+    try:
+        return Cache()
+    except BundleError as error:
+        reporter.note(f"the cache is not used: {error.message} ({error.where}); {error.hint}")
+        return None
 
 
 def default_folder() -> Path:
@@ -143,22 +196,74 @@ def default_folder() -> Path:
     return Path(given) if given else Path(platformdirs.user_cache_dir("vlexport"))
 
 
-def _seal(folder: Path, key: Mapping[str, Any]) -> None:
-    files = {
-        p.relative_to(folder).as_posix(): file_record(p).model_dump() for p in sorted(folder.rglob("*")) if p.is_file()
-    }
-    (folder / ENTRY_FILE).write_text(json.dumps({"key": key, "files": files}, sort_keys=True), encoding="utf-8")
+def _distrust(found: os.stat_result) -> tuple[str, str] | None:
+    """Why the folder's entries may be somebody else's, and what to do; None when they cannot."""
+    elsewhere = "set VLEXPORT_CACHE to a folder of your own, or to off"
+    if not stat.S_ISDIR(found.st_mode):
+        return "the cache folder is no folder", elsewhere
+    if hasattr(os, "geteuid") and found.st_uid != os.geteuid():
+        return "the cache folder belongs to another user", elsewhere
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return "others may write to the cache folder", f"chmod 700 it, or {elsewhere}"
+    return None
+
+
+def _canonical(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _files(folder: Path) -> Iterator[str]:
+    """Files below a folder, without the index."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name != ENTRY_FILE:
+            yield name
+
+
+def _seal(folder: Path, key: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    files = {name: file_record(folder / name).model_dump() for name in _files(folder)}
+    index = _canonical({"key": key, "about": about, "files": files})
+    text = json.dumps({"index": index, "sha256": hashlib.sha256(index.encode()).hexdigest()})
+    (folder / ENTRY_FILE).write_text(text, encoding="utf-8")
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    """What an entry says of itself.
+
+    Raises:
+        OSError, ValueError: When it does not, or does not fit its own hash.
+    """
+    try:
+        sealed = json.loads((folder / ENTRY_FILE).read_text(encoding="utf-8"))
+        if hashlib.sha256(sealed["index"].encode()).hexdigest() != sealed["sha256"]:
+            raise ValueError("the index is damaged")
+        index: dict[str, Any] = json.loads(sealed["index"])
+        if not {"files", "about"} <= set(index):
+            raise ValueError("the index is damaged")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError("the index is damaged") from error
+    return index
 
 
 def _intact(folder: Path) -> bool:
     try:
-        files = json.loads((folder / ENTRY_FILE).read_text(encoding="utf-8"))["files"]
-        found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {ENTRY_FILE}
-        return found == set(files) and all(
+        files = _index(folder)["files"]
+        return set(_files(folder)) == set(files) and all(
             file_record(folder / name).model_dump() == record for name, record in files.items()
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return False
+
+
+def _copied(source: Path, to: Path) -> str:
+    """Copy a file's content; returns the SHA-256 of what was read."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    with source.open("rb") as reading, to.open("xb") as writing:
+        while chunk := reading.read(_CHUNK):
+            digest.update(chunk)
+            writing.write(chunk)
+    return digest.hexdigest()
 
 
 def _remove(folder: Path) -> None:
@@ -181,4 +286,4 @@ def _used(folder: Path) -> float:
     try:
         return folder.stat().st_mtime
     except OSError:
-        return 0.0
+        return time.time()

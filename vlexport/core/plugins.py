@@ -12,15 +12,16 @@ words of its own which version of the contract it was written for (``API_VERSION
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vlexport.core.errors import CapabilityError
+from vlexport.core.errors import EXIT_INTERNAL, CapabilityError, VlexportError
 
 BUILT_IN = "vlexport"
 """The distribution of what is in a catalogue of ours."""
@@ -140,3 +141,27 @@ def unusable(offer: Offer, reason: str) -> CapabilityError:
         "VLX1003", f"'{offer.name}' of {offer.origin} cannot be used: {reason}", where=offer.name,
         hint=f"update or uninstall {offer.distribution}",
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def answering_for(claims: Callable[[], tuple[Offer, ...]]) -> Iterator[None]:
+    """Whatever a plugin's code raises, and a contract that it breaks, becomes an error that names its package.
+
+    Errors for the user pass through, and so does everything that is our own.
+
+    Args:
+        claims: Who offers what is run; asked for when something is raised.
+
+    Raises:
+        CapabilityError: VLX1003.
+    """
+    try:
+        yield
+    except Exception as error:  # another package's code may raise anything
+        ours = isinstance(error, VlexportError) and error.exit_code != EXIT_INTERNAL
+        offer = next((each for each in claims() if not each.built_in), None)
+        if ours or offer is None:
+            raise
+        first = (str(error).strip().splitlines() or [""])[0]
+        reason = error.message if isinstance(error, VlexportError) else f"{type(error).__name__}: {first}"
+        raise unusable(offer, reason) from error

@@ -162,6 +162,28 @@ OPS: dict[str, OpInfo] = {
 }
 """``aten.NAME.OVERLOAD`` → what it is."""
 
+CONVOLUTIONS = (
+    "aten.conv1d.default", "aten.conv2d.default", "aten.conv3d.default", "aten.conv1d.padding", "aten.conv2d.padding",
+    "aten.conv3d.padding",
+)  # fmt: skip
+TRANSPOSED_CONVOLUTIONS = (
+    "aten.conv_transpose1d.default", "aten.conv_transpose2d.input", "aten.conv_transpose3d.input",
+)  # fmt: skip
+SECOND_SPELLINGS: dict[str, tuple[str, ...]] = {
+    "aten.permute.default": (
+        "aten.transpose.int", "aten.t.default", "aten.numpy_T.default", "aten.mT.default", "aten.swapaxes.default",
+        "aten.swapdims.default", "aten.movedim.int", "aten.movedim.intlist",
+    ),
+    "aten.reshape.default": (
+        "aten.view.default", "aten.flatten.using_ints", "aten.unflatten.int", "aten._unsafe_view.default",
+        "aten.view_as.default", "aten.reshape_as.default",
+    ),
+    "aten.expand.default": ("aten.expand_as.default",),
+}  # fmt: skip
+"""Operator → others that say the same; in canonical form only the first is left."""
+COPIES = ("aten.clone.default", "aten.contiguous.default")
+"""Their value is that of their operand, and memory layout is no idea of a Program."""
+
 _CHECKS = {
     "aten._assert_scalar.default", "aten._assert_async.default", "aten._assert_async.msg",
     "aten.sym_constrain_range_for_size.default", "aten.sym_constrain_range.default",

@@ -5,6 +5,7 @@ A fact without a predicate does not exist; the runner evaluates what a pass clai
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,13 +16,7 @@ from vlexport.ir.program import Program
 
 Predicate = Callable[[Program], bool]
 
-_SPELLINGS = (
-    "aten.transpose.int", "aten.t.default", "aten.mT.default", "aten.numpy_T.default", "aten.swapaxes.default",
-    "aten.swapdims.default", "aten.movedim.int", "aten.movedim.intlist", "aten.view.default", "aten.flatten.using_ints",
-    "aten.unflatten.int", "aten._unsafe_view.default", "aten.view_as.default", "aten.reshape_as.default",
-    "aten.contiguous.default", "aten.clone.default", "aten.expand_as.default", "aten.dropout.default",
-)  # fmt: skip
-"""Second spellings of an idea that ``canonicalize`` removes."""
+_SPELLINGS = (*itertools.chain(*dialect.SECOND_SPELLINGS.values()), *dialect.COPIES, "aten.dropout.default")
 
 
 def canonical(program: Program) -> bool:
@@ -29,11 +24,7 @@ def canonical(program: Program) -> bool:
     return not program.calls(*_SPELLINGS)
 
 
-_BEFORE_BATCH_NORM = (
-    "aten.conv1d.default", "aten.conv2d.default", "aten.conv3d.default", "aten.conv1d.padding", "aten.conv2d.padding",
-    "aten.conv3d.padding", "aten.conv_transpose1d.default", "aten.conv_transpose2d.input",
-    "aten.conv_transpose3d.input", "aten.linear.default",
-)  # fmt: skip
+_BEFORE_BATCH_NORM = (*dialect.CONVOLUTIONS, *dialect.TRANSPOSED_CONVOLUTIONS, "aten.linear.default")
 
 
 def no_foldable_batch_norm(program: Program) -> bool:

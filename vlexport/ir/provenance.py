@@ -65,6 +65,11 @@ def source_line(node: Node) -> str:
     return str(_record(node).get("source", ""))
 
 
+def stack(node: Node) -> tuple[str, ...]:
+    """The modules around ``node``, outermost first, as exporters write them into an artifact."""
+    return tuple(f"{key}: {entry}" for key, entry in (node.meta.get("nn_module_stack") or {}).items())
+
+
 def describe(node: Node) -> str:
     """One phrase for messages: operator, module path and source line."""
     op = dialect.op_name(node).removesuffix(".default")

@@ -14,11 +14,12 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import vlexport
 from vlexport.core.bundle import ARTIFACT_FOLDER, artifact_folder
 from vlexport.core.bundle_schema import Bundle, Component, Golden, Report
+from vlexport.core.cache import Cache, open_cache
 from vlexport.core.config import BuildConfig
 from vlexport.core.dataset import Dataset
 from vlexport.core.devices import available_cores, this_machine
@@ -30,15 +31,24 @@ from vlexport.ir.program import Program
 from vlexport.passes.base import Pass
 from vlexport.passes.pipeline import TimingHook
 from vlexport.report.write import new_report, write_report
-from vlexport.stages.choices import open_dataset, options_of, output_of, passes_of, tools_of, why_untimed
+from vlexport.stages.choices import (
+    lowered_passes_of,
+    open_dataset,
+    options_of,
+    output_of,
+    passes_of,
+    tools_of,
+    why_untimed,
+)
 from vlexport.stages.component import Optimized, lower_component, optimize_component, specialize_component
 from vlexport.stages.dims import dims_of
 from vlexport.stages.golden import check_bundle
+from vlexport.stages.naive import plain_export
 from vlexport.stages.order import Order, configs_of, order_of
 from vlexport.stages.profile import QUICK, Measurable, measure_latency
 from vlexport.stages.tune import Subject, Tuned, autotune, require_searchable
 from vlexport.stages.validate import TIMED, judge_gates, measure_accuracy, require_measured, skipped_phrase
-from vlexport.stages.whole_model import first_sample, naive_artifact, opt_inputs, whole_goldens
+from vlexport.stages.whole_model import first_sample, opt_inputs, whole_goldens
 from vlexport.stages.write_bundle import require_folder, require_free, staging, write_bundle
 
 
@@ -78,6 +88,7 @@ class Prepared:
         dataset: Evaluation samples.
         calibration: Calibration samples.
         metrics: The user's own.
+        cache: Where artifacts and plain exports may be found; None makes them anew.
         seconds: Stage → seconds spent so far.
     """
 
@@ -87,6 +98,7 @@ class Prepared:
     dataset: Dataset | None
     calibration: Dataset | None
     metrics: tuple[UserMetric, ...]
+    cache: Cache | None
     seconds: dict[str, float]
 
 
@@ -145,7 +157,7 @@ def prepare(config: BuildConfig, orders: Sequence[Order], reporter: Reporter) ->
                     hooks=[timing],
                 )  # fmt: skip
     seconds = {**clock.seconds, **_pass_seconds(timing)}
-    return Prepared(sources, optimized, passes, dataset, calibration, metrics, seconds)
+    return Prepared(sources, optimized, passes, dataset, calibration, metrics, open_cache(reporter), seconds)
 
 
 def build_prepared(order: Order, prepared: Prepared, folder: Path, reporter: Reporter) -> BuildResult:
@@ -170,13 +182,15 @@ def build_prepared(order: Order, prepared: Prepared, folder: Path, reporter: Rep
                     sample=samples.get(name), dump=_dump(config, sources, name, target.id), hooks=[timing],
                 )  # fmt: skip
     components: dict[str, Component] = {}
+    lowered = lowered_passes_of(config, target, brief.options)
     with clock.stage(f"lower to {target.id}"):
         for name, source in sources.components.items():
             with sources.named(name):
                 components[name] = lower_component(
                     target, source, optimized[name], brief, bundle=folder, name=name, seed=config.seed,
-                    folder=folder / artifact_folder(sources.components, name),
-                    dump=_dump(config, sources, name, target.id, "lowered"), hooks=[timing],
+                    folder=folder / artifact_folder(sources.components, name), passes=lowered,
+                    dump=_dump(config, sources, name, target.id, "lowered"), hooks=[timing], cache=prepared.cache,
+                    reporter=reporter,
                 )  # fmt: skip
     dataset = prepared.dataset
     tuned: Tuned | None = None
@@ -186,12 +200,15 @@ def build_prepared(order: Order, prepared: Prepared, folder: Path, reporter: Rep
             subject = Subject(
                 config=config, target=target, folder=folder, component=component, source_hash=sources.source_hash,
                 source=sources.run, inputs=opt_inputs(sources, config.seed), gates=order.gates,
-                metrics=prepared.metrics, tools=tools_of(config, target), threads=config.threads or available_cores(),
+                metrics=prepared.metrics, tools=tools_of(config, target, lowered),
+                threads=config.threads or available_cores(),
             )  # fmt: skip
             tuned = autotune(subject, order.axes, dataset, reporter=reporter)
         components[name], dataset = tuned.component, tuned.dataset
         order = replace(order, config=tuned.config, brief=replace(brief, options=options_of(tuned.config, target)))
-    bundle, report = _measured(order, replace(prepared, dataset=dataset), sources, components, folder, clock)
+    prepared = replace(prepared, dataset=dataset)
+    unwritten = _bundle(order, sources, components, lowered, whole_goldens(folder, sources, config.seed))
+    bundle, report = _measured(order, prepared, sources, unwritten, folder, clock)
     report = report.model_copy(update={"tuning": tuned.tuning if tuned is not None else None})
     notes = [note for name, each in optimized.items() for note in sources.said(name, each.notes)]
     report = _with_notes(report, *notes, *_narrowing(prepared.sources, sources))
@@ -211,13 +228,12 @@ def _measured(
     order: Order,
     prepared: Prepared,
     sources: Sources,
-    components: Mapping[str, Component],
+    unwritten: Bundle,
     folder: Path,
     clock: StageClock,
 ) -> tuple[Bundle, Report]:
     """Write the bundle, and measure what can be measured here."""
     config, target = order.config, order.target
-    unwritten = _bundle(order, sources, components, whole_goldens(folder, sources, config.seed))
     if not order.probe.available:
         bundle = write_bundle(folder, unwritten, config.recipe())
         why = f"{target.id} does not run here, so nothing was run or measured: {order.probe.reason}"
@@ -247,7 +263,7 @@ def _measured(
     if not order.brief.device.is_this(this_machine()):
         return bundle, _with_notes(report, f"latency was not measured: this machine is no {order.brief.device.id}")
     with clock.stage("profile"), tempfile.TemporaryDirectory(prefix="vlexport-") as scratch:
-        naive = Measurable("naive", target, Path(scratch), naive_artifact(target, sources, Path(scratch)))
+        naive = plain_export(target, sources, Path(scratch), cache=prepared.cache, reporter=clock.reporter)
         ours = Measurable("artifact", target, folder / ARTIFACT_FOLDER, artifact)
         inputs = opt_inputs(sources, config.seed)
         latency = measure_latency(ours, inputs, baseline=naive, plan=QUICK, threads=threads, reporter=clock.reporter)
@@ -258,6 +274,7 @@ def _bundle(
     order: Order,
     sources: Sources,
     components: Mapping[str, Component],
+    lowered: Sequence[Pass[Any]],
     goldens: tuple[Golden | None, Golden | None],
 ) -> Bundle:
     return Bundle(
@@ -271,7 +288,7 @@ def _bundle(
         edges=sources.edges,
         golden=goldens[0],
         golden_smallest=goldens[1],
-        tools=tools_of(order.config, order.target),
+        tools=tools_of(order.config, order.target, lowered),
         instruction_set=this_machine().instruction_set,
         compatibility=order.target.compatibility(order.brief),
         files={},

@@ -5,9 +5,12 @@ build stops at the first problem here, plan collects them all.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -100,27 +103,53 @@ def options_of(config: BuildConfig, target: Target) -> Frozen:
     Raises:
         UsageError: VLX0703.
     """
-    scopes = [*PASSES, *config.passes, *offered_targets()]
+    given = config.scoped_options(target.id)
+    options = _typed(target.Options, given, target.id)
+    running = [each.name for each in target.lowered if getattr(options, each.option)]
+    scopes = [*PASSES, *config.passes, *offered_targets(), *running]
+    asleep = {name: f"add --pass {name}" for name in offered_passes()}
+    asleep |= {each.name: f"add --set {target.id}.{each.option}=true" for each in target.lowered}
     for key in config.options:
         scope = key.partition(".")[0]
         if scope not in scopes:
-            asleep = scope in offered_passes()
             raise UsageError(
                 "VLX0703",
                 f"--set {key}: pass '{scope}' is not run"
-                if asleep
-                else f"--set {key}: no pass or target '{scope}'{nearest(scope, scopes)}",
+                if scope in asleep
+                else f"--set {key}: no pass or target '{scope}'{nearest(scope, [*scopes, *asleep])}",
                 where="--set",
-                hint=f"add --pass {scope}" if asleep else f"known: {', '.join(scopes)}",
+                hint=asleep.get(scope, f"known: {', '.join(scopes)}"),
             )
-    return _typed(target.Options, config.scoped_options(target.id), target.id)
+    return options
 
 
-def tools_of(config: BuildConfig, target: Target) -> dict[str, str]:
-    """Versions of what takes part in a build: the target's tools, and the packages of the plugins that it uses."""
+def lowered_passes_of(config: BuildConfig, target: Target, options: Frozen) -> list[Pass[Any]]:
+    """The target's lowered passes that its options turn on, with their own options.
+
+    Raises:
+        UsageError: VLX0703 for an option that they do not have.
+    """
+    made: list[Pass[Any]] = []
+    for each in target.lowered_passes(options):
+        given = config.scoped_options(each.name)
+        made.append(type(each)(_typed(type(each).Options, given, each.name)) if given else each)
+    return made
+
+
+def tools_of(config: BuildConfig, target: Target, lowered: Sequence[Pass[Any]] = ()) -> dict[str, str]:
+    """Versions of what takes part in a build: tools of target and lowered passes, packages of the plugins it uses."""
     claims = [offered_passes()[name] for name in config.passes] + [offered_targets()[target.id]]
     plugins = {offer.distribution: offer.version for each in claims for offer in each if not offer.built_in}
-    return {**target.tools(), **plugins}
+    return {**versions_of(lowered), **target.tools(), **plugins}
+
+
+def versions_of(passes: Sequence[Pass[Any]]) -> dict[str, str]:
+    """Name → version of the outside packages that passes use; what is not installed is the pass's own error to tell."""
+    found = {}
+    for name in sorted({tool for each in passes for tool in each.tools}):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name).split("+")[0]
+    return found
 
 
 def why_untimed(session: Session, gates: Sequence[Gate]) -> str:

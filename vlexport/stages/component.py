@@ -8,14 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from vlexport.core.artifact import Array, DimRange
 from vlexport.core.bundle_schema import Component, CostRecord, Golden, PassRecord
+from vlexport.core.cache import Cache
 from vlexport.core.config import BuildConfig
 from vlexport.core.errors import GateError
 from vlexport.core.numerics import relative_error
+from vlexport.core.progress import Reporter
 from vlexport.frontends.source import Source
 from vlexport.ir.cost import cost
 from vlexport.ir.draw import draw
@@ -149,8 +152,11 @@ def lower_component(
     folder: Path,
     name: str,
     seed: int,
+    passes: Sequence[Pass[Any]],
     dump: Path | None,
     hooks: Sequence[Hook] = (),
+    cache: Cache | None = None,
+    reporter: Reporter | None = None,
 ) -> Component:
     """Write artifact and golden vectors of a component.
 
@@ -163,16 +169,20 @@ def lower_component(
         folder: The artifact's, in it.
         name: Of the component.
         seed: Of the golden vectors.
+        passes: The target's lowered passes.
         dump: Folder for the lowered graph's text after every pass.
         hooks: Watchers.
+        cache: Where the artifact may be found.
+        reporter: Told of what came from there.
 
     Raises:
         VlexportError: VLX04xx, VLX0503.
     """
     brief = replace(brief, labels=source.labels, preprocess=source.preprocess)
     artifact, lowered = lower_and_rewrite(
-        target, optimized.program, folder, brief, probes=optimized.probes, hooks=hooks, dump=dump
-    )
+        target, optimized.program, folder, brief, probes=optimized.probes, passes=passes, hooks=hooks, dump=dump,
+        cache=cache, reporter=reporter,
+    )  # fmt: skip
     signature = optimized.program.signature
     golden, smallest = write_goldens(
         bundle, name, dims=signature.dims, run=source.run,

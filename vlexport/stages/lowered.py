@@ -9,10 +9,14 @@ from typing import Any
 
 from vlexport.core.artifact import Artifact
 from vlexport.core.bundle_schema import PassRecord
+from vlexport.core.cache import Cache
+from vlexport.core.progress import Reporter
 from vlexport.ir.program import Program
+from vlexport.passes.base import Pass
 from vlexport.passes.gate import NumericGate
 from vlexport.passes.pipeline import DumpHook, Hook, run_pipeline
 from vlexport.passes.probes import Probe
+from vlexport.stages.lowering_cache import Made, lowering_key, made_once
 from vlexport.targets.base import Brief, Target
 
 
@@ -23,19 +27,25 @@ def lower_and_rewrite(
     brief: Brief,
     *,
     probes: Sequence[Probe] | None,
+    passes: Sequence[Pass[Any]] = (),
     hooks: Sequence[Hook] = (),
     dump: Path | None = None,
+    cache: Cache | None = None,
+    reporter: Reporter | None = None,
 ) -> tuple[Artifact, tuple[PassRecord, ...]]:
-    """Lower a Program, run the target's lowered passes, and write the artifact.
+    """Lower a Program, run the target's lowered passes, and write the artifact; or find it in the cache.
 
     Args:
-        target: Its ``lowered_passes`` are run.
+        target: What lowers.
         program: As the passes left it.
         folder: Where the artifact goes.
         brief: What lowering depends on beside the Program.
         probes: Inputs of the gate, on which another gate has seen outputs vary; None switches it off.
-        hooks: Watchers.
-        dump: Folder for the lowered graph's text after every pass.
+        passes: The target's lowered passes, at its ``lowered_level``.
+        hooks: Watchers; they see nothing of an artifact from the cache.
+        dump: Folder for the lowered graph's text after every pass; given, the cache is not asked.
+        cache: Where the artifact may be found, and is kept; None makes it in any case.
+        reporter: Told of what came from the cache.
 
     Returns:
         The artifact, and one record per lowered pass.
@@ -45,9 +55,31 @@ def lower_and_rewrite(
         InternalError: VLX0403 to VLX0407 when a pass breaks its contract.
         GateError: VLX0401, VLX0406 when a pass changes what the model computes.
     """
-    passes = target.lowered_passes(brief.options)
+
+    def make() -> Made:
+        return _made(target, program, folder, brief, probes, passes, hooks, dump)
+
+    key = None
+    if cache is not None and dump is None:
+        key = lowering_key(
+            "lower", target, program, brief, passes=passes, probes=probes
+        )  # fmt: skip
+    made = made_once(cache, key, folder, make, what="artifact", reporter=reporter)
+    return made.artifact, made.records
+
+
+def _made(
+    target: Target,
+    program: Program,
+    folder: Path,
+    brief: Brief,
+    probes: Sequence[Probe] | None,
+    passes: Sequence[Pass[Any]],
+    hooks: Sequence[Hook],
+    dump: Path | None,
+) -> Made:
     if not passes:
-        return target.lower(program, folder, brief), ()
+        return Made(artifact=target.lower(program, folder, brief))
     level = target.lowered_level()
     records: list[PassRecord] = []
 
@@ -59,4 +91,4 @@ def lower_and_rewrite(
         return after
 
     artifact = target.lower(program, folder, replace(brief, rewrite=rewrite))
-    return artifact, tuple(records)
+    return Made(artifact=artifact, records=tuple(records))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from vlexport.core.bundle_schema import CostRecord, PassRecord
 from vlexport.core.config import BuildConfig
@@ -21,6 +22,7 @@ from vlexport.passes.base import Pass
 from vlexport.passes.pipeline import run_pipeline
 from vlexport.stages.choices import (
     gates_of,
+    lowered_passes_of,
     open_dataset,
     options_of,
     output_of,
@@ -42,6 +44,7 @@ class Plan:
 
     Attributes:
         passes: One record per pass; gates are off.
+        lowered: Passes that would run on the lowered graph, which a plan does not make.
         before: Cost of the captured graph.
         after: Cost of the graph that would be lowered.
         calls_before: Calls of the captured graph.
@@ -52,6 +55,7 @@ class Plan:
     """
 
     passes: tuple[PassRecord, ...]
+    lowered: tuple[str, ...]
     before: CostRecord
     after: CostRecord
     calls_before: int
@@ -86,6 +90,8 @@ def plan(config: BuildConfig, *, reporter: Reporter | None = None) -> Plan:
     collect(lambda: gates_of(config))
     candidates: dict[str, tuple[str, ...]] = {}
     collect(lambda: candidates.update(axes_of(config, target, options_of(config, target))))
+    lowered: list[Pass[Any]] = []
+    collect(lambda: lowered.extend(lowered_passes_of(config, target, options_of(config, target))))
     collect(lambda: require_free(output_of(config), force=config.force))
     collect(lambda: target.require_tools(brief))
     with reporter.stage("open the model"):
@@ -109,6 +115,7 @@ def plan(config: BuildConfig, *, reporter: Reporter | None = None) -> Plan:
         problems += _opaque(program)
     return Plan(
         passes=whole_passes({name: tuple(records) for name, (_, records) in ran.items()}),
+        lowered=tuple(each.name for each in lowered),
         before=summed_cost({name: cost_record(program) for name, program in before.items()}),
         after=summed_cost({name: cost_record(program) for name, program in after.items()}),
         calls_before=sum(len(program.calls()) for program in before.values()),

@@ -7,15 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from vlexport.core.artifact import Array, Artifact
+from vlexport.core.artifact import Array
 from vlexport.core.bundle_schema import Golden
 from vlexport.core.dataset import Dataset
 from vlexport.core.errors import DataError
-from vlexport.core.pipeline import pipeline_of
 from vlexport.core.wiring import WHOLE
 from vlexport.frontends.sources import Sources
 from vlexport.stages.component import drawn, write_goldens
-from vlexport.targets.base import Target
 
 _SEED_STEP = 16
 """Between the draws of two components: inputs of the same shape must differ, or exchanging them would not be seen."""
@@ -53,16 +51,6 @@ def whole_goldens(folder: Path, sources: Sources, seed: int) -> tuple[Golden | N
         return _drawn(sources, seed + 1, sizes, masks=masks)
 
     return write_goldens(folder, WHOLE, dims=sources.signature.dims, draw=draw, run=sources.run)
-
-
-def naive_artifact(target: Target, sources: Sources, folder: Path) -> Artifact:
-    """The plain export of every component."""
-    if sources.only is not None:
-        return target.lower_naive(sources.only.program, folder)
-    parts = {name: target.lower_naive(each.program, folder / name) for name, each in sources.components.items()}
-    return pipeline_of(
-        parts, {name: each.program.signature.dims for name, each in sources.components.items()}, sources.edges
-    )
 
 
 def _drawn(sources: Sources, seed: int, sizes: Mapping[str, int], *, masks: bool = False) -> dict[str, Array]:
