@@ -18,10 +18,10 @@ def receipt(bundle: Bundle, report: Report, shown_path: str) -> list[str]:
     """
     main = bundle.main
     lines = [
-        f"Built    {shown_path}: {bundle.target} {bundle.precision}, {size_phrase(report.size_bytes)}, "
-        f"{macs_phrase(main.cost.macs, main.cost.opaque)}, {main.cost.parameters / 1e6:.2f} M parameters",
+        f"Built    {shown_path}: {bundle.target} {bundle.precision}, {_components(bundle)}"
+        f"{size_phrase(report.size_bytes)}, {macs_phrase(main.cost.macs, main.cost.opaque)}, {main.cost.parameters / 1e6:.2f} M parameters",
         f"Checked  {_gates(bundle)}; golden vectors within {main.golden.tolerance:.0e}",
-        f"Passes   {'; '.join(map(pass_phrase, main.passes))}",
+        f"Passes   {_passes(bundle)}",
         f"Accuracy {accuracy_phrase(report)}",
         f"Latency  {latency_phrase(report)}",
     ]
@@ -46,6 +46,20 @@ def snippet(bundle: Bundle, shown_path: str) -> list[str]:
     shapes = [(s, tuple(main.dims[d].opt if isinstance(d, str) else d for d in s.shape)) for s in main.artifact.inputs]
     arrays = ", ".join(f"{spec.name!r}: np.zeros({shape}, {spec.dtype!r})" for spec, shape in shapes)
     return [f"    import numpy as np, vlexport; print(vlexport.load({shown_path!r}).run({{{arrays}}}))"]
+
+
+def _components(bundle: Bundle) -> str:
+    names = list(bundle.components)
+    return f"{len(names)} components ({', '.join(names)}), " if len(names) > 1 else ""
+
+
+def _passes(bundle: Bundle) -> str:
+    """Every pass; of several components those that did something, or nearly."""
+    records = bundle.main.passes
+    if len(bundle.components) == 1:
+        return "; ".join(map(pass_phrase, records))
+    told = [pass_phrase(record) for record in records if record.changes or record.near_misses]
+    return "; ".join([*told, "all others nothing to do"] if told else ["nothing to do"])
 
 
 def _gates(bundle: Bundle) -> str:
