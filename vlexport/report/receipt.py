@@ -19,7 +19,8 @@ def receipt(bundle: Bundle, report: Report, shown_path: str) -> list[str]:
     main = bundle.main
     lines = [
         f"Built    {shown_path}: {bundle.target} {bundle.precision}, {_components(bundle)}"
-        f"{size_phrase(report.size_bytes)}, {macs_phrase(main.cost.macs, main.cost.opaque)}, {main.cost.parameters / 1e6:.2f} M parameters",
+        f"{size_phrase(report.size_bytes)}, {macs_phrase(main.cost.macs, main.cost.opaque)}, "
+        f"{main.cost.parameters / 1e6:.2f} M parameters",
         f"Checked  {_gates(bundle)}; golden vectors within {main.golden.tolerance:.0e}",
         f"Passes   {_passes(bundle)}",
         f"Accuracy {accuracy_phrase(report)}",
