@@ -292,6 +292,19 @@ def test_plan_covers_all_components_when_nothing_is_written(model: Path, tmp_pat
     assert not (tmp_path / "b").exists()
 
 
+def test_bundle_is_as_of_a_lone_model_when_one_component_is_named(model: Path, tmp_path: Path) -> None:
+    shutil.copy(model / "encoder.pt", tmp_path)
+    text = "vlexport_components = 1\n[components.eye]\nmodel = 'encoder.pt'\n"
+    (tmp_path / "components.toml").write_text(text)
+    vlexport.build(BuildConfig(model=str(tmp_path), output=str(tmp_path / "b"), profile=False, threads=1))
+    found = read_bundle(tmp_path / "b")
+    assert found.golden is None
+    assert {path for path in found.files if path.startswith("artifact/")} == {"artifact/main.onnx"}
+    assert list(vlexport.verify(tmp_path / "b").errors) == ["eye"]
+    alone = open_sources(BuildConfig(model=str(tmp_path / "encoder.pt")))
+    assert (found.source_hash, found.signature()) == (alone.source_hash, alone.signature)
+
+
 # What is refused
 
 
