@@ -106,7 +106,8 @@ class Target(abc.ABC):
         precisions: Precisions it really runs, the default first.
         precision_reason: Why the first one is the default.
         Options: Typed options of lowering and opening.
-        session_entry: ``module:function`` that opens a session in a child process.
+        session_entry: ``module:function`` that opens a session in a child process. It gets one artifact and its folder;
+            a bundle of several components is opened by calling it once for each.
         fixed_batch: Whether the batch is narrowed to 1 where the user asks for nothing else; such a target also wants
             an upper bound for every dynamic dim.
         default_device: Device profile where none is asked for.

@@ -32,6 +32,7 @@ import vlexport
 from vlexport.core.artifact import Array, Artifact, Session
 from vlexport.core.errors import GateError, VlexportError
 from vlexport.core.isolate import IsolatedSession
+from vlexport.core.pipeline import pipeline_of
 from vlexport.frontends.capture import capture
 from vlexport.ir.program import Program
 from vlexport.stages.golden import check_golden
@@ -281,6 +282,22 @@ class TargetConformance:
             for _ in range(2):
                 require_equal(a.run(one.inputs()), one.expected(one.inputs()))
                 require_equal(b.run(several.inputs()), several.expected(several.inputs()))
+
+    def test_components_run_as_one_when_each_lies_in_its_folder(
+        self, target: Target, one: Case, several: Case, tmp_path: Path
+    ) -> None:
+        cases = {"one": one, "several": several}
+        for name, case in cases.items():
+            shutil.copytree(case.folder, tmp_path / name)
+        pipeline = pipeline_of(
+            {name: case.artifact for name, case in cases.items()},
+            {name: case.program.signature.dims for name, case in cases.items()}, (),
+        )  # fmt: skip
+        inputs = {**one.inputs(3), **several.inputs(2)}
+        expected = {**one.expected(one.inputs(3)), **several.expected(several.inputs(2))}
+        for opener in (target.open_here, target.open):
+            with opener(tmp_path, pipeline, threads=1) as session:
+                require_equal(session.run(inputs), expected)
 
     def test_threads_are_honoured_when_asked_for(self, target: Target, one: Case, tmp_path: Path) -> None:
         case = self.lowered(target, one_input(), torch.rand(2, 4), tmp_path / "three", threads=3)

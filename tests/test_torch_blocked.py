@@ -20,8 +20,9 @@ from vlexport.core.config import BuildConfig
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKED = ("torch", "torchvision", "onnx", "onnx_ir", "onnxscript", "timm", "transformers", "safetensors", "sympy")
 NEEDS_TORCH = (
-    "ir", "frontends", "passes", "stages/build.py", "stages/choices.py", "stages/lowered.py",
-    "stages/lowering_cache.py", "stages/naive.py", "stages/plan.py", "targets/onnx/",
+    "ir", "frontends", "passes", "stages/build.py", "stages/build_each.py", "stages/choices.py", "stages/component.py",
+    "stages/lowered.py", "stages/lowering_cache.py", "stages/naive.py", "stages/order.py",
+    "stages/plan.py", "stages/whole_model.py", "targets/onnx/",
 )  # fmt: skip
 """What belongs to the other half: the extra ``build`` installs what it imports."""
 

@@ -42,7 +42,9 @@ class BuildConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str = _option(..., "Model file: an archive of vlexport.save, or weights with --arch.", recipe=False)
+    model: str = _option(
+        ..., "Archive of vlexport.save, weights with --arch, or folder with components.toml.", recipe=False
+    )
     target: str = _option("onnxruntime", "Runtimes to build for: one, several as A,B, or all.", "--target", "-t")
     output: str | None = _option(
         None, "Bundle folder to write. Default: MODEL's name + .bundle.", "--output", "-o", recipe=False

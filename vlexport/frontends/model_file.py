@@ -28,7 +28,10 @@ def require_model_file(path: Path) -> None:
         is_folder = is_file = False
     if is_folder:
         raise ModelFileError(
-            "VLX0102", "the model is a directory", where=str(path), hint="name the file in it that holds the model"
+            "VLX0102",
+            "the model is a directory without components.toml",
+            where=str(path),
+            hint="name the file in it that holds the model",
         )
     if not is_file:
         raise ModelFileError("VLX0101", "the model file does not exist", where=str(path), hint="check the path")

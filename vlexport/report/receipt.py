@@ -25,10 +25,11 @@ def receipt(bundle: Bundle, report: Report, shown_path: str) -> list[str]:
     """
     main = bundle.main
     lines = [
-        f"Built    {shown_path}: {bundle.target} {bundle.precision}, {size_phrase(report.size_bytes)}, "
-        f"{macs_phrase(main.cost.macs, main.cost.opaque)}, {main.cost.parameters / 1e6:.2f} M parameters",
+        f"Built    {shown_path}: {bundle.target} {bundle.precision}, {_components(bundle)}"
+        f"{size_phrase(report.size_bytes)}, {macs_phrase(main.cost.macs, main.cost.opaque)}, "
+        f"{main.cost.parameters / 1e6:.2f} M parameters",
         f"Checked  {_gates(bundle)}; {_golden(bundle)}",
-        f"Passes   {'; '.join(map(pass_phrase, main.passes))}",
+        f"Passes   {_passes(bundle)}",
         f"Accuracy {accuracy_phrase(report)}",
         f"Latency  {latency_phrase(report)}",
     ]
@@ -65,6 +66,20 @@ def _golden(bundle: Bundle) -> str:
     if bundle.state == "verified":
         return f"golden vectors within {bundle.main.golden.tolerance:.0e}"
     return "made but not verified here"
+
+
+def _components(bundle: Bundle) -> str:
+    names = list(bundle.components)
+    return f"{len(names)} components ({', '.join(names)}), " if len(names) > 1 else ""
+
+
+def _passes(bundle: Bundle) -> str:
+    """Every pass; of several components those that did something, or nearly."""
+    records = bundle.main.passes
+    if len(bundle.components) == 1:
+        return "; ".join(map(pass_phrase, records))
+    told = [pass_phrase(record) for record in records if record.changes or record.near_misses]
+    return "; ".join([*told, "all others nothing to do"] if told else ["nothing to do"])
 
 
 def _gates(bundle: Bundle) -> str:
