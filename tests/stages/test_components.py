@@ -25,10 +25,11 @@ from vlexport.core.errors import VlexportError
 from vlexport.core.progress import Silent
 from vlexport.frontends.sources import open_sources
 from vlexport.report.receipt import receipt
+from vlexport.stages.naive import plain_export
 from vlexport.stages.plan import plan
 from vlexport.stages.profile import Measurable, Plan, measure_latency
 from vlexport.stages.validate import ValidateConfig, validate
-from vlexport.stages.whole_model import naive_artifact, opt_inputs
+from vlexport.stages.whole_model import opt_inputs
 from vlexport.targets import open_target
 
 COLOURS = ("red", "green", "blue")
@@ -249,7 +250,7 @@ def test_recipe_replays_the_bundle_when_components_lie_elsewhere(made: Path, mod
 
 def test_latency_covers_all_components_when_timed_against_naive(made: Path, model: Path, tmp_path: Path) -> None:
     target, sources = open_target("onnxruntime"), open_sources(BuildConfig(model=str(model)))
-    naive = Measurable("naive", target, tmp_path, naive_artifact(target, sources, tmp_path))
+    naive = plain_export(target, sources, tmp_path, cache=None, reporter=Silent())
     ours = Measurable("artifact", target, made / ARTIFACT_FOLDER, read_bundle(made).main.artifact)
     inputs = opt_inputs(sources, 0)
     expected = sources.run(inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -18,11 +19,14 @@ from vlexport.cli.main import main
 from vlexport.core.bundle import read_bundle
 from vlexport.core.cache import ENTRY_FILE, Cache
 from vlexport.core.config import BuildConfig
+from vlexport.core.device_profiles import device_profiles
 from vlexport.core.errors import GateError
+from vlexport.core.preprocess import preprocess_from_spec
 from vlexport.core.progress import Silent
 from vlexport.frontends.source import open_archive
 from vlexport.passes.probes import Probe
 from vlexport.stages.lowering_cache import lowering_key
+from vlexport.targets.base import Brief
 from vlexport.targets.onnx.optimize_onnx import OptimizeOnnx, OptimizeOnnxOptions
 from vlexport.targets.onnxruntime import OnnxRuntimeOptions, OnnxRuntimeTarget
 
@@ -108,7 +112,7 @@ def test_artifact_is_found_when_only_the_seed_or_the_gate_differs(model_file: Pa
 def test_dump_is_whole_when_the_artifact_is_in_the_cache(model_file: Path, tmp_path: Path) -> None:
     built(model_file, tmp_path / "a", options=OPTIMIZED)
     assert not built(model_file, tmp_path / "b", options=OPTIMIZED, dump=str(tmp_path / "dump"))[1]
-    assert len(list((tmp_path / "dump/lowered").iterdir())) == 2
+    assert len(list((tmp_path / "dump/onnxruntime/lowered").iterdir())) == 2
 
 
 def test_golden_check_runs_when_the_artifact_came_from_the_cache(
@@ -185,7 +189,9 @@ def test_plain_export_is_found_when_profiled_after_a_build(
 
 
 def key(program: Any, **more: Any) -> Any:
-    return lowering_key("lower", OnnxRuntimeTarget(), program, **{"options": OnnxRuntimeOptions(), **more})
+    about = {"options": OnnxRuntimeOptions()}
+    about |= {name: more.pop(name) for name in [f.name for f in dataclasses.fields(Brief)] if name in more}
+    return lowering_key("lower", OnnxRuntimeTarget(), program, Brief(**about), **more)
 
 
 @pytest.fixture
@@ -203,9 +209,14 @@ def test_key_changes_when_something_else_is_asked_for(program: Any, other_model:
         {"options": OnnxRuntimeOptions(graph_optimization="basic")},
         {"passes": [OptimizeOnnx()]},
         {"threads": 2},
+        {"device": device_profiles()["cpu-x86-avx2"]},
+        {"precision": "fp16"},
+        {"name": "head"},
+        {"labels": ("cat", "dog")},
+        {"preprocess": {"x": preprocess_from_spec("resize=8,crop=8")}},
     ]
     found = [key(program), *(key(program, **other) for other in others), key(open_archive(other_model).program)]
-    assert distinct(*found, lowering_key("naive", OnnxRuntimeTarget(), program)) == 7
+    assert distinct(*found, lowering_key("naive", OnnxRuntimeTarget(), program)) == 12
 
 
 def test_key_changes_when_code_or_tools_do(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
