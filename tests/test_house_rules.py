@@ -437,6 +437,7 @@ DOCUMENTS = (
     "samples/plugin/README.md",
     "docs/data.md",
     "docs/bundle.md",
+    "docs/coreml.md",
 )
 
 

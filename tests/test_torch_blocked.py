@@ -22,6 +22,8 @@ BLOCKED = ("torch", "torchvision", "onnx", "onnx_ir", "onnxscript", "timm", "tra
 NEEDS_TORCH = (
     "ir", "frontends", "passes", "stages/build.py", "stages/choices.py", "stages/lowered.py", "stages/naive.py",
     "stages/plan.py", "targets/onnx/",
+    *(f"targets/coreml/{name}.py" for name in ("classify", "convert", "legalize_resize", "legalize_spelling", "outputs",
+                                               "pixels", "plan")),
 )  # fmt: skip
 """What belongs to the other half: the extra ``build`` installs what it imports."""
 

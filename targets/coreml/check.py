@@ -52,8 +52,8 @@ def _require_feature(feature: Feature, spec: TensorSpec, colour: str) -> None:
 
 
 def _require_types(found: MilSummary, plan: Plan, precision: str) -> None:
-    """fp32 holds nothing in half; fp16 made by coremltools holds no weight in single, but for what is kept so."""
-    if precision == "fp32" and not any(s.dtype == "float16" for s in (*plan.inputs, *plan.outputs)):
+    """fp32 holds nothing in half, fp16 made by coremltools nothing in single; a typed Program's types are its own."""
+    if precision == "fp32" and not plan.typed:
         halves = sorted({op.type for op in found.operations if "FLOAT16" in op.dtypes})
         _equal("operators in fp16 of an fp32 package", halves, [])
         _equal("bytes of fp16 weights in an fp32 package", found.weight_bytes.get("FLOAT16", 0), 0)

@@ -13,6 +13,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -70,6 +71,21 @@ def operator_types() -> frozenset[str]:
     with quiet():
         registry = importlib.import_module("coremltools.converters.mil.mil.ops.registry").SSAOpRegistry
     return frozenset(name for name in registry.core_ops)
+
+
+def load_spec(path: Path) -> Any:
+    """The specification of a saved package.
+
+    Raises:
+        ValueError: The package is damaged, or none.
+    """
+    decoding = importlib.import_module("google.protobuf.message").DecodeError
+    module = coremltools()
+    with quiet():
+        try:
+            return module.models.MLModel(str(path), skip_model_load=True).get_spec()
+        except (*CONVERSION_ERRORS, OSError, decoding) as error:
+            raise ValueError(type(error).__name__) from error
 
 
 def failing_node(error: BaseException) -> str:

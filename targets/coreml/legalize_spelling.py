@@ -62,15 +62,13 @@ class LegalizeSpelling(Pass[Program]):
             return ir.add_call(target, args, kwargs, before=node, value_of=node)
 
         made = _RULES[dialect.op_name(node)](emit, node, dialect.operands(node))
-        for item in _items(node):
-            if isinstance(made, tuple):
-                ir.replace(item, made[cast("int", item.args[1])])
         if isinstance(made, Node):
             ir.replace(node, made)
-        else:
+        else:  # a call that several values are taken from: replacing the last of them erases it
+            for item in _items(node):
+                ir.replace(item, made[cast("int", item.args[1])])
             for value in made:
                 ir.erase_dead(value)
-            ir.erase_dead(node)
         now = "_to_copy" if was == "to" else "other operators"
         return Change(what=f"{was} written as {now}", where=where, saved_nodes=before - len(ir.calls()))
 

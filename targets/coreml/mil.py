@@ -5,6 +5,7 @@ On Linux nothing runs a Core ML program; what can be known of one is read off th
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,8 +18,12 @@ from vlexport.core.artifact import Array
 from vlexport.core.errors import CapabilityError
 from vlexport.targets.coreml import compat
 
-_ITEM_BYTES = {"FLOAT16": 2, "FLOAT32": 4, "INT8": 1, "UINT8": 1, "INT16": 2, "UINT16": 2, "INT32": 4}
-_NUMPY = {"FLOAT16": np.float16, "INT8": np.int8, "UINT8": np.uint8, "INT16": np.int16, "UINT16": np.uint16}
+_NUMPY = {
+    "FLOAT16": np.float16, "FLOAT32": np.float32, "FLOAT64": np.float64, "INT8": np.int8, "UINT8": np.uint8,
+    "INT16": np.int16, "UINT16": np.uint16, "INT32": np.int32, "UINT32": np.uint32, "INT64": np.int64,
+    "UINT64": np.uint64,
+}  # fmt: skip
+"""Types of MIL that numpy has; a weight of another (4 bits) counts a byte an element."""
 
 
 @dataclass(frozen=True)
@@ -125,19 +130,16 @@ def read_package(path: Path) -> MilSummary:
         CapabilityError: VLX0505 when coremltools does not take it, VLX0501 when coremltools is not installed.
     """
     try:
-        coremltools = compat.coremltools()
+        spec = compat.load_spec(path)
     except ImportError as error:
         raise CapabilityError(
             "VLX0501", "coremltools is not installed", hint="pip install 'vlexport[build,coreml]'"
         ) from error
-    with compat.quiet():
-        try:
-            spec = coremltools.models.MLModel(str(path), skip_model_load=True).get_spec()
-        except (*compat.CONVERSION_ERRORS, OSError) as error:
-            raise CapabilityError(
-                "VLX0505", f"coremltools does not load the package: {type(error).__name__}", where=path.name,
-                hint="it is damaged, or of another version of coremltools",
-            ) from error  # fmt: skip
+    except ValueError as error:
+        raise CapabilityError(
+            "VLX0505", f"coremltools does not load the package: {error}", where=path.name,
+            hint="it is damaged, or of another version of coremltools",
+        ) from error  # fmt: skip
     return summary_of(spec)
 
 
@@ -154,7 +156,7 @@ def summary_of(spec: Any) -> MilSummary:
         dtype = compat.data_type_name(value.type.tensorType.dataType)
         shape = tuple(dim.constant.size for dim in value.type.tensorType.dimensions)
         if value.HasField("blobFileValue"):
-            weights[dtype] += int(np.prod(shape, dtype=np.int64)) * _ITEM_BYTES.get(dtype, 0)
+            weights[dtype] += math.prod(shape) * np.dtype(_NUMPY.get(dtype, np.uint8)).itemsize
         elif value.immediateValue.HasField("tensor"):
             constants[op.outputs[0].name] = _immediate(value.immediateValue.tensor, dtype, shape)
     described = spec.description

@@ -1,4 +1,4 @@
-"""Outputs that are inputs, or the same value twice: Core ML gives a value one name, so each becomes a value of its own."""
+"""Outputs that are inputs, or one value twice: Core ML gives a value one name, so each becomes a value of its own."""
 
 from __future__ import annotations
 

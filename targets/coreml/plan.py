@@ -45,6 +45,7 @@ class Plan:
         images: Public names of inputs that are images → their preprocessing.
         labels: Class names of a classifier, else empty.
         sizes: Every dynamic dim → its sizes.
+        typed: The Program says itself what is computed in fp16.
         half: coremltools is to make the Program fp16; else types stay as the Program has them.
         keep: MIL operators that stay in fp32 then.
         copies: The Program multiplies by 1 to give an output a value of its own.
@@ -61,6 +62,7 @@ class Plan:
     labels: tuple[str, ...]
     sizes: Mapping[str, Sizes]
     half: bool
+    typed: bool
     keep: frozenset[str]
     copies: bool
 
@@ -107,6 +109,7 @@ def plan_of(program: Program, brief: Brief, options: CoreMLOptions) -> Plan:
     if labels:
         probabilities = TensorSpec(name=PROBABILITIES, dtype="float32", shape=(1, len(labels)))
         outputs = (TensorSpec(name=LABEL, dtype="str", shape=(1,)), probabilities, *outputs[1:])
+    typed = is_typed(program)
     own = with_own_outputs(program)
     changed = with_pixels(own, images) if images else own
     return Plan(
@@ -120,7 +123,8 @@ def plan_of(program: Program, brief: Brief, options: CoreMLOptions) -> Plan:
         images=images,
         labels=tuple(labels),
         sizes=sizes,
-        half=brief.precision == "fp16" and not is_typed(program),
+        half=brief.precision == "fp16" and not typed,
+        typed=typed,
         keep=_kept(options.keep),
         copies=bool(shared_outputs(program)),
     )
