@@ -22,6 +22,7 @@ from vlexport.ir.program import Program
 from vlexport.targets.base import Brief
 from vlexport.targets.coreml import CoreMLOptions, compat
 from vlexport.targets.coreml.check import require_as_planned
+from vlexport.targets.coreml.legalize_spelling import is_misread
 from vlexport.targets.coreml.mil import read_package
 from vlexport.targets.coreml.package import write_package
 from vlexport.targets.coreml.pixels import steps_outside
@@ -92,6 +93,13 @@ def write_plain_conversion(program: Program, folder: Path, name: str, sizes: dic
 
 def _converted(plan: Plan, scratch: Path) -> tuple[Any, bytes | None]:
     """The specification and the content of the weight file."""
+    for node in plan.program.calls():
+        if is_misread(node):
+            raise CapabilityError(
+                "VLX0503", f"coremltools converts {dialect.op_name(node)} to something else here",
+                where=provenance.describe(node), hint="the passes legalize-spelling and legalize-resize write it "
+                "otherwise where the sizes of an image are fixed",
+            )  # fmt: skip
     ct = compat.coremltools()
     exported = exported_from_program(plan.program)
     made = scratch / f"converted{SUFFIX}"

@@ -1,4 +1,4 @@
-"""legalize-spelling: operators that coremltools has no conversion for, written with those that it has.
+"""legalize-spelling: operators that coremltools lacks, or takes for another, written with those that it has.
 
 Before → after::
 
@@ -9,6 +9,10 @@ Before → after::
     max_pool1d(x, k)                →  squeeze(max_pool2d(unsqueeze(x)))
     rms_norm(x)                     →  x · rsqrt(mean(x²) + eps) · weight
     var_mean(x)                     →  var(x), mean(x)
+    gelu(x, approximate=tanh)       →  x/2 · (1 + tanh(√(2/π) (x + 0.044715 x³)))
+    reciprocal(x)                   →  1 / x
+    add(x, y, alpha=a), sub, rsub   →  x + y · a, x − y · a, y − x · a
+    softplus(x, beta, threshold)    →  where(x · beta > threshold, x, softplus(x, beta))   (threshold below 15)
     addcmul, lerp, logit, trunc, fmod, isinf, channel_shuffle, take_along_dim  →  the arithmetic that defines them
 
 Does not apply when: a bitwise operator works on integers; the sizes that a chunk or a shuffle needs depend on the
@@ -45,7 +49,7 @@ class LegalizeSpelling(Pass[Program]):
 
     def find(self, ir: Program) -> Iterator[Match | NearMiss]:
         for node in ir.calls():
-            if dialect.op_name(node) not in _RULES:
+            if dialect.op_name(node) not in _RULES or _is_taken(node):
                 continue
             reason = _why_not(node)
             if reason:
@@ -77,6 +81,22 @@ def _items(node: Node) -> list[Node]:
     """Readers that take one of several results, in the order of the graph."""
     several = isinstance(node.meta["val"], (tuple, list)) and dialect.op_name(node) in _SEVERAL
     return [user for user in node.users if several]
+
+
+def is_misread(node: Node) -> bool:
+    """Whether coremltools would convert the call without an error, to something else."""
+    name = dialect.op_name(node)
+    return name.startswith("aten._upsample_bilinear2d_aa.") or (name in _MISREAD and not _is_taken(node))
+
+
+def _is_taken(node: Node) -> bool:
+    """Whether coremltools takes the call as it is, for what it leaves unread has no effect there."""
+    name, args = dialect.op_name(node), dialect.operands(node)
+    if name == "aten.gelu.default":
+        return bool(args[1] != "tanh")
+    if name in _SCALED:
+        return bool(args[2] == 1)
+    return name == "aten.softplus.default" and args[2] >= _UNSEEN_THRESHOLD
 
 
 def _shape(value: Any) -> tuple[Any, ...]:
@@ -211,6 +231,47 @@ def _isinf(emit: Emit, node: Node, args: tuple[Any, ...]) -> Node:
     return made
 
 
+def _gelu_tanh(emit: Emit, node: Node, args: tuple[Any, ...]) -> Node:
+    """Without it coremltools computes the exact one: it does not look at ``approximate``."""
+    x = args[0]
+    cube = emit(aten.mul.Tensor, emit(aten.mul.Tensor, emit(aten.mul.Tensor, x, x), x), 0.044715)
+    inner = emit(aten.mul.Tensor, emit(aten.add.Tensor, x, cube), math.sqrt(2 / math.pi))
+    gate = emit(aten.add.Tensor, emit(aten.tanh.default, inner), 1.0)
+    made: Node = emit(aten.mul.Tensor, emit(aten.mul.Tensor, x, 0.5), gate)
+    return made
+
+
+def _scaled(emit: Emit, node: Node, args: tuple[Any, ...]) -> Node:
+    """Without it coremltools computes ``x + y``: it does not look at ``alpha``."""
+    x, y, alpha = args
+    made: Node
+    if dialect.op_name(node).startswith("aten.rsub"):
+        made = (
+            emit(aten.rsub.Tensor, emit(aten.mul.Tensor, x, alpha), y)
+            if isinstance(y, Node)
+            else emit(aten.rsub.Scalar, emit(aten.mul.Tensor, x, alpha), y)
+        )
+        return made
+    target = aten.add.Tensor if dialect.op_name(node).startswith("aten.add") else aten.sub.Tensor
+    made = emit(target, x, emit(aten.mul.Tensor, y, alpha) if isinstance(y, Node) else y * alpha)
+    return made
+
+
+def _softplus(emit: Emit, node: Node, args: tuple[Any, ...]) -> Node:
+    """Without it coremltools computes the logarithm above the threshold, too."""
+    x, beta, threshold = args
+    curve = emit(aten.softplus.default, x, beta, _TORCH_THRESHOLD)
+    made: Node = emit(aten.where.self, emit(aten.gt.Scalar, emit(aten.mul.Tensor, x, beta), threshold), x, curve)
+    return made
+
+
+def _reciprocal(emit: Emit, node: Node, args: tuple[Any, ...]) -> Node:
+    """Without it coremltools computes ``1 / (x + 1e-4)``."""
+    one = emit(aten.full.default, [], 1.0, dtype=node.meta["val"].dtype)
+    made: Node = emit(aten.div.Tensor, one, args[0])
+    return made
+
+
 def _channel_shuffle(emit: Emit, node: Node, args: tuple[Any, ...]) -> Node:
     x, groups = args
     _, channels, *rest = _shape(x)
@@ -225,6 +286,11 @@ def _take_along_dim(emit: Emit, node: Node, args: tuple[Any, ...]) -> Node:
     return made
 
 
+_UNSEEN_THRESHOLD = 15
+"""Above it softplus is linear to 3e-7, which is rounding in fp32."""
+_TORCH_THRESHOLD = 20
+_SCALED = ("aten.add.Tensor", "aten.sub.Tensor", "aten.rsub.Tensor", "aten.rsub.Scalar")
+_MISREAD = (*_SCALED, "aten.gelu.default", "aten.softplus.default", "aten.reciprocal.default")
 _SEVERAL = ("aten.var_mean.dim", "aten.var_mean.correction")
 _RULES: dict[str, _Rule] = {
     "aten.to.dtype": _cast,
@@ -245,6 +311,10 @@ _RULES: dict[str, _Rule] = {
     "aten.trunc.default": _trunc,
     "aten.fmod.Scalar": _fmod,
     "aten.isinf.default": _isinf,
+    **dict.fromkeys(_SCALED, _scaled),
+    "aten.softplus.default": _softplus,
+    "aten.gelu.default": _gelu_tanh,
+    "aten.reciprocal.default": _reciprocal,
     "aten.channel_shuffle.default": _channel_shuffle,
     "aten.take_along_dim.default": _take_along_dim,
 }

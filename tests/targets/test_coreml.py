@@ -454,6 +454,25 @@ def test_reason_is_that_of_coremltools_when_it_has_one(tmp_path: Path) -> None:
     assert "test_coreml.py:" in error.where
 
 
+@pytest.mark.parametrize("antialiased", [False, True])
+def test_operator_is_refused_when_coremltools_would_take_it_for_another(antialiased: bool, tmp_path: Path) -> None:
+    class Misread(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if antialiased:
+                return F.interpolate(x, scale_factor=0.5, mode="bilinear", antialias=True)
+            return torch.add(x, x.exp(), alpha=3)
+
+    sizes: Any = {"x": {2: ("height", 4, 64)}}
+    net = captured(Misread(), torch.rand(1, 3, 8, 8), dynamic=sizes)
+    error = refused("VLX0503", lambda: lowered(net, tmp_path / "out", brief(shapes="height=8")))
+    assert "something else" in error.message
+    legal, _ = run_pipeline(net, CoreMLTarget().program_passes(brief()), gate=None)
+    if antialiased:
+        refused("VLX0503", lambda: lowered(legal, tmp_path / "out", brief(shapes="height=8")))
+    else:
+        assert lowered(legal, tmp_path / "out", brief(shapes="height=8"))[1].histogram()["add"] == 1
+
+
 def test_scalar_input_is_refused_when_there_is_one(tmp_path: Path) -> None:
     class Scaled(nn.Module):
         def forward(self, x: Tensor, s: Tensor) -> Tensor:

@@ -56,9 +56,32 @@ RULES: dict[str, tuple[Callable[[Tensor], Any], Tensor]] = {
     "trunc_fmod": (lambda x: torch.trunc(x * 9) + torch.fmod(x, 0.3), ROWS),
     "isinf": (lambda x: torch.isinf(1 / F.relu(x)), ROWS),
     "channel_shuffle": (lambda x: torch.channel_shuffle(x, 2), PICTURES),
+    "gelu_tanh": (lambda x: F.gelu(x, approximate="tanh"), ROWS),
+    "reciprocal": (lambda x: torch.reciprocal(x.abs() * 1e-2), ROWS),
+    "alpha": (
+        lambda x: (
+            torch.add(x, x.exp(), alpha=3)
+            + torch.sub(x, x.exp(), alpha=0.5)
+            + torch.rsub(x, x * x, alpha=2)
+            + torch.rsub(x, 2, alpha=3)
+        ),
+        ROWS,
+    ),
+    "softplus": (lambda x: F.softplus(x, 2, 0.5), ROWS),
     "take_along_dim": (lambda x: torch.take_along_dim(x, x.argsort(1), 1), ROWS),
 }
-PLAIN = ("cast", "where", "and_or_xor", "chunk", "max_pool1d", "rms_norm", "var_mean", "isinf", "channel_shuffle")
+PLAIN = (
+    "cast",
+    "where",
+    "and_or_xor",
+    "chunk",
+    "max_pool1d",
+    "rms_norm",
+    "var_mean",
+    "isinf",
+    "channel_shuffle",
+    "alpha",
+)
 """Converted too; what the others are written with stands in these, or is plain arithmetic."""
 
 
@@ -94,6 +117,8 @@ def test_nothing_is_rewritten_when_the_operator_works_on_bits_or_sizes_are_open(
     ]
     broad = captured(Calls(lambda x: torch.take_along_dim(x, x.argsort(1)[:, :, :1], 1)), ROWS)
     assert [reason for _, reason in near_misses(LegalizeSpelling(), broad)] == ["values and indices have other sizes"]
+    taken = captured(Calls(lambda x: F.softplus(F.gelu(x) + 2 * x - torch.sub(x, 1))), ROWS)
+    check_pass(LegalizeSpelling(), taken, expect_changes=0)
     single = captured(Calls(lambda x: F.max_pool1d(x, 2)), ROWS[0], dynamic=False)
     assert [reason for _, reason in near_misses(LegalizeSpelling(), single)] == ["its input has no batch dim"]
 
@@ -114,6 +139,8 @@ def resizing(**options: Any) -> Calls:
         {"size": (5, 11), "mode": "bicubic", "align_corners": True},
         {"size": (3, 4), "mode": "bicubic", "antialias": True},
         {"size": (3, 9), "mode": "bilinear", "antialias": True},
+        {"scale_factor": 1.3, "mode": "nearest"},
+        {"size": (16, 12), "mode": "nearest-exact"},
     ],
     ids=lambda o: "-".join(map(str, o.values())),
 )
@@ -123,8 +150,8 @@ def test_resizing_is_two_products_when_core_ml_has_none(options: dict[str, Any])
 
 
 def test_resizing_stays_when_core_ml_has_it_or_sizes_are_open() -> None:
-    for mode in ("bilinear", "nearest"):
-        check_pass(LegalizeResize(), resizing(size=(3, 4), mode=mode), PICTURES, expect_changes=0)
+    check_pass(LegalizeResize(), resizing(size=(3, 4), mode="bilinear"), PICTURES, expect_changes=0)
+    check_pass(LegalizeResize(), resizing(size=(16, 18), mode="nearest"), PICTURES, expect_changes=0)
     axes: Any = {"x": {2: ("height", 4, 64)}}
     open_height = captured(resizing(scale_factor=2, mode="bicubic"), PICTURES, dynamic=axes)
     assert near_misses(LegalizeResize(), open_height) == [
