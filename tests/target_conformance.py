@@ -120,20 +120,18 @@ def refused(code: str, call: Any) -> VlexportError:
     return caught.value
 
 
-class TargetConformance:
-    """Cases for one target.
+class LoweringConformance:
+    """Cases that only lower: all that can be asked of a target whose artifacts do not run here.
 
     Class attributes:
         target_name: Its id.
         reproducible: Whether lowering twice gives the same bytes.
+        options: Of the target; its defaults where left out.
     """
 
     target_name: ClassVar[str]
     reproducible: ClassVar[bool] = True
-
-    def threads_of(self, session: Session) -> int | None:
-        """Threads that a session in this process uses; None where the runtime has no such number."""
-        return None
+    options: ClassVar[dict[str, Any]] = {}
 
     # -- what the cases run on -----------------------------------------------------------------------------------
 
@@ -142,10 +140,14 @@ class TargetConformance:
     def target(cls) -> Target:
         return open_target(cls.target_name)
 
-    @staticmethod
-    def lowered(target: Target, module: nn.Module, inputs: Any, folder: Path, *, threads: int = 1) -> Case:
+    @classmethod
+    def lowered(cls, target: Target, module: nn.Module, inputs: Any, folder: Path, *, threads: int = 1) -> Case:
         program = capture(module.eval(), inputs).program
-        return Case(program, folder, target.lower(program, folder, Brief(target.Options(), threads=threads)))
+        return Case(program, folder, target.lower(program, folder, cls.brief(target, threads=threads)))
+
+    @classmethod
+    def brief(cls, target: Target, *, threads: int = 1) -> Brief:
+        return Brief(target.check_options(cls.options), threads=threads)
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -160,6 +162,97 @@ class TargetConformance:
         example = (torch.rand(2, 4), torch.tensor([1, 8]))
         return cls.lowered(target, Several(), example, tmp_path_factory.mktemp("several"))
 
+    # -- names, dtypes, shapes -----------------------------------------------------------------------------------
+
+    def test_specs_are_those_of_the_program_when_lowered(self, several: Case) -> None:
+        artifact = several.artifact
+        assert [(s.name, s.dtype) for s in artifact.inputs] == [("image", "float32"), ("ids", "int64")]
+        assert [(s.name, s.dtype) for s in artifact.outputs] == [
+            ("scores", "float32"), ("count", "int64"), ("large", "bool"), ("image", "float32"),
+            ("nested.mean", "float32"),
+        ]  # fmt: skip
+
+    # -- the artifact --------------------------------------------------------------------------------------------
+
+    def test_artifact_names_no_machine_when_written(self, several: Case) -> None:
+        places = {str(Path.cwd()), str(several.folder), str(Path.home()) + "/", socket.gethostname(),
+                  getpass.getuser() + "@", "site-packages", str(Path(vlexport.__file__).parent)}  # fmt: skip
+        files = [file for file in several.folder.rglob("*") if file.is_file()]
+        assert files
+        for file in files:
+            content = file.read_bytes()
+            assert [place for place in places if place.encode() in content] == [], file.name
+
+    def test_artifact_is_the_same_when_lowered_again(self, target: Target, one: Case, tmp_path: Path) -> None:
+        again = target.lower(one.program, tmp_path, self.brief(target))
+        assert again == one.artifact
+
+        def contents(folder: Path) -> dict[str, bytes]:
+            return {f.relative_to(folder).as_posix(): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+        assert contents(tmp_path).keys() == contents(one.folder).keys()
+        assert not self.reproducible or contents(tmp_path) == contents(one.folder)
+
+    def test_lowering_leaves_the_program_as_it_was_when_done(self, target: Target, one: Case, tmp_path: Path) -> None:
+        from vlexport.ir.text import fingerprint
+
+        before = fingerprint(one.program)
+        target.lower(one.program, tmp_path / "a", self.brief(target))
+        target.lower_naive(one.program, tmp_path / "b")
+        assert fingerprint(one.program) == before
+
+    def test_operator_is_named_when_it_cannot_be_expressed(self, target: Target, tmp_path: Path) -> None:
+        class Strange(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return torch.special.bessel_j0(x) * 2
+
+        class Outer(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner = Strange()
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.inner(x + 1)
+
+        program = capture(Outer().eval(), torch.rand(2, 4)).program
+        error = refused("VLX0503", lambda: target.lower(program, tmp_path / "out", self.brief(target)))
+        assert "bessel_j0" in error.message + error.where
+        assert "inner" in error.where
+        assert not (tmp_path / "out").exists(), "nothing is written before it is known that everything can be"
+
+    # -- facts in the manifest -----------------------------------------------------------------------------------
+
+    def test_artifact_record_survives_json_when_written(self, target: Target, one: Case) -> None:
+        artifact = one.artifact
+        assert artifact.target == target.id == self.target_name
+        assert (one.folder / artifact.path).exists()
+        assert not Path(artifact.path).is_absolute()
+        assert ".." not in Path(artifact.path).parts
+        assert Artifact.model_validate_json(artifact.model_dump_json()) == artifact
+
+    def test_facts_are_plain_text_when_recorded(self, target: Target) -> None:
+        facts = target.compatibility(self.brief(target))
+        tools = target.tools()
+        assert facts, "a device needs something to be checked against"
+        assert all(re.fullmatch(r"\d[\w.]*", version) for version in tools.values()), tools
+        for text in (json.dumps(facts), json.dumps(tools)):
+            assert str(Path.home()) not in text
+        assert all(isinstance(value, str) and value for value in facts.values())
+
+    def test_precisions_are_honest_when_asked(self, target: Target) -> None:
+        assert target.choose_precision(None) == (target.precisions[0], target.precision_reason)
+        assert target.precision_reason
+        for wished in {"fp32", "fp16", "bf16", "int8", "fp8"} - set(target.precisions):
+            assert target.precisions[0] in refused("VLX0502", lambda w=wished: target.choose_precision(w)).hint
+
+
+class TargetConformance(LoweringConformance):
+    """Cases for one target whose artifacts run here."""
+
+    def threads_of(self, session: Session) -> int | None:
+        """Threads that a session in this process uses; None where the runtime has no such number."""
+        return None
+
     @pytest.fixture(scope="class", params=["here", "child"])
     @classmethod
     def opened(cls, request: pytest.FixtureRequest, target: Target, several: Case) -> Iterator[Session]:
@@ -170,14 +263,9 @@ class TargetConformance:
 
     # -- names, dtypes, shapes -----------------------------------------------------------------------------------
 
-    def test_specs_are_those_of_the_program_when_lowered(self, several: Case, opened: Session) -> None:
+    def test_session_has_the_specs_of_the_artifact_when_opened(self, several: Case, opened: Session) -> None:
         artifact = several.artifact
         assert (opened.inputs, opened.outputs) == (artifact.inputs, artifact.outputs)
-        assert [(s.name, s.dtype) for s in artifact.inputs] == [("image", "float32"), ("ids", "int64")]
-        assert [(s.name, s.dtype) for s in artifact.outputs] == [
-            ("scores", "float32"), ("count", "int64"), ("large", "bool"), ("image", "float32"),
-            ("nested.mean", "float32"),
-        ]  # fmt: skip
 
     @pytest.mark.parametrize("batch", [1, 2, 3])
     def test_outputs_are_those_of_the_program_when_the_batch_varies(
@@ -188,7 +276,7 @@ class TargetConformance:
 
     def test_output_without_dims_keeps_its_shape_when_run(self, target: Target, tmp_path: Path) -> None:
         program = capture(NoBatch().eval(), torch.rand(3, 2), dynamic=False).program
-        artifact = target.lower(program, tmp_path, Brief(target.Options(), threads=1))
+        artifact = target.lower(program, tmp_path, self.brief(target))
         case = Case(program, tmp_path, artifact)
         assert [spec.shape for spec in artifact.outputs] == [(), (3, 2)]
         with target.open_here(tmp_path, artifact, threads=1) as session:
@@ -330,15 +418,6 @@ class TargetConformance:
                 check_golden(opened, inputs, wrong, tolerance=FLOAT_TOLERANCE, code="VLX0504")
             assert (caught.value.code, caught.value.where) == ("VLX0504", name)
 
-    def test_artifact_names_no_machine_when_written(self, several: Case) -> None:
-        places = {str(Path.cwd()), str(several.folder), str(Path.home()) + "/", socket.gethostname(),
-                  getpass.getuser() + "@", "site-packages", str(Path(vlexport.__file__).parent)}  # fmt: skip
-        files = [file for file in several.folder.rglob("*") if file.is_file()]
-        assert files
-        for file in files:
-            content = file.read_bytes()
-            assert [place for place in places if place.encode() in content] == [], file.name
-
     def test_artifact_works_elsewhere_when_moved(self, target: Target, one: Case, tmp_path: Path) -> None:
         torch.manual_seed(0)
         case = self.lowered(target, one_input(), torch.rand(2, 4), tmp_path / "made")
@@ -346,73 +425,13 @@ class TargetConformance:
         with target.open(tmp_path / "moved", case.artifact, threads=1) as session:
             require_equal(session.run(case.inputs()), case.expected(case.inputs()))
 
-    def test_artifact_is_the_same_when_lowered_again(self, target: Target, one: Case, tmp_path: Path) -> None:
-        again = target.lower(one.program, tmp_path, Brief(target.Options(), threads=1))
-        assert again == one.artifact
-
-        def contents(folder: Path) -> dict[str, bytes]:
-            return {f.relative_to(folder).as_posix(): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
-
-        assert contents(tmp_path).keys() == contents(one.folder).keys()
-        assert not self.reproducible or contents(tmp_path) == contents(one.folder)
-
-    def test_lowering_leaves_the_program_as_it_was_when_done(self, target: Target, one: Case, tmp_path: Path) -> None:
-        from vlexport.ir.text import fingerprint
-
-        before = fingerprint(one.program)
-        target.lower(one.program, tmp_path / "a", Brief(target.Options(), threads=1))
-        target.lower_naive(one.program, tmp_path / "b")
-        assert fingerprint(one.program) == before
-
     def test_naive_artifact_agrees_when_opened(self, target: Target, one: Case, tmp_path: Path) -> None:
         artifact = target.lower_naive(one.program, tmp_path)
         with target.open_here(tmp_path, artifact, threads=1) as session:
             require_equal(session.run(one.inputs(3)), one.expected(one.inputs(3)))
 
-    def test_operator_is_named_when_it_cannot_be_expressed(self, target: Target, tmp_path: Path) -> None:
-        class Strange(nn.Module):
-            def forward(self, x: Tensor) -> Tensor:
-                return torch.special.bessel_j0(x) * 2
-
-        class Outer(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.inner = Strange()
-
-            def forward(self, x: Tensor) -> Tensor:
-                return self.inner(x + 1)
-
-        program = capture(Outer().eval(), torch.rand(2, 4)).program
-        error = refused("VLX0503", lambda: target.lower(program, tmp_path / "out", Brief(target.Options(), threads=1)))
-        assert "bessel_j0" in error.message + error.where
-        assert "inner" in error.where
-        assert not (tmp_path / "out").exists(), "nothing is written before it is known that everything can be"
-
-    # -- facts in the manifest -----------------------------------------------------------------------------------
-
-    def test_artifact_record_survives_json_when_written(self, target: Target, one: Case) -> None:
-        artifact = one.artifact
-        assert artifact.target == target.id == self.target_name
-        assert (one.folder / artifact.path).exists()
-        assert not Path(artifact.path).is_absolute()
-        assert ".." not in Path(artifact.path).parts
-        assert Artifact.model_validate_json(artifact.model_dump_json()) == artifact
-
-    def test_facts_are_plain_text_when_recorded(self, target: Target) -> None:
-        facts = target.compatibility(Brief(target.Options()))
-        tools = target.tools()
-        assert facts, "a device needs something to be checked against"
-        assert all(re.fullmatch(r"\d[\w.]*", version) for version in tools.values()), tools
-        for text in (json.dumps(facts), json.dumps(tools)):
-            assert str(Path.home()) not in text
-        assert all(isinstance(value, str) and value for value in facts.values())
-
-    def test_probe_and_precisions_are_honest_when_asked(self, target: Target) -> None:
+    def test_probe_is_honest_when_the_runtime_is_here(self, target: Target) -> None:
         probe = target.probe()
         assert probe.available, "these tests run where the runtime is"
         assert probe.version
         assert target.require() == probe
-        assert target.choose_precision(None) == (target.precisions[0], target.precision_reason)
-        assert target.precision_reason
-        for wished in {"fp32", "fp16", "bf16", "int8", "fp8"} - set(target.precisions):
-            assert target.precisions[0] in refused("VLX0502", lambda w=wished: target.choose_precision(w)).hint

@@ -438,6 +438,7 @@ DOCUMENTS = (
     "docs/data.md",
     "docs/bundle.md",
     "docs/components.md",
+    "docs/coreml.md",
 )
 
 

@@ -25,7 +25,7 @@ from vlexport.core.artifact import Array, Artifact
 from vlexport.core.bundle import ARTIFACT_FOLDER, check_files, file_record, read_bundle
 from vlexport.core.bundle_schema import Component, LatencyResult, Report
 from vlexport.core.devices import available_cores
-from vlexport.core.errors import UsageError
+from vlexport.core.errors import CapabilityError, UsageError
 from vlexport.core.isolate import IsolatedSession
 from vlexport.core.progress import Reporter, Silent
 from vlexport.core.verdict import Gate
@@ -117,8 +117,8 @@ def profile(config: ProfileConfig, *, reporter: Reporter | None = None) -> Repor
     """Measure a bundle's latency and add the report to ``measured/``.
 
     Raises:
-        VlexportError: VLX06xx for the bundle, VLX0703 for a batch that it does not take, VLX0803 when times on it mean
-            nothing, VLX0804 for gates on what is not measured.
+        VlexportError: VLX06xx for the bundle, VLX0501 where the target does not run, VLX0703 for a batch that it does
+            not take, VLX0803 when times on it mean nothing, VLX0804 for gates on what is not measured.
     """
     reporter = reporter or Silent()
     bundle = read_bundle(config.bundle)
@@ -127,7 +127,7 @@ def profile(config: ProfileConfig, *, reporter: Reporter | None = None) -> Repor
     _require_timed(config)
     large = _large_sizes(config.batch, bundle.main)
     target = open_target(bundle.target)
-    target.require()
+    _require_runnable(target)
     ours = Measurable("artifact", target, config.bundle / ARTIFACT_FOLDER, bundle.main.artifact)
     golden, _ = read_golden(config.bundle, bundle.main)
     opt = {name: found.opt for name, found in bundle.main.dims.items()}
@@ -216,6 +216,14 @@ def _block(session: IsolatedSession, inputs: Mapping[str, Array], runs: int) -> 
 def _batch_of(inputs: Mapping[str, Array]) -> int:
     first = next((value for value in inputs.values() if value.ndim), None)
     return 1 if first is None else len(first)
+
+
+def _require_runnable(target: Target) -> None:
+    found = target.probe()
+    if not found.available:
+        raise CapabilityError(
+            "VLX0501", f"not measured here: {target.id} cannot run on this machine", where="profile", hint=found.reason
+        )
 
 
 def _require_timed(config: ProfileConfig) -> None:
