@@ -11,6 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -49,12 +50,22 @@ from vlexport.stages.golden import check_component
 from vlexport.stages.lowered import lower_and_rewrite
 from vlexport.stages.profile import QUICK, Measurable, measure_latency
 from vlexport.stages.validate import TIMED, judge_gates, measure_accuracy, require_measured, skipped_phrase
-from vlexport.stages.write_bundle import require_folder, require_free, staging, write_bundle, write_golden
+from vlexport.stages.write_bundle import (
+    golden_tolerance,
+    require_folder,
+    require_free,
+    staging,
+    write_bundle,
+    write_golden,
+)
 from vlexport.targets import open_target
 from vlexport.targets.base import Brief
 
 GOLDEN_STEP = 2
 """Golden vectors lie so far above the smallest size: capture traces with batch 2, which would hide a baked-in size."""
+
+RANGE_SAMPLES = 32
+"""Calibration samples that ranges are measured on: the largest value of a layer settles within a few images."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +102,7 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
     gates = gates_of(config)
     device = profile_of(config)
     brief = Brief(options_of(config, target), device, precision, config.threads)
-    passes = passes_of(config)
+    passes_of(config, precision)  # what is wrong with them is said before the model is opened
     metrics = open_metrics(config.metric)
     output = output_of(config)
     require_free(output, force=config.force)
@@ -113,6 +124,8 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
     with clock.stage("passes"):
         probes = make_probes(source.program, calibration=calibration, seed=config.seed)
         gate = NumericGate(source.program, probes) if config.numeric_gate else None
+        samples = [*(probe.values for probe in probes), *_range_samples(calibration_data, source)]
+        passes = passes_of(config, precision, samples=samples)
         hooks: list[Hook] = [timing, *([DumpHook(Path(config.dump))] if config.dump else [])]
         program, records = run_pipeline(
             source.program, [*passes, *target.program_passes(brief)], gate=gate, hooks=hooks
@@ -125,7 +138,7 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
                 probes=probes if config.numeric_gate else None, hooks=[timing],
                 dump=Path(config.dump) / "lowered" if config.dump else None,
             )  # fmt: skip
-        goldens = _write_goldens(folder, source, config.seed)
+        goldens = _write_goldens(folder, source, config.seed, golden_tolerance(precision))
         component = _component(source, program, (*records, *lowered_records), artifact, goldens)
         with target.open(folder / ARTIFACT_FOLDER, artifact, threads=threads) as session:
             with clock.stage("golden check"):
@@ -187,15 +200,16 @@ def golden_inputs(program: Program, seed: int) -> dict[str, Array]:
     return _drawn(program, seed + 1, sizes, masks=True)
 
 
-def _write_goldens(folder: Path, source: Source, seed: int) -> tuple[Golden, Golden | None]:
+def _write_goldens(folder: Path, source: Source, seed: int, tolerance: float) -> tuple[Golden, Golden | None]:
     """Golden vectors at the larger sizes, and at the smallest where a dim is dynamic."""
     larger = golden_inputs(source.program, seed)
-    golden = write_golden(folder, "main", larger, source.run(larger))
+    golden = write_golden(folder, "main", larger, source.run(larger), tolerance=tolerance)
     dims = source.program.signature.dims
     if not dims:
         return golden, None
     smallest = _drawn(source.program, seed + 1, {name: r.min for name, r in dims.items()})
-    return golden, write_golden(folder, "main", smallest, source.run(smallest), suffix="-smallest")
+    outputs = source.run(smallest)
+    return golden, write_golden(folder, "main", smallest, outputs, suffix="-smallest", tolerance=tolerance)
 
 
 def opt_inputs(program: Program, seed: int) -> dict[str, Array]:
@@ -216,6 +230,13 @@ def _calibration(dataset: Dataset | None, source: Source) -> Sequence[torch.Tens
     if first is None:
         raise DataError("VLX0202", "the calibration data is empty", where="--calib")
     return [_batched(first.inputs[spec.name], spec) for spec in source.program.signature.inputs]
+
+
+def _range_samples(dataset: Dataset | None, source: Source) -> list[tuple[torch.Tensor, ...]]:
+    """The first calibration samples, for passes that measure the range of values."""
+    specs = source.program.signature.inputs
+    first = islice(dataset or (), RANGE_SAMPLES)
+    return [tuple(_batched(sample.inputs[spec.name], spec) for spec in specs) for sample in first]
 
 
 def _batched(row: Array, spec: TensorSpec) -> torch.Tensor:

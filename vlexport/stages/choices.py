@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
+from torch import Tensor
 
 from vlexport.core.artifact import Frozen, Session
 from vlexport.core.config import BuildConfig
@@ -20,12 +21,15 @@ from vlexport.core.verdict import Gate, gate_from_text
 from vlexport.frontends.source import Source
 from vlexport.ir.program import Program
 from vlexport.passes import CATALOGUE as PASSES
-from vlexport.passes import offered_passes, pass_class
+from vlexport.passes import ON_REQUEST, offered_passes, pass_class
 from vlexport.passes.base import STAGES, Pass
 from vlexport.passes.pipeline import check_order
 from vlexport.stages.validate import TIMED
 from vlexport.targets import offered_targets
 from vlexport.targets.base import Target
+
+HALF_PRECISIONS = ("fp16", "bf16")
+"""Precisions that a pass types the Program to."""
 
 
 def output_of(config: BuildConfig) -> Path:
@@ -73,8 +77,15 @@ def gates_of(config: BuildConfig) -> tuple[Gate, ...]:
     return gates
 
 
-def passes_of(config: BuildConfig) -> list[Pass[Program]]:
-    """Every pass of the catalogue and those asked for by name, each at the end of its stage, with their options.
+def passes_of(
+    config: BuildConfig, precision: str = "fp32", *, samples: Sequence[tuple[Tensor, ...]] = ()
+) -> list[Pass[Program]]:
+    """Every pass of the catalogue and those asked for, each at the end of its stage, with their options.
+
+    Args:
+        config: Names passes and options.
+        precision: As chosen for the target.
+        samples: What the precision's pass measures on, one tensor per input each.
 
     Raises:
         UsageError: VLX0703 for an unknown pass or option, VLX0405 when one asks for what no earlier pass establishes.
@@ -82,8 +93,13 @@ def passes_of(config: BuildConfig) -> list[Pass[Program]]:
     """
     made: list[Pass[Program]] = []
     for name in dict.fromkeys((*PASSES, *config.passes)):
+        if name in ON_REQUEST:
+            how = f"it runs with --precision {' or '.join(HALF_PRECISIONS)}"
+            raise UsageError("VLX0703", f"--pass {name}: {how}", where="--pass", hint="leave that --pass out")
         kind = pass_class(name)
         made.append(kind(_typed(kind.Options, config.scoped_options(name), name)))
+    if precision in HALF_PRECISIONS:
+        made.append(_cast(config, precision, samples))
     made.sort(key=lambda each: STAGES.index(each.stage))  # stable: plugins stand behind ours of the same stage
     if config.passes:
         try:
@@ -93,13 +109,27 @@ def passes_of(config: BuildConfig) -> list[Pass[Program]]:
     return made
 
 
+def _cast(config: BuildConfig, precision: str, samples: Sequence[tuple[Tensor, ...]]) -> Pass[Program]:
+    from vlexport.passes.cast_floats import CastFloats, CastFloatsOptions
+
+    values = {"dtype": precision, **config.scoped_options(CastFloats.name)}
+    if values["dtype"] != precision:
+        raise UsageError(
+            "VLX0703", f"--set {CastFloats.name}.dtype={values['dtype']} contradicts --precision {precision}",
+            where="--set", hint="leave that --set out",
+        )  # fmt: skip
+    return CastFloats(_typed(CastFloatsOptions, values, CastFloats.name), samples=samples)
+
+
 def options_of(config: BuildConfig, target: Target) -> Frozen:
     """The target's options; every ``--set`` must name a target that exists, or a pass that runs.
 
     Raises:
         UsageError: VLX0703.
     """
-    scopes = [*PASSES, *config.passes, *offered_targets()]
+    wished = target.precisions[0] if config.precision in (None, "auto") else config.precision
+    requested = ON_REQUEST if wished in HALF_PRECISIONS else ()
+    scopes = [*PASSES, *requested, *config.passes, *offered_targets()]
     for key in config.options:
         scope = key.partition(".")[0]
         if scope not in scopes:
@@ -110,7 +140,9 @@ def options_of(config: BuildConfig, target: Target) -> Frozen:
                 if asleep
                 else f"--set {key}: no pass or target '{scope}'{nearest(scope, scopes)}",
                 where="--set",
-                hint=f"add --pass {scope}" if asleep else f"known: {', '.join(scopes)}",
+                hint=(f"add --precision {HALF_PRECISIONS[0]}" if scope in ON_REQUEST else f"add --pass {scope}")
+                if asleep
+                else f"known: {', '.join(scopes)}",
             )
     return _typed(target.Options, config.scoped_options(target.id), target.id)
 

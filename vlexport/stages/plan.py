@@ -72,7 +72,11 @@ def plan(config: BuildConfig, *, reporter: Reporter | None = None) -> Plan:
         except VlexportError as error:
             problems.append(error)
 
-    collect(lambda: precision_of(config, target))
+    precision = target.precisions[0]
+    try:
+        precision, _ = precision_of(config, target)
+    except VlexportError as error:
+        problems.append(error)
     collect(lambda: gates_of(config))
     brief = Brief(target.Options())
     try:
@@ -88,7 +92,7 @@ def plan(config: BuildConfig, *, reporter: Reporter | None = None) -> Plan:
         collect(partial(open_dataset, data, source))
     passes: list[Pass[Program]] = []
     try:
-        passes = passes_of(config)
+        passes = passes_of(config, precision)
     except VlexportError as error:
         problems.append(error)
     with reporter.stage("passes"):
