@@ -49,7 +49,8 @@ HalfName = Literal["fp16", "bf16"]
 DTYPES: dict[HalfName, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
 MIN_SQNR_DB: dict[HalfName, float] = {"fp16": 40.0, "bf16": 25.0}
 """Least signal to noise ratio of an output: 1 % and 6 % of its root mean square."""
-_copy = torch.ops.aten._to_copy.default
+aten = torch.ops.aten
+_copy = aten._to_copy.default
 
 
 def _split(value: object) -> object:
@@ -82,12 +83,7 @@ class CastFloatsOptions(Frozen):
 
 
 class CastFloats(Pass[Program]):
-    """Computes in fp16 or bf16 what such a type can hold; the rest stays fp32.
-
-    Args:
-        options: Typed options.
-        samples: What ranges are measured on, one tensor per input each; none means the Program's example.
-    """
+    """Computes in fp16 or bf16 what such a type can hold; the rest stays fp32."""
 
     name: ClassVar[str] = "cast-floats"
     stage: ClassVar[Stage] = "precision"
@@ -96,6 +92,7 @@ class CastFloats(Pass[Program]):
     options: CastFloatsOptions
 
     def __init__(self, options: Frozen | None = None, *, samples: Sequence[tuple[Tensor, ...]] = ()) -> None:
+        """``samples`` are what ranges are measured on, one tensor per input each; none means the Program's example."""
         super().__init__(options)
         self.samples = tuple(samples)
 

@@ -95,7 +95,7 @@ def _look(into: dict[Node, ValueRange], node: Node, value: Any, half: torch.dtyp
     found = into.setdefault(node, ValueRange())
     for leaf in compat.leaves(value):
         if _is_single(leaf):
-            found.update(leaf.detach().numpy(), _rounded(leaf, half).numpy())
+            found.update(leaf.detach().numpy(), _rounded(leaf.detach(), half).numpy())
 
 
 def _look_through(

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from tests.harness import captured, check_pass
+from tests.passes.broken import Rewriting
 from tests.strategies import programs
 from vlexport.core.errors import CapabilityError, GateError, UsageError
 from vlexport.core.numerics import sqnr_db
@@ -106,7 +107,8 @@ def test_weights_and_activations_are_half_and_the_face_is_not_when_typed(dtype: 
         "sqnr_db",
         {"fp16": 40.0, "bf16": 25.0}[dtype],
     )
-    assert checked.record.gate.value is not None and checked.record.gate.value > {"fp16": 55, "bf16": 38}[dtype]
+    assert checked.record.gate.value is not None
+    assert checked.record.gate.value > {"fp16": 55, "bf16": 38}[dtype]
 
 
 def test_a_value_is_cast_once_when_several_calls_read_it() -> None:
@@ -366,6 +368,28 @@ def test_strict_leaves_no_float32_call_when_everything_fits() -> None:
 def test_bound_is_the_users_when_it_is_given() -> None:
     with pytest.raises(GateError, match="100 is promised"):
         gated(CastFloats(options(min_sqnr_db=100)), captured(Model(lambda h, m: m.second(h)), TOKENS))
+
+
+def regrouped(ir: Program, node: Any) -> Any:
+    """``(a + b) − c`` as ``a + (b − c)``: equal in exact arithmetic, not after rounding."""
+    (a, b), c = node.args[0].args, node.args[1]
+    inner = ir.add_call(aten.sub.Tensor, (b, c), before=node, value_of=node.args[0])
+    return ir.add_call(aten.add.Tensor, (a, inner), before=node, value_of=node)
+
+
+def scaled(ir: Program, node: Any) -> Any:
+    return ir.add_call(aten.mul.Tensor, (node.args[0], node.args[1] * 1.01), before=node, value_of=node)
+
+
+def test_an_exact_pass_is_proven_or_caught_when_it_runs_on_half_values() -> None:
+    body = lambda h, m: m.second(h + m.first(h) - F.gelu(h)) * 3.0  # noqa: E731
+    after = gated(CastFloats(), captured(Model(body), TOKENS))
+    gate = NumericGate(after, make_probes(after, calibration=None, seed=0))
+    regroup = Rewriting("aten.sub.Tensor", regrouped, name="regroup")
+    assert run_pass(regroup, after, gate=gate)[1].gate.proof == "float64"
+    with pytest.raises(GateError, match="changed what the model computes") as caught:
+        run_pass(Rewriting("aten.mul.Tensor", scaled, name="scale"), after, gate=gate)
+    assert caught.value.where.startswith("aten.mul")
 
 
 @settings(

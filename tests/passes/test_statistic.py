@@ -54,7 +54,8 @@ def judged(amount: float, statistic: Statistic | None, program: Program | None =
 def test_bound_decides_when_a_pass_is_approximate(name: StatisticName, amount: float, good: float, bad: float) -> None:
     record = judged(amount, Statistic(name, good))
     assert (record.proof, record.statistic, record.bound, record.agreement) == ("statistic", name, good, None)
-    assert record.value is not None and record.worst > 1e-4, "more than an exact pass may"
+    assert record.value is not None
+    assert record.worst > 1e-4, "more than an exact pass may"
     with pytest.raises(GateError) as caught:
         judged(amount, Statistic(name, bad, hint="do less"))
     assert f"pass blur costs more than it may: {name}" in caught.value.message
@@ -104,7 +105,8 @@ def test_share_of_equal_elements_decides_when_an_output_is_boolean(amount: float
     promise = Statistic("sqnr_db", -100.0, agreement=0.95)
     if kept:
         agreement = judged(amount, promise, program).agreement
-        assert agreement is not None and 0.95 <= agreement <= 1.0
+        assert agreement is not None
+        assert 0.95 <= agreement <= 1.0
         return
     with pytest.raises(GateError, match=r"a share of equal elements of 0\.\d+ of output 2, 0.95 is promised"):
         judged(amount, promise, program)
@@ -114,7 +116,8 @@ def test_share_of_equal_elements_decides_when_an_output_is_boolean(amount: float
     ("name", "value", "shown"),
     [
         ("sqnr_db", 47.9, 47.0), ("sqnr_db", math.inf, math.inf), ("sqnr_db", -math.inf, -math.inf),
-        ("cosine", 0.999934, 0.99993), ("cosine", 1.0, 1.0), ("max_relative", 0.00123, 0.002), ("max_relative", 0.0, 0.0),
+        ("cosine", 0.999934, 0.99993), ("cosine", 1.0, 1.0), ("max_relative", 0.00123, 0.002),
+        ("max_relative", 0.0, 0.0),
     ],
 )  # fmt: skip
 def test_record_rounds_towards_the_worse_when_written(name: StatisticName, value: float, shown: float) -> None:
