@@ -122,7 +122,8 @@ class ProgramLevel(Level[Program]):
 
         after.run(*probe.values, observe=compare)
         if found:
-            return provenance.describe(found[0] if after is given else _known(given, found[0]))
+            rounds = after is not given or dialect.is_cast(found[0])
+            return provenance.describe(_known(given, found[0]) if rounds else found[0])
         names = [
             spec.name
             for spec, old, new in zip(before.signature.outputs, before.results, after.results, strict=True)
@@ -132,7 +133,7 @@ class ProgramLevel(Level[Program]):
 
 
 def _known(ir: Program, found: Node) -> Node:
-    """The call of ``ir`` that a node of its rounded twin stands for: a user knows no other."""
+    """The call that computes the value of a cast, or of a node of the rounded twin: a user knows no other."""
     same = [n for n in ir.calls() if provenance.origins(n)[-1:] == provenance.origins(found)[-1:]]
     return next((n for n in reversed(same) if not dialect.is_cast(n)), found)
 

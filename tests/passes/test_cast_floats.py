@@ -196,10 +196,10 @@ def test_a_call_stays_with_its_reason_when_half_cannot_hold_it(
 ) -> None:
     program = captured(Model(body), TOKENS)
     assert reasons(program)[operator].startswith(reason)
-    assert operator not in half_calls(check_ungated(program)) or operator == "matmul"
+    assert operator not in half_calls(ungated(program)) or operator == "matmul"
 
 
-def check_ungated(program: Program) -> Program:
+def ungated(program: Program) -> Program:
     after = program.copy()
     CastFloats().run(after)
     return after
@@ -260,9 +260,9 @@ def test_the_sum_in_front_of_a_norm_stays_when_the_norm_hangs_on_its_digits() ->
     gated(CastFloats(), program)
 
 
-@pytest.mark.parametrize("keep", [("second",), ("sec*",), ("nothing.else", "second")[1:]])
+@pytest.mark.parametrize("keep", [("second",), ("sec*",), ("second", "norm")])
 def test_a_module_stays_when_the_user_keeps_it(keep: tuple[str, ...]) -> None:
-    program = captured(Model(lambda h, m: m.second(h)), TOKENS)
+    program = captured(Model(lambda h, m: m.second(m.norm(h))), TOKENS)
     after = check_pass(CastFloats(options(keep=keep)), program).after
     assert half_calls(after) == ["linear"]
     assert [n.meta["val"].dtype for n in after.calls("aten.linear.default")] == [torch.float16, torch.float32]
