@@ -23,7 +23,12 @@ CATALOGUE: dict[str, str] = {
     "merge-duplicates": "vlexport.passes.merge_duplicates:MergeDuplicates",
     "fold-batch-norm": "vlexport.passes.fold_batch_norm:FoldBatchNorm",
 }
-"""Id → where the class lies, in pipeline order. Imported when used."""
+"""Id → where the class lies, in pipeline order. Imported when used. These run in every build."""
+
+ON_REQUEST: dict[str, str] = {
+    "cast-floats": "vlexport.passes.cast_floats:CastFloats",
+}
+"""Id → where the class lies, of passes that a build runs where its options ask for what they do."""
 
 
 GROUP = "vlexport.passes"
@@ -31,8 +36,8 @@ GROUP = "vlexport.passes"
 
 
 def offered_passes() -> dict[str, tuple[Offer, ...]]:
-    """Id → who offers it: the catalogue in pipeline order, then installed plugins."""
-    return offers(GROUP, CATALOGUE)
+    """Id → who offers it: the catalogue in pipeline order, what runs on request, then installed plugins."""
+    return offers(GROUP, {**CATALOGUE, **ON_REQUEST})
 
 
 def pass_class(name: str, *, others: Iterable[str] = ()) -> type[Pass[Any]]:

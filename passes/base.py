@@ -21,6 +21,7 @@ from typing_extensions import TypeVar
 from vlexport.core.artifact import Frozen
 from vlexport.core.bundle_schema import Change
 from vlexport.core.errors import InternalError
+from vlexport.passes.statistic import Statistic
 
 API_VERSION = 1
 """Version of this contract. It grows when a pass written for an earlier one would no longer work; a plugin writes the
@@ -78,7 +79,7 @@ class Pass(abc.ABC, Generic[IR]):
     Class attributes:
         name: Id, verb + object (``fold-batch-norm``).
         stage: Where it stands in the pipeline.
-        effect: ``exact`` passes are proven by running; ``approximate`` ones are judged by their declared statistic.
+        effect: ``exact`` passes are proven by running; ``approximate`` ones are judged by their ``statistic``.
         requires: Facts that must hold before.
         establishes: Facts that hold after; the runner evaluates them.
         breaks: Facts that may no longer hold after.
@@ -97,6 +98,11 @@ class Pass(abc.ABC, Generic[IR]):
 
     def __init__(self, options: Frozen | None = None) -> None:
         self.options = options if options is not None else self.Options()
+
+    @property
+    def statistic(self) -> Statistic | None:
+        """What an approximate pass promises of every output; None for exact ones."""
+        return None
 
     @abc.abstractmethod
     def find(self, ir: IR) -> Iterator[Match[Any] | NearMiss[Any]]:

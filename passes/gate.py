@@ -7,6 +7,8 @@ An exact pass whose metric exceeds :data:`FLOAT32_BOUND` is applied again to a f
 both run in float64: equal to :data:`FLOAT64_BOUND` means that only rounding was seen; else the pass is the culprit, and
 the first node whose value differs is named. A graph that has no float64 twin, or one too large, is held to
 :data:`UNPROVED_BOUND` and recorded as unproved.
+
+An approximate pass is judged by the statistic that it declares; its outputs are what later passes are held to.
 """
 
 from __future__ import annotations
@@ -20,12 +22,13 @@ from typing import Any
 import numpy as np
 
 from vlexport.core.bundle_schema import Change, GateRecord
-from vlexport.core.errors import GateError
+from vlexport.core.errors import GateError, InternalError
 from vlexport.core.numerics import relative_error
 from vlexport.passes.base import Pass
 from vlexport.passes.level import Failure, Level, Outputs
 from vlexport.passes.probes import Probe, as_array, require_sight
 from vlexport.passes.program_level import PROGRAM
+from vlexport.passes.statistic import Tally, one_digit
 
 FLOAT32_BOUND = 1e-5
 """Above this an exact pass must be proven in float64. Rounding of a fold on a deep net is about 1e-6."""
@@ -68,9 +71,12 @@ class NumericGate:
         """Judge one pass; on success its outputs become the kept ones.
 
         Raises:
-            GateError: VLX0401 when outputs changed.
+            GateError: VLX0401 when outputs changed, or by more than an approximate pass promises.
+            InternalError: VLX0403 for an approximate pass that promises nothing.
         """
         self.kept = self.kept or self._sound(before, self.probes)
+        if applied.effect == "approximate":
+            return self._approximated(applied, before, after)
         outputs = []
         worst, where = 0.0, self.probes[0]
         aside, suspicious = 0, False
@@ -93,6 +99,36 @@ class NumericGate:
         self._digests = self._digested(after)
         return record
 
+    def _approximated(self, applied: Pass[Any], before: Any, after: Any) -> GateRecord:
+        """Judge an approximate pass by its own statistic, output by output and probe by probe."""
+        statistic = applied.statistic
+        if statistic is None:
+            raise InternalError("VLX0403", f"pass {applied.name} is approximate and declares no statistic")
+        outputs: list[Outputs] = []
+        verdict = Tally(statistic)
+        for probe, kept, found in zip(self.probes, self.kept, self.level.run(after, self.probes), strict=True):
+            outputs.append(_required(applied, probe, found))
+            ours, reference = (tuple(map(as_array, each)) for each in (outputs[-1], kept))
+            aside = 0
+            if verdict.broken_by(ours, reference) and self._few_undecided(probe):
+                ours, reference = (_without(each, probe, _batch(probe)) for each in (ours, reference))
+                aside = len(probe.undecided)
+            if broken := verdict.add(ours, reference, aside=aside):
+                raise GateError(
+                    "VLX0401",
+                    f"pass {applied.name} costs more than it may: {broken} on the {probe.name}",
+                    where=self.level.first_difference(before, after, probe, statistic.broken),
+                    hint=statistic.hint,
+                )
+        self.kept = outputs
+        self._digests = self._digested(after)
+        return verdict.record(len(self.probes))
+
+    def _few_undecided(self, probe: Probe) -> bool:
+        """Whether a probe has undecided rows, and no more than half of all rows are."""
+        rows = sum(_batch(each) for each in self.probes)
+        return bool(probe.undecided) and 2 * sum(len(each.undecided) for each in self.probes) <= rows
+
     def require_untouched(self, applied: Pass[Any]) -> None:
         """Refuse a pass that wrote into a weight of its input graph, by whatever way.
 
@@ -114,10 +150,7 @@ class NumericGate:
         Nothing is set aside where more than half of all rows are undecided: what is left would prove too little.
         """
         error = _worst(found, kept)
-        if error <= bound or not probe.undecided:
-            return error, 0
-        rows = sum(_batch(each) for each in self.probes)
-        if 2 * sum(len(each.undecided) for each in self.probes) > rows:
+        if error <= bound or not self._few_undecided(probe):
             return error, 0
         batch = _batch(probe)
         return _worst(_without(found, probe, batch), _without(kept, probe, batch)), len(probe.undecided)
@@ -192,7 +225,7 @@ class NumericGate:
         return GateError(
             "VLX0401",
             f"pass {applied.name} changed what the model computes: {worst:.1e} on the {probe.name} (bound {bound:.0e})",
-            where=self.level.first_difference(before, after, probe, bound),
+            where=self.level.first_difference(before, after, probe, lambda a, b: not relative_error(a, b) <= bound),
             hint=_HINT,
         )
 
@@ -216,11 +249,6 @@ def _without(outputs: Outputs, probe: Probe, batch: int) -> Outputs:
         batched = value.ndim and value.shape[0] == batch
         kept.append(np.delete(value, probe.undecided, axis=0) if batched else value[:0] if value.ndim else value * 0)
     return tuple(kept)
-
-
-def one_digit(value: float) -> float:
-    """Rounded to one significant digit, so that records are equal from machine to machine."""
-    return float(f"{value:.0e}")
 
 
 def _required(applied: Pass[Any], probe: Probe, found: Outputs | Failure) -> Outputs:

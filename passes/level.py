@@ -11,11 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic
 
+from vlexport.core.artifact import Array
 from vlexport.passes.base import IR
 from vlexport.passes.probes import Probe
 
 Outputs = tuple[Any, ...]
 """One array or tensor per output, in the signature's order."""
+Differs = Callable[[Array, Array], bool]
+"""Whether a value (first) is no longer that of the graph before (second)."""
 
 
 @dataclass(frozen=True)
@@ -93,5 +96,5 @@ class Level(abc.ABC, Generic[IR]):
         """Outputs, or why there are none, probe by probe."""
 
     @abc.abstractmethod
-    def first_difference(self, before: IR, after: IR, probe: Probe, bound: float) -> str:
-        """The first node of ``after`` whose value differs by more than ``bound`` (``max|a−b| / max|b|``), described."""
+    def first_difference(self, before: IR, after: IR, probe: Probe, differs: Differs) -> str:
+        """The first node of ``after`` whose value differs from that in ``before``, described."""

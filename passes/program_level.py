@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch.fx import Node
 
-from vlexport.core.numerics import relative_error
 from vlexport.ir import dialect, facts, provenance
 from vlexport.ir.program import Program
+from vlexport.ir.rounded import holds_half, rounded_twin
 from vlexport.ir.text import fingerprint, tensor_digest, text
-from vlexport.passes.level import Failure, Level, Outputs
+from vlexport.passes.level import Differs, Failure, Level, Outputs
 from vlexport.passes.probes import Probe, as_array
 
 
@@ -81,7 +81,8 @@ class ProgramLevel(Level[Program]):
         return ir.double()
 
     def run(self, ir: Program, probes: Sequence[Probe]) -> Iterator[Outputs | Failure]:
-        """In PyTorch; a failure names the call that was reached."""
+        """In PyTorch, half types by their rounded twin; a failure names the call that was reached."""
+        ir = _executed(ir)
         for probe in probes:
             reached: list[Node] = []
             found: Outputs | Failure
@@ -94,8 +95,10 @@ class ProgramLevel(Level[Program]):
                 found = Failure(str(error).splitlines()[0] if str(error) else type(error).__name__, where, error)
             yield found
 
-    def first_difference(self, before: Program, after: Program, probe: Probe, bound: float) -> str:
+    def first_difference(self, before: Program, after: Program, probe: Probe, differs: Differs) -> str:
         """The first node whose value differs from that of the node it stands for."""
+        given = after
+        before, after = _executed(before), _executed(after)
         values: dict[int, torch.Tensor] = {}
 
         def keep(node: Node, value: object) -> None:
@@ -114,18 +117,29 @@ class ProgramLevel(Level[Program]):
             if found or not origin or not isinstance(value, torch.Tensor) or origin[0] not in values:
                 return
             expected = values[origin[0]]
-            if last[origin[0]] is node and not relative_error(as_array(value), as_array(expected)) <= bound:
+            if last[origin[0]] is node and differs(as_array(value), as_array(expected)):
                 found.append(node)
 
         after.run(*probe.values, observe=compare)
         if found:
-            return provenance.describe(found[0])
+            rounds = after is not given or dialect.is_cast(found[0])
+            return provenance.describe(_known(given, found[0]) if rounds else found[0])
         names = [
             spec.name
             for spec, old, new in zip(before.signature.outputs, before.results, after.results, strict=True)
             if provenance.origins(old)[-1:] != provenance.origins(new)[-1:]
         ]
         return f"the order of outputs ({', '.join(names)})" if names else "an output"
+
+
+def _known(ir: Program, found: Node) -> Node:
+    """The call that computes the value of a cast, or of a node of the rounded twin: a user knows no other."""
+    same = [n for n in ir.calls() if provenance.origins(n)[-1:] == provenance.origins(found)[-1:]]
+    return next((n for n in reversed(same) if not dialect.is_cast(n)), found)
+
+
+def _executed(ir: Program) -> Program:
+    return rounded_twin(ir) if holds_half(ir) else ir
 
 
 PROGRAM = ProgramLevel()

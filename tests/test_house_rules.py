@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from vlexport.core.errors import CODES
-from vlexport.passes import CATALOGUE as PASSES
+from vlexport.passes import CATALOGUE, ON_REQUEST
 from vlexport.targets import CATALOGUE as TARGETS
 
 ROOT = Path(__file__).resolve().parents[1]
+PASSES = {**CATALOGUE, **ON_REQUEST}
 LINKED = ("calibration", "passes", "targets")
 LONGEST = 500
 LONGEST_TEST = 700  # tables of hostile files and bad inputs are long

@@ -9,8 +9,7 @@ import onnx_ir
 
 from vlexport.core.artifact import Array
 from vlexport.core.errors import VlexportError
-from vlexport.core.numerics import relative_error
-from vlexport.passes.level import Failure, Level, Outputs
+from vlexport.passes.level import Differs, Failure, Level, Outputs
 from vlexport.passes.probes import Probe, as_array
 from vlexport.targets.onnx.model import OnnxModel, describe
 
@@ -96,7 +95,7 @@ class OnnxLevel(Level[OnnxModel]):
         except VlexportError as error:
             yield Failure(error.message, "", error)
 
-    def first_difference(self, before: OnnxModel, after: OnnxModel, probe: Probe, bound: float) -> str:
+    def first_difference(self, before: OnnxModel, after: OnnxModel, probe: Probe, differs: Differs) -> str:
         """Values are compared by name; where only readers of a new value differ, its maker is named."""
         try:
             was, now = before.observe(_named(before, probe)), after.observe(_named(after, probe))
@@ -105,7 +104,7 @@ class OnnxLevel(Level[OnnxModel]):
         for node in after.model.graph:
             for value in node.outputs:
                 name = str(value.name)
-                if name in was and not relative_error(now[name], was[name]) <= bound:
+                if name in was and differs(now[name], was[name]):
                     return describe(_maker(before, node, was))
         return "an output"
 

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -95,3 +96,19 @@ def test_other_custom_metadata_survives_when_stamped() -> None:
     provenance.inherit(program.calls()[0], value_of=program.calls()[1])
     assert program.calls()[0].meta["custom"]["theirs"] == 1
     assert provenance.origins(program.calls()[0]) == (1,)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "count"),
+    [("blocks.0", 4), ("blocks.0.conv", 1), ("blocks.*.norm", 2), ("blocks", 8), ("*", 9), ("block", 0), ("conv", 0)],
+)
+def test_modules_are_found_when_a_pattern_names_them_or_what_holds_them(pattern: str, count: int) -> None:
+    assert sum(provenance.lies_in(n, pattern) for n in outer().calls()) == count
+
+
+def test_decision_stays_with_the_node_when_the_program_is_copied() -> None:
+    program = outer()
+    provenance.remember(program.calls()[0], "stays: it is the first")
+    again = program.copy().calls()
+    assert [provenance.decision(n) for n in again[:2]] == ["stays: it is the first", ""]
+    assert (provenance.origins(again[0]), provenance.module_path(again[0])) == ((0,), "blocks.0.conv")

@@ -11,7 +11,7 @@ from tests.passes.broken import Rewriting, again, net_program
 from vlexport.core.errors import InternalError, UsageError
 from vlexport.ir.program import Program
 from vlexport.ir.text import fingerprint
-from vlexport.passes import CATALOGUE, base, pass_class
+from vlexport.passes import CATALOGUE, ON_REQUEST, base, pass_class
 from vlexport.passes.base import STAGES, Match
 from vlexport.passes.fold_batch_norm import FoldBatchNorm
 
@@ -50,7 +50,7 @@ def test_run_fails_naming_the_pass_when_it_never_ends(monkeypatch: pytest.Monkey
     assert "break-something still matches after 5 sweeps" in error.value.message
 
 
-@pytest.mark.parametrize("name", CATALOGUE)
+@pytest.mark.parametrize("name", [*CATALOGUE, *ON_REQUEST])
 def test_catalogue_holds_the_contract_when_a_pass_is_listed(name: str) -> None:
     found = pass_class(name)
     assert found.name == name

@@ -19,7 +19,8 @@ from vlexport.core.verdict import Measured, Verdict
 
 BUNDLE_SCHEMA = 1
 REPORT_SCHEMA = 1
-Proof = Literal["identical", "float32", "float64", "unproved", "off"]
+Proof = Literal["identical", "float32", "float64", "unproved", "off", "statistic"]
+StatisticName = Literal["sqnr_db", "cosine", "max_relative"]
 
 
 class Change(Frozen):
@@ -65,15 +66,24 @@ class GateRecord(Frozen):
     Attributes:
         worst: Largest ``max|a−b| / max|b|`` over outputs and probes, rounded to one digit.
         proof: ``identical`` (nothing changed), ``float32`` (within the bound), ``float64`` (above it, and proven to be
-            rounding in float64), ``unproved`` (above it, model too large for the float64 run), ``off``.
+            rounding in float64), ``unproved`` (above it, model too large for the float64 run), ``off``, ``statistic``
+            (an approximate pass kept the bound that it declares).
         probes: Number of probes compared.
         set_aside: Rows that disagree only because a selection in them hangs on rounding, and do not count.
+        statistic: What an approximate pass is judged by: ``sqnr_db``, ``cosine`` or ``max_relative``.
+        value: The worst floating output's statistic, rounded towards the worse; None where there is none.
+        bound: What the pass promises of it.
+        agreement: Least share of equal elements of an integer or boolean output; None where there is none.
     """
 
     worst: float
     proof: Proof
     probes: int
     set_aside: int = 0
+    statistic: StatisticName | None = None
+    value: float | None = None
+    bound: float | None = None
+    agreement: float | None = None
 
 
 class PassRecord(Frozen):

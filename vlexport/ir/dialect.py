@@ -189,6 +189,8 @@ _CHECKS = {
     "aten.sym_constrain_range_for_size.default", "aten.sym_constrain_range.default",
     "aten._assert_tensor_metadata.default",
 }  # fmt: skip
+_CASTS = {"aten._to_copy.default", "aten.to.dtype", "aten.to.dtype_layout", "aten.type_as.default"}
+_PADS = {"aten.pad.default", "aten.constant_pad_nd.default"}
 _UNDEFINED = {"aten.empty.memory_format", "aten.empty_like.default", "aten.new_empty.default"}
 _DROP_RATES = ("p", "dropout", "dropout_p")
 _PYTHON_MODULES = ("_operator", "operator", "math", "builtins", "torch")
@@ -228,6 +230,17 @@ def is_opaque(node: Node) -> bool:
 def checks_at_run_time(node: Node) -> bool:
     """Whether a call is there for what it refuses, not for its value."""
     return op_name(node) in _CHECKS
+
+
+def is_cast(node: Node) -> bool:
+    """Whether a call gives its operand another dtype, and nothing else."""
+    return op_name(node) in _CASTS
+
+
+def stores_scalars(node: Node) -> bool:
+    """Whether a plain number among the operands is computed with in the dtype of the result, as a target stores it."""
+    row = info(node)
+    return (row is not None and row.category == "elementwise") or op_name(node) in _PADS
 
 
 def is_random(node: Node) -> bool:

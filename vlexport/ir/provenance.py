@@ -6,6 +6,7 @@ Every node carries, in ``node.meta["custom"]["vlexport"]`` (the one key that sur
   value it computes, so values of two Programs can be compared by it.
 - ``path``: the module path (``blocks.3.attn.qkv``), empty for the root module.
 - ``source``: ``file.py:LINE`` of the user's ``forward``, never an absolute path.
+- ``decision``: why a pass left the node as it is, where it was asked to decide once.
 
 Calibration tables, bisect, explain and artifact names key on these, never on FX names.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -76,6 +78,22 @@ def describe(node: Node) -> str:
     path = module_path(node)
     source = source_line(node)
     return op + (f" in {path}" if path else "") + (f" ({source})" if source else "")
+
+
+def lies_in(node: Node, pattern: str) -> bool:
+    """Whether the module of ``node`` is one that a user's pattern names (``blocks.*.attn``), or lies in one."""
+    path = module_path(node)
+    return fnmatchcase(path, pattern) or fnmatchcase(path, f"{pattern}.*")
+
+
+def remember(node: Node, decision: str) -> None:
+    """Note on a node what a pass decided about it, so that the pass does not decide again."""
+    _write(node, {**_record(node), "decision": decision})
+
+
+def decision(node: Node) -> str:
+    """What a pass decided about ``node``, or an empty string."""
+    return str(_record(node).get("decision", ""))
 
 
 def inherit(new: Node, *, value_of: Node, merges: Sequence[Node] = ()) -> None:

@@ -92,4 +92,6 @@ def _gates(bundle: Bundle) -> str:
     change = f"largest change {worst:.0e}" if worst else "no output changed by a bit"
     said = f"{len(records)} passes gated, {change}"
     said += f", proven rounding in float64: {', '.join(proven)}" if proven else ""
-    return said + (f", unproved: {', '.join(unproved)}" if unproved else "")
+    said += f", unproved: {', '.join(unproved)}" if unproved else ""
+    judged = [p for p in records if p.gate.statistic is not None and p.gate.value is not None]
+    return said + "".join(f", {p.name} {p.gate.statistic} {p.gate.value:g} (bound {p.gate.bound:g})" for p in judged)

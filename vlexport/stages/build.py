@@ -48,8 +48,11 @@ from vlexport.stages.order import Order, configs_of, order_of
 from vlexport.stages.profile import QUICK, Measurable, measure_latency
 from vlexport.stages.tune import Subject, Tuned, autotune, require_searchable
 from vlexport.stages.validate import TIMED, judge_gates, measure_accuracy, require_measured, skipped_phrase
-from vlexport.stages.whole_model import first_sample, opt_inputs, whole_goldens
-from vlexport.stages.write_bundle import require_folder, require_free, staging, write_bundle
+from vlexport.stages.whole_model import first_samples, opt_inputs, whole_goldens
+from vlexport.stages.write_bundle import golden_tolerance, require_folder, require_free, staging, write_bundle
+
+RANGE_SAMPLES = 32
+"""Calibration samples that ranges are measured on: the largest value of a layer settles within a few images."""
 
 
 @dataclass(frozen=True)
@@ -146,14 +149,14 @@ def prepare(config: BuildConfig, orders: Sequence[Order], reporter: Reporter) ->
         for order in orders:
             require_measured([g for g in order.gates if g.metric not in TIMED], dataset, referenced=True)
     calibration = open_dataset(config.calib, sources, skip_bad=config.skip_bad)
-    samples = first_sample(calibration, sources)
+    samples = first_samples(calibration, sources, count=1)
     timing = TimingHook()
     optimized: dict[str, Optimized] = {}
     with clock.stage("passes"):
         for name, source in sources.components.items():
             with sources.named(name):
                 optimized[name] = optimize_component(
-                    source, passes, config=config, sample=samples.get(name), dump=_dump(config, sources, name),
+                    source, passes, config=config, samples=samples.get(name, ()), dump=_dump(config, sources, name),
                     hooks=[timing],
                 )  # fmt: skip
     seconds = {**clock.seconds, **_pass_seconds(timing)}
@@ -170,7 +173,7 @@ def build_prepared(order: Order, prepared: Prepared, folder: Path, reporter: Rep
     config, target, brief = order.config, order.target, order.brief
     dims = dims_of(config, target, prepared.sources.signature)
     sources = prepared.sources.narrowed(dims)
-    samples = first_sample(prepared.calibration, sources)
+    samples = first_samples(prepared.calibration, sources, count=RANGE_SAMPLES)
     optimized: dict[str, Optimized] = {}
     with clock.stage(f"passes for {target.id}"):
         for name, source in sources.components.items():
@@ -179,7 +182,8 @@ def build_prepared(order: Order, prepared: Prepared, folder: Path, reporter: Rep
                     prepared.optimized[name], source, target.program_passes(brief),
                     dims=prepared.sources.wiring.dims.own(name, dims),
                     again=[p for p in prepared.passes if p.stage == "normalize"], config=config,
-                    sample=samples.get(name), dump=_dump(config, sources, name, target.id), hooks=[timing],
+                    precision=brief.precision, samples=samples.get(name, ()),
+                    dump=_dump(config, sources, name, target.id), hooks=[timing],
                 )  # fmt: skip
     components: dict[str, Component] = {}
     lowered = lowered_passes_of(config, target, brief.options)
@@ -207,7 +211,8 @@ def build_prepared(order: Order, prepared: Prepared, folder: Path, reporter: Rep
         components[name], dataset = tuned.component, tuned.dataset
         order = replace(order, config=tuned.config, brief=replace(brief, options=options_of(tuned.config, target)))
     prepared = replace(prepared, dataset=dataset)
-    unwritten = _bundle(order, sources, components, lowered, whole_goldens(folder, sources, config.seed))
+    goldens = whole_goldens(folder, sources, config.seed, golden_tolerance(brief.precision))
+    unwritten = _bundle(order, sources, components, lowered, goldens)
     bundle, report = _measured(order, prepared, sources, unwritten, folder, clock)
     report = report.model_copy(update={"tuning": tuned.tuning if tuned is not None else None})
     notes = [note for name, each in optimized.items() for note in sources.said(name, each.notes)]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from torch import Tensor
 
 from vlexport.core.artifact import Frozen, Session
 from vlexport.core.config import BuildConfig
@@ -24,12 +25,15 @@ from vlexport.core.verdict import Gate, gate_from_text
 from vlexport.frontends.sources import Sources
 from vlexport.ir.program import Program
 from vlexport.passes import CATALOGUE as PASSES
-from vlexport.passes import offered_passes, pass_class
+from vlexport.passes import ON_REQUEST, offered_passes, pass_class
 from vlexport.passes.base import STAGES, Pass
 from vlexport.passes.pipeline import check_order
 from vlexport.stages.validate import TIMED
 from vlexport.targets import offered_targets
 from vlexport.targets.base import Target
+
+HALF_PRECISIONS = ("fp16", "bf16")
+"""Precisions that a pass types the Program to."""
 
 
 def output_of(config: BuildConfig) -> Path:
@@ -86,6 +90,9 @@ def passes_of(config: BuildConfig) -> list[Pass[Program]]:
     """
     made: list[Pass[Program]] = []
     for name in dict.fromkeys((*PASSES, *config.passes)):
+        if name in ON_REQUEST:
+            how = f"it runs with --precision {' or '.join(HALF_PRECISIONS)}"
+            raise UsageError("VLX0703", f"--pass {name}: {how}", where="--pass", hint="leave that --pass out")
         kind = pass_class(name)
         made.append(kind(_typed(kind.Options, config.scoped_options(name), name)))
     made.sort(key=lambda each: STAGES.index(each.stage))  # stable: plugins stand behind ours of the same stage
@@ -97,6 +104,32 @@ def passes_of(config: BuildConfig) -> list[Pass[Program]]:
     return made
 
 
+def precision_passes_of(
+    config: BuildConfig, precision: str, samples: Sequence[tuple[Tensor, ...]]
+) -> list[Pass[Program]]:
+    """Passes that type a Program for a target's precision.
+
+    Args:
+        config: Their options.
+        precision: As chosen for the target.
+        samples: What they measure on, one tensor per input each.
+
+    Raises:
+        UsageError: VLX0703 for an option that contradicts the precision.
+    """
+    if precision not in HALF_PRECISIONS:
+        return []
+    from vlexport.passes.cast_floats import CastFloats, CastFloatsOptions
+
+    values = {"dtype": precision, **config.scoped_options(CastFloats.name)}
+    if values["dtype"] != precision:
+        raise UsageError(
+            "VLX0703", f"--set {CastFloats.name}.dtype={values['dtype']} contradicts --precision {precision}",
+            where="--set", hint="leave that --set out",
+        )  # fmt: skip
+    return [CastFloats(_typed(CastFloatsOptions, values, CastFloats.name), samples=samples)]
+
+
 def options_of(config: BuildConfig, target: Target) -> Frozen:
     """The target's options; every ``--set`` must name a target that exists, or a pass that runs.
 
@@ -105,9 +138,12 @@ def options_of(config: BuildConfig, target: Target) -> Frozen:
     """
     given = config.scoped_options(target.id)
     options = _typed(target.Options, given, target.id)
+    wished = target.precisions[0] if config.precision in (None, "auto") else config.precision
+    requested = ON_REQUEST if wished in HALF_PRECISIONS else ()
     running = [each.name for each in target.lowered if getattr(options, each.option)]
-    scopes = [*PASSES, *config.passes, *offered_targets(), *running]
+    scopes = [*PASSES, *requested, *config.passes, *offered_targets(), *running]
     asleep = {name: f"add --pass {name}" for name in offered_passes()}
+    asleep |= dict.fromkeys(ON_REQUEST, f"add --precision {HALF_PRECISIONS[0]}")
     asleep |= {each.name: f"add --set {target.id}.{each.option}=true" for each in target.lowered}
     for key in config.options:
         scope = key.partition(".")[0]

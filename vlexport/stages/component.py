@@ -28,8 +28,9 @@ from vlexport.passes.base import Pass
 from vlexport.passes.gate import FLOAT32_BOUND, NumericGate
 from vlexport.passes.pipeline import DumpHook, Hook, run_pipeline
 from vlexport.passes.probes import Probe, as_array, make_probes
+from vlexport.stages.choices import HALF_PRECISIONS, precision_passes_of
 from vlexport.stages.lowered import lower_and_rewrite
-from vlexport.stages.write_bundle import write_golden
+from vlexport.stages.write_bundle import golden_tolerance, write_golden
 from vlexport.targets.base import Brief, Target
 
 GOLDEN_STEP = 2
@@ -58,7 +59,7 @@ def optimize_component(
     passes: Sequence[Pass[Program]],
     *,
     config: BuildConfig,
-    sample: Mapping[str, Array] | None,
+    samples: Sequence[Mapping[str, Array]],
     dump: Path | None,
     hooks: Sequence[Hook] = (),
 ) -> Optimized:
@@ -68,14 +69,14 @@ def optimize_component(
         source: The model.
         passes: In order, the target's at the end.
         config: Seed and gate.
-        sample: A calibration sample with batch dim, by input name.
+        samples: Calibration samples with batch dim, by input name; the first of them is a probe.
         dump: Folder for the graph's text after every pass.
         hooks: Watchers.
 
     Raises:
         VlexportError: VLX04xx.
     """
-    probes = _probes(source.program, sample, config.seed)
+    probes = _probes(source.program, samples, config.seed)
     gate = NumericGate(source.program, probes) if config.numeric_gate else None
     watching = [*hooks, *([DumpHook(dump)] if dump is not None else [])]
     program, records = run_pipeline(source.program, passes, gate=gate, hooks=watching)
@@ -89,8 +90,9 @@ def specialize_component(
     *,
     dims: Mapping[str, DimRange],
     again: Sequence[Pass[Program]],
+    precision: str,
     config: BuildConfig,
-    sample: Mapping[str, Array] | None,
+    samples: Sequence[Mapping[str, Array]],
     dump: Path | None,
     hooks: Sequence[Hook] = (),
 ) -> Optimized:
@@ -103,7 +105,9 @@ def specialize_component(
         dims: Dims to narrow; sizes that become constants are worth the passes in ``again``.
         again: Passes to repeat after narrowing; recorded where they change something.
         config: Seed and gate.
-        sample: A calibration sample with batch dim that fits the narrowed dims, by input name.
+        precision: What the target wants the Program typed to.
+        samples: Calibration samples with batch dim that fit the narrowed dims, by input name; ranges are measured on
+            them and on the probes.
         dump: Folder for the graph's text after every pass.
         hooks: Watchers.
 
@@ -114,9 +118,14 @@ def specialize_component(
     if dims:
         program = narrowed(program, dims)
         if probes is not None:
-            probes = _probes(source.program, sample, config.seed)
+            probes = _probes(source.program, samples, config.seed)
             require_same(program, shared.program, probes, what=f"narrowing {', '.join(dims)}")
-    wanted = [*(again if dims else ()), *passes]
+    typed: Sequence[Pass[Program]] = ()
+    if precision in HALF_PRECISIONS:
+        seen = [p.values for p in probes or _probes(source.program, samples, config.seed)]
+        seen += [_in_order(source.program, sample) for sample in samples[1:]]  # the first one is a probe
+        typed = precision_passes_of(config, precision, seen)
+    wanted = [*(again if dims else ()), *typed, *passes]
     if not wanted:
         return shared
     gate = NumericGate(program, probes, sighted=True) if probes is not None else None
@@ -185,7 +194,7 @@ def lower_component(
     )  # fmt: skip
     signature = optimized.program.signature
     golden, smallest = write_goldens(
-        bundle, name, dims=signature.dims, run=source.run,
+        bundle, name, tolerance=golden_tolerance(brief.precision), dims=signature.dims, run=source.run,
         draw=lambda sizes, masks: drawn(source.program, seed + 1, sizes, masks=masks),
     )  # fmt: skip
     return Component(
@@ -200,10 +209,13 @@ def lower_component(
     )
 
 
-def _probes(program: Program, sample: Mapping[str, Array] | None, seed: int) -> list[Probe]:
-    specs = program.signature.inputs
-    calibration = [torch.from_numpy(sample[spec.name]) for spec in specs] if sample is not None else None
+def _probes(program: Program, samples: Sequence[Mapping[str, Array]], seed: int) -> list[Probe]:
+    calibration = _in_order(program, samples[0]) if samples else None
     return make_probes(program, calibration=calibration, seed=seed)
+
+
+def _in_order(program: Program, sample: Mapping[str, Array]) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.from_numpy(sample[spec.name]) for spec in program.signature.inputs)
 
 
 def drawn(program: Program, seed: int, sizes: Mapping[str, int], *, masks: bool = False) -> dict[str, Array]:
@@ -216,6 +228,7 @@ def write_goldens(
     bundle: Path,
     name: str,
     *,
+    tolerance: float,
     dims: Mapping[str, DimRange],
     draw: Callable[[Mapping[str, int], bool], dict[str, Array]],
     run: Callable[[Mapping[str, Array]], dict[str, Array]],
@@ -225,6 +238,7 @@ def write_goldens(
     Args:
         bundle: Folder of the bundle.
         name: Folder below ``golden/``.
+        tolerance: What an artifact may differ by, as ``max|a−b| / max|b|``.
         dims: Dynamic dims; without any, there are no vectors at the smallest size.
         draw: Inputs for sizes of the dims, with random or full masks.
         run: Computes the outputs.
@@ -232,11 +246,12 @@ def write_goldens(
     larger = draw(
         {n: r.min + GOLDEN_STEP if r.max is None else min(r.min + GOLDEN_STEP, r.max) for n, r in dims.items()}, True
     )
-    golden = write_golden(bundle, name, larger, run(larger))
+    golden = write_golden(bundle, name, larger, run(larger), tolerance=tolerance)
     if not dims:
         return golden, None
     smallest = draw({dim: r.min for dim, r in dims.items()}, False)
-    return golden, write_golden(bundle, name, smallest, run(smallest), suffix="-smallest")
+    outputs = run(smallest)
+    return golden, write_golden(bundle, name, smallest, outputs, suffix="-smallest", tolerance=tolerance)
 
 
 def cost_record(program: Program) -> CostRecord:

@@ -28,6 +28,7 @@ from vlexport.stages.choices import (
     output_of,
     passes_of,
     precision_of,
+    precision_passes_of,
     profile_of,
 )
 from vlexport.stages.component import cost_record
@@ -81,12 +82,16 @@ def plan(config: BuildConfig, *, reporter: Reporter | None = None) -> Plan:
         except VlexportError as error:
             problems.append(error)
 
-    brief = Brief(target.Options())
+    precision = target.precisions[0]
     try:
-        brief = Brief(options_of(config, target), profile_of(config, target), threads=config.threads)
+        precision, _ = precision_of(config, target)
     except VlexportError as error:
         problems.append(error)
-    collect(lambda: precision_of(config, target))
+    brief = Brief(target.Options())
+    try:
+        brief = Brief(options_of(config, target), profile_of(config, target), precision, config.threads)
+    except VlexportError as error:
+        problems.append(error)
     collect(lambda: gates_of(config))
     candidates: dict[str, tuple[str, ...]] = {}
     collect(lambda: candidates.update(axes_of(config, target, options_of(config, target))))
@@ -109,7 +114,10 @@ def plan(config: BuildConfig, *, reporter: Reporter | None = None) -> Plan:
         problems.append(error)
     before = {name: source.program for name, source in sources.components.items()}
     with reporter.stage("passes"):
-        ran = {n: run_pipeline(p, [*passes, *target.program_passes(brief)], gate=None) for n, p in before.items()}
+        ran = {}
+        for name, program in before.items():
+            typed = precision_passes_of(config, precision, [program.example])
+            ran[name] = run_pipeline(program, [*passes, *typed, *target.program_passes(brief)], gate=None)
     after = {name: program for name, (program, _) in ran.items()}
     for program in after.values():
         problems += _opaque(program)

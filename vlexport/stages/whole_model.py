@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,22 +20,31 @@ _SEED_STEP = 16
 """Between the draws of two components: inputs of the same shape must differ, or exchanging them would not be seen."""
 
 
-def first_sample(dataset: Dataset | None, sources: Sources) -> dict[str, dict[str, Array]]:
-    """What each component is given on the first calibration sample, with batch dim; nothing without data.
+def first_samples(dataset: Dataset | None, sources: Sources, *, count: int) -> dict[str, list[dict[str, Array]]]:
+    """What each component is given on the first calibration samples, with batch dim; nothing without data.
 
     Raises:
         DataError: VLX0202 when the data is empty.
     """
     if dataset is None:
         return {}
-    first = next(iter(dataset), None)
-    if first is None:
+    found: dict[str, list[dict[str, Array]]] = {name: [] for name in sources.components}
+    for sample in islice(dataset, count):
+        for name, inputs in sources.inputs_of(_batched(sample.inputs, sources)).items():
+            found[name].append(inputs)
+    if not any(found.values()):
         raise DataError("VLX0202", "the calibration data is empty", where="--calib")
+    return found
+
+
+def _batched(sample: Mapping[str, Array], sources: Sources) -> dict[str, Array]:
+    """A sample with its batch dim: the smallest that is taken, or repeated to the size that the graph fixes."""
     made = {}
     for spec in sources.signature.inputs:
-        size = spec.shape[0] if spec.shape and isinstance(spec.shape[0], int) else 1
-        made[spec.name] = np.repeat(first.inputs[spec.name][None], size, axis=0)
-    return sources.inputs_of(made)
+        size = spec.shape[0] if spec.shape else 1
+        size = sources.signature.dims[size].min if isinstance(size, str) else size
+        made[spec.name] = np.repeat(sample[spec.name][None], size, axis=0)
+    return made
 
 
 def opt_inputs(sources: Sources, seed: int) -> dict[str, Array]:
@@ -42,7 +52,7 @@ def opt_inputs(sources: Sources, seed: int) -> dict[str, Array]:
     return _drawn(sources, seed + 2, {name: r.opt for name, r in sources.signature.dims.items()})
 
 
-def whole_goldens(folder: Path, sources: Sources, seed: int) -> tuple[Golden | None, Golden | None]:
+def whole_goldens(folder: Path, sources: Sources, seed: int, tolerance: float) -> tuple[Golden | None, Golden | None]:
     """Golden vectors of all components together, and at the smallest sizes; a single one has its own and no others."""
     if sources.only is not None:
         return None, None
@@ -50,7 +60,7 @@ def whole_goldens(folder: Path, sources: Sources, seed: int) -> tuple[Golden | N
     def draw(sizes: Mapping[str, int], masks: bool) -> dict[str, Array]:
         return _drawn(sources, seed + 1, sizes, masks=masks)
 
-    return write_goldens(folder, WHOLE, dims=sources.signature.dims, draw=draw, run=sources.run)
+    return write_goldens(folder, WHOLE, tolerance=tolerance, dims=sources.signature.dims, draw=draw, run=sources.run)
 
 
 def _drawn(sources: Sources, seed: int, sizes: Mapping[str, int], *, masks: bool = False) -> dict[str, Array]:

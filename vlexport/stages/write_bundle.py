@@ -20,6 +20,15 @@ from vlexport.core.errors import BundleError
 GOLDEN_TOLERANCE = 1e-4
 """Bound of max|a−b| / max|b| between artifact and source Program, fp32: other kernels sum in another order."""
 
+_HALF_TOLERANCE = {"fp16": 2e-2, "bf16": 1e-1}
+"""The same for artifacts in a half type: a unit in the last place is 1e-3 (fp16) and 8e-3 (bf16) of a value, and a deep
+net loses a few bits more; the signal to noise ratio is what the pass was judged by."""
+
+
+def golden_tolerance(precision: str) -> float:
+    """Bound of ``max|a−b| / max|b|`` between an artifact of this precision and the source Program, which is fp32."""
+    return _HALF_TOLERANCE.get(precision, GOLDEN_TOLERANCE)
+
 
 def require_free(output: Path, *, force: bool) -> None:
     """Refuse an output that exists, before any work is done.
@@ -110,14 +119,23 @@ def staging(output: Path) -> Iterator[Path]:
 
 
 def write_golden(
-    folder: Path, component: str, inputs: Mapping[str, Array], outputs: Mapping[str, Array], *, suffix: str = ""
+    folder: Path,
+    component: str,
+    inputs: Mapping[str, Array],
+    outputs: Mapping[str, Array],
+    *,
+    suffix: str = "",
+    tolerance: float = GOLDEN_TOLERANCE,
 ) -> Golden:
-    """Golden vectors of a component as two ``.npz`` files, ``inputs{suffix}.npz`` and ``outputs{suffix}.npz``."""
+    """Golden vectors of a component as two ``.npz`` files, ``inputs{suffix}.npz`` and ``outputs{suffix}.npz``.
+
+    ``tolerance`` is what an artifact may differ by, as ``max|a−b| / max|b|``.
+    """
     (folder / GOLDEN_FOLDER / component).mkdir(parents=True, exist_ok=True)
     names = [f"{GOLDEN_FOLDER}/{component}/{kind}{suffix}.npz" for kind in ("inputs", "outputs")]
     for name, arrays in zip(names, (inputs, outputs), strict=True):
         write_npz(folder / name, arrays)
-    return Golden(inputs=names[0], outputs=names[1], tolerance=GOLDEN_TOLERANCE)
+    return Golden(inputs=names[0], outputs=names[1], tolerance=tolerance)
 
 
 def write_npz(file: Path, arrays: Mapping[str, Array]) -> None:
