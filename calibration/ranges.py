@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+_SMALL, _LARGE = 1e-10, 1e15
+"""Between them a square, and the sum of 10⁶ of them, is an ordinary float32."""
+
 
 @dataclass
 class ValueRange:
@@ -26,29 +29,37 @@ class ValueRange:
     signal: float = 0.0
     noise: float = 0.0
 
+    def widen(self, values: npt.NDArray[Any]) -> None:
+        """Add one sample's values to what the tensor spans, and nothing to what rounding loses.
+
+        Args:
+            values: Floating array of any shape.
+        """
+        if not values.size:
+            return
+        seen, top = values, _largest(values)
+        if not math.isfinite(top):
+            seen = values[np.isfinite(values)]
+            top = _largest(seen)
+        self.largest = max(self.largest, top)
+        self.whole = self.whole and bool((seen == np.trunc(seen)).all())
+
     def update(self, values: npt.NDArray[Any], rounded: npt.NDArray[Any]) -> None:
-        """Add one sample's values.
+        """Add one sample's values, and what rounding does to them.
 
         Args:
             values: Floating array of any shape.
             rounded: Array of the same shape: the values after rounding, or what was computed from rounded operands.
         """
-        finite = np.isfinite(values)
-        everywhere = bool(finite.all())
-        seen = values if everywhere else values[finite]
-        if not seen.size:
-            return
-        self.largest = max(self.largest, float(np.abs(seen).max()))
-        self.whole = self.whole and bool((seen == np.trunc(seen)).all())
-        found = rounded if everywhere else rounded[finite]
-        if not np.isfinite(found).all():
+        self.widen(values)
+        if not math.isfinite(_largest(values)):
+            finite = np.isfinite(values)
+            values, rounded = values[finite], rounded[finite]
+        if not math.isfinite(_largest(rounded)):
             self.noise = math.inf
             return
-        # in units of the largest value: the square of a huge one would not fit
-        unit = max(float(np.abs(seen).max()), float(np.abs(found).max())) or 1.0
-        exact, near = seen.astype(np.float64) / unit, found.astype(np.float64) / unit
-        self.signal += float(np.vdot(exact, exact)) * unit * unit
-        self.noise += float(np.vdot(near - exact, near - exact)) * unit * unit
+        self.signal += _squares(values)
+        self.noise += _squares(rounded - values)
 
     @property
     def kept_db(self) -> float:
@@ -56,3 +67,16 @@ class ValueRange:
         if self.noise == 0.0:
             return math.inf
         return 10.0 * math.log10(self.signal / self.noise) if self.signal > 0.0 and self.noise < math.inf else -math.inf
+
+
+def _largest(values: npt.NDArray[Any]) -> float:
+    """Largest magnitude, 0 of nothing; infinite or NaN where a value is."""
+    return float(max(values.max(), -values.min())) if values.size else 0.0
+
+
+def _squares(values: npt.NDArray[Any]) -> float:
+    """Sum of squares: in float32 where none of them overflows or vanishes there, for speed."""
+    flat = values.ravel()
+    if not _SMALL < _largest(flat) < _LARGE:
+        flat = flat.astype(np.float64)
+    return float(np.dot(flat, flat))

@@ -16,6 +16,8 @@ from vlexport.calibration.ranges import ValueRange
 from vlexport.ir import compat, dialect
 from vlexport.ir.program import Program
 
+NOISE_SAMPLES = 2
+"""What rounding loses is a mean over some 10⁵ values of a tensor; how far they reach may hang on one image."""
 ATTENTION = "aten.scaled_dot_product_attention.default"
 
 
@@ -24,7 +26,8 @@ class Seen:
     """What was measured over all samples.
 
     Attributes:
-        values: float32 inputs, stored tensors and results of calls → their own range, and rounding them.
+        values: float32 inputs, stored tensors and results of calls → their own range, and rounding them. Ranges are of
+            all samples, what rounding does is of the first :data:`NOISE_SAMPLES`.
         through: Calls → the range of their result, and its change when their operands are rounded. Only of calls that
             cost little to compute twice.
         products: Attention → bound of |q·k| before the scale: the largest row norms of queries and keys, multiplied.
@@ -47,15 +50,22 @@ def measure(program: Program, samples: Sequence[tuple[Tensor, ...]], half: torch
     stored = {node: program.tensors[str(node.target)] for node in program.graph.nodes if node.op == "get_attr"}
     for node, tensor in stored.items():
         _look(seen.values, node, tensor, half)
-    for sample in samples:
+    for number, sample in enumerate(samples):
+        noise = number < NOISE_SAMPLES
         held: dict[Node, Any] = {**stored, **dict(zip(program.placeholders, sample, strict=True))}
         to_come = Counter(operand for node in program.calls() for operand in node.all_input_nodes)
         for node in program.placeholders:
-            _look(seen.values, node, held[node], half)
+            _look(seen.values, node, held[node], half if noise else None)
 
-        def watch(node: Node, value: Any, held: dict[Node, Any] = held, to_come: Counter[Node] = to_come) -> None:
-            _look(seen.values, node, value, half)
-            if is_cheap(node) and _is_single(value):
+        def watch(
+            node: Node,
+            value: Any,
+            held: dict[Node, Any] = held,
+            to_come: Counter[Node] = to_come,
+            noise: bool = noise,
+        ) -> None:
+            _look(seen.values, node, value, half if noise else None)
+            if noise and is_cheap(node) and _is_single(value):
                 _look_through(seen.through, node, value, held, half)
             if dialect.op_name(node) == ATTENTION:
                 query, key = held[node.args[0]], held[node.args[1]]  # type: ignore[index]
@@ -91,10 +101,15 @@ def _rounded(value: Any, half: torch.dtype) -> Any:
     return value.to(half).float() if _is_single(value) else value
 
 
-def _look(into: dict[Node, ValueRange], node: Node, value: Any, half: torch.dtype) -> None:
+def _look(into: dict[Node, ValueRange], node: Node, value: Any, half: torch.dtype | None) -> None:
+    """Widen a range, and add what rounding to ``half`` loses unless that is None."""
     found = into.setdefault(node, ValueRange())
     for leaf in compat.leaves(value):
-        if _is_single(leaf):
+        if not _is_single(leaf):
+            continue
+        if half is None:
+            found.widen(leaf.detach().numpy())
+        else:
             found.update(leaf.detach().numpy(), _rounded(leaf.detach(), half).numpy())
 
 

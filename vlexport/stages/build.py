@@ -51,7 +51,7 @@ from vlexport.stages.validate import TIMED, judge_gates, measure_accuracy, requi
 from vlexport.stages.whole_model import first_samples, opt_inputs, whole_goldens
 from vlexport.stages.write_bundle import golden_tolerance, require_folder, require_free, staging, write_bundle
 
-RANGE_SAMPLES = 32
+RANGE_SAMPLES = 16
 """Calibration samples that ranges are measured on: the largest value of a layer settles within a few images."""
 
 
