@@ -94,6 +94,7 @@ def plan(config: BuildConfig, *, reporter: Reporter | None = None) -> Plan:
     with reporter.stage("passes"):
         program, records = run_pipeline(source.program, [*passes, *target.program_passes(brief)], gate=None)
     problems += _opaque(program)
+    problems += target.problems(program, brief)
     return Plan(
         passes=records,
         before=cost_record(source.program),
