@@ -65,6 +65,16 @@ def source_line(node: Node) -> str:
     return str(_record(node).get("source", ""))
 
 
+def lend_source_lines(graph: Graph) -> None:
+    """Write every node's source line where torch's exporters look for a stack trace, and copy it into what they make.
+
+    For graphs that are about to be lowered, never for a Program's own.
+    """
+    for node in graph.nodes:
+        if line := source_line(node):
+            node.meta["stack_trace"] = line
+
+
 def describe(node: Node) -> str:
     """One phrase for messages: operator, module path and source line."""
     op = dialect.op_name(node).removesuffix(".default")
