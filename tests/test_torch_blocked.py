@@ -22,6 +22,7 @@ BLOCKED = ("torch", "torchvision", "onnx", "onnx_ir", "onnxscript", "timm", "tra
 NEEDS_TORCH = (
     "ir", "frontends", "passes", "stages/build.py", "stages/choices.py", "stages/lowered.py", "stages/naive.py",
     "stages/plan.py", "targets/onnx/",
+    "targets/tensorrt/lower.py", "targets/tensorrt/op_limits.py", "targets/tensorrt/op_support.py",
 )  # fmt: skip
 """What belongs to the other half: the extra ``build`` installs what it imports."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import operator
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,10 +98,11 @@ def write_onnx(model: onnx_ir.Model, folder: Path, *, file: str = MAIN_FILE) -> 
 
 
 def _with_copies(program: Program) -> Program:
-    """A copy of the Program in which every reshape reads a contiguous copy.
+    """A copy of the Program in which every reshape reads a contiguous copy, and every getitem is returned as a copy.
 
     The exporter turns reshape into view by the strides of one trace and runs the result with those of another: without
-    the copy, which becomes nothing in ONNX, it stops at a view that the second layout cannot express.
+    the copy, which becomes nothing in ONNX, it stops at a view that the second layout cannot express. It also renames
+    every getitem and then looks for an output by the old name.
     """
     spelled = program.copy()
     for node in spelled.calls("aten.reshape.default"):
@@ -109,6 +111,10 @@ def _with_copies(program: Program) -> Program:
         contiguous = {"memory_format": torch.contiguous_format}
         copied = spelled.add_call(torch.ops.aten.clone.default, (source,), contiguous, before=node, value_of=source)
         node.replace_input_with(source, copied)
+    for result in dict.fromkeys(spelled.results):
+        if result.target is operator.getitem:
+            copied = spelled.add_call(torch.ops.aten.clone.default, (result,), before=spelled.output, value_of=result)
+            spelled.output.replace_input_with(result, copied)
     return spelled
 
 

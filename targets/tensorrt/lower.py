@@ -134,13 +134,16 @@ def _engine_error(
     refusals: tuple[Refusal, ...], model: onnx_ir.Model, lines: dict[str, str], options: TensorRTOptions
 ) -> CapabilityError:
     first = refusals[0]
+    hint = "leave tensorrt.engine=on out: the ONNX file is made without an engine"
+    if (options.refittable or options.strip_weights) and _NEEDS_GPU in first.reason:
+        return CapabilityError(
+            "VLX0510", "TensorRT for RTX needs a GPU to compile an engine that is refittable or without weights",
+            where="--set tensorrt.strip_weights" if options.strip_weights else "--set tensorrt.refittable", hint=hint,
+        )  # fmt: skip
     node = _concerned(first, model)
     where = describe(node) if node is not None else first.operator
     if node is not None and (line := lines.get(str(node.name))):
         where += f", {line}"
-    hint = "leave tensorrt.engine=on out: the ONNX file is made without an engine"
-    if (options.refittable or options.strip_weights) and _NEEDS_GPU in first.reason:
-        hint = "engines that are refittable or without weights are compiled where a GPU is; the artifact's command does"
     more = f" (and {len(refusals) - 1} more)" if len(refusals) > 1 else ""
     return CapabilityError(
         "VLX0510", f"TensorRT for RTX compiled no engine: {first.reason}{more}", where=where, hint=hint

@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import onnx_ir
 
+from vlexport.core.artifact import Array
+
 Limit = Callable[[onnx_ir.Node], str]
 
 MAX_RANK = 8
@@ -46,10 +48,9 @@ def unknown_input(node: onnx_ir.Node) -> str:
 
 def top_k(node: onnx_ir.Node) -> str:
     """More elements than a TopK layer keeps; a computed K is checked by the runtime."""
-    k = _constant(node, 1)
-    if k is None or int(k.flatten()[0]) <= MAX_TOP_K:
-        return ""
-    return f"k is {int(k.flatten()[0])}, TensorRT takes up to {MAX_TOP_K}"
+    found = _constant(node, 1)
+    k = 0 if found is None else int(found.flatten()[0])
+    return f"k is {k}, TensorRT takes up to {MAX_TOP_K}" if k > MAX_TOP_K else ""
 
 
 def resize(node: onnx_ir.Node) -> str:
@@ -70,8 +71,10 @@ def layer_norm(node: onnx_ir.Node) -> str:
     return _only_first_output(node)
 
 
-def scatter_nd(node: onnx_ir.Node) -> str:
-    """Reductions. Source: onnx-tensorrt, docs/operators.md."""
+def reduction(node: onnx_ir.Node) -> str:
+    """Scattering that sums. Source for ScatterND: onnx-tensorrt, docs/operators.md; for ScatterElements on TensorRT for
+    RTX: the parser of tensorrt-rtx 1.7.1.
+    """
     found = node.attributes.get("reduction")
     kind = found.as_string() if found is not None else "none"
     return "" if kind == "none" else f"reduction '{kind}' is not supported"
@@ -93,9 +96,11 @@ LIMITS: dict[str, Limit] = {
     "MaxPool": pooling,
     "QuantizeLinear": zero_point,
     "Resize": resize,
-    "ScatterND": scatter_nd,
+    "ScatterND": reduction,
     "TopK": top_k,
 }
+RTX_LIMITS: dict[str, Limit] = {"ScatterElements": reduction}
+"""What TensorRT for RTX refuses beside them: TensorRT itself has a plugin for it."""
 EVERYWHERE: tuple[Limit, ...] = (too_many_dims, unknown_input)
 
 
@@ -116,7 +121,7 @@ def _is_constant(value: onnx_ir.Value | None) -> bool:
     return value.const_value is not None or (producer is not None and producer.op_type == "Constant")
 
 
-def _constant(node: onnx_ir.Node, position: int):  # type: ignore[no-untyped-def]
+def _constant(node: onnx_ir.Node, position: int) -> Array | None:
     value = node.inputs[position] if len(node.inputs) > position else None
     found = onnx_ir.convenience.get_const_tensor(value) if value is not None else None
     return found.numpy() if found is not None else None

@@ -18,7 +18,7 @@ from vlexport.core.artifact import Frozen
 from vlexport.core.device_profiles import DeviceProfile
 from vlexport.core.errors import CapabilityError
 from vlexport.targets.onnx.model import describe, module_path
-from vlexport.targets.tensorrt.op_limits import EVERYWHERE, LIMITS
+from vlexport.targets.tensorrt.op_limits import EVERYWHERE, LIMITS, RTX_LIMITS
 
 _STANDARD = ("", "ai.onnx")
 _TYPED_INPUT = {"Where": 1, "OneHot": 2}
@@ -119,11 +119,11 @@ def _refused(node: onnx_ir.Node, device: DeviceProfile) -> str:
     known = [row for row in rows if version is None or _numbers(row["since"]) <= version]
     if not known:
         return f"the operator came with TensorRT {rows[0]['since']}"
-    if "tensorrt-rtx" in device.facts and node.op_type in table()["rtx_lacks"]:
+    rtx = "tensorrt-rtx" in device.facts
+    if rtx and node.op_type in table()["rtx_lacks"]:
         return "it ships no implementation of the operator"
-    reasons = [_wrong_type(node, known[-1]["types"]), *(limit(node) for limit in EVERYWHERE)]
-    if node.op_type in LIMITS:
-        reasons.append(LIMITS[node.op_type](node))
+    own = [limits[node.op_type] for limits in (LIMITS, *([RTX_LIMITS] if rtx else [])) if node.op_type in limits]
+    reasons = [_wrong_type(node, known[-1]["types"]), *(limit(node) for limit in (*EVERYWHERE, *own))]
     return next(filter(None, reasons), "")
 
 

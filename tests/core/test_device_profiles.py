@@ -19,7 +19,7 @@ def test_every_fact_names_its_source_when_profiles_are_read() -> None:
     for profile in device_profiles().values():
         assert profile.summary
         for fact in profile.facts.values():
-            assert len(fact.value) > 10
+            assert fact.value
             assert len(fact.source) > 10
 
 
