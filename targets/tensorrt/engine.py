@@ -68,12 +68,12 @@ def choose_engine(options: TensorRTOptions, device: DeviceProfile, signature: Si
     """
     asked = tuple(filter(None, options.compute_capabilities.split(",")))
     own = tuple(device.facts["compute-capability"].value.split()) if "compute-capability" in device.facts else ()
-    known = own if own and "tensorrt-rtx" in device.facts else RTX_CAPABILITIES
+    known = [each for each in RTX_CAPABILITIES if not own or each in own]
     for each in asked:
         if each not in known:
             raise UsageError(
                 "VLX0703", f"no engine can be compiled for compute capability {each}",
-                where="--set tensorrt.compute_capabilities", hint=f"known: {', '.join(known)}",
+                where="--set tensorrt.compute_capabilities", hint=f"known here: {', '.join(known) or 'none'}",
             )  # fmt: skip
     reason = _why_none(options, device, own, signature)
     if not reason:
