@@ -21,8 +21,10 @@ from vlexport.frontends.capture import capture
 from vlexport.ir.program import Program
 from vlexport.targets.base import Brief
 from vlexport.targets.tensorrt import TensorRTOptions, TensorRTTarget
+from vlexport.targets.tensorrt.commands import device_commands
 from vlexport.targets.tensorrt.compiler import Request, configured
 from vlexport.targets.tensorrt.engine import RTX_CAPABILITIES
+from vlexport.targets.tensorrt.lower import choose_opset
 
 TARGET = TensorRTTarget()
 PROFILES = device_profiles()
@@ -44,6 +46,11 @@ def fixed() -> Program:
 @pytest.fixture(scope="module")
 def ranged() -> Program:
     return program(Cnn(), image(2), dynamic={"image": {0: ("batch", 1, 8)}})
+
+
+@pytest.fixture(scope="module")
+def block() -> Program:
+    return program(Block(), torch.rand(1, 5, 16))
 
 
 def lower(found: Program, folder: Path, device: DeviceProfile = THIS, name: str = "main", **options: Any) -> Artifact:
@@ -94,12 +101,11 @@ def test_missing_compiler_matters_only_when_an_engine_must_be_made(
 # -- the ONNX file -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("device", "opset"), [(JETSON, 20), (RTX, 20), (THIS, 20)], ids=lambda v: getattr(v, "id", ""))
-def test_graph_is_portable_when_no_opset_is_asked_for(device: DeviceProfile, opset: int, tmp_path: Path) -> None:
-    found = program(Block(), torch.rand(1, 5, 16))
-    artifact = lower(found, tmp_path, device, engine="off")
+@pytest.mark.parametrize("device", [JETSON, THIS], ids=lambda device: device.id)
+def test_graph_is_portable_when_no_opset_is_asked_for(device: DeviceProfile, block: Program, tmp_path: Path) -> None:
+    artifact = lower(block, tmp_path, device, engine="off")
     model = onnx_ir.load(tmp_path / artifact.path)
-    assert model.opset_imports == {"": opset}
+    assert model.opset_imports == {"": 20}
     assert len(model.functions) == 0
     assert {node.domain for node in model.graph} == {""}
     assert "Attention" not in {node.op_type for node in model.graph}
@@ -112,8 +118,7 @@ def test_opset_is_refused_when_the_device_does_not_read_it(fixed: Program, tmp_p
     artifact = lower(fixed, tmp_path / "b", RTX, opset=21, engine="off")
     assert onnx_ir.load(tmp_path / "b" / artifact.path).opset_imports == {"": 21}
     older = JETSON.model_copy(update={"facts": {**JETSON.facts, "opset-max": Fact(value="19", source="a test")}})
-    artifact = lower(fixed, tmp_path / "c", older)
-    assert onnx_ir.load(tmp_path / "c" / artifact.path).opset_imports == {"": 19}
+    assert [choose_opset(TensorRTOptions(), device) for device in (older, JETSON, RTX, THIS)] == [19, 20, 20, 20]
 
 
 def test_types_are_those_of_the_program_when_it_is_half_precision(tmp_path: Path) -> None:
@@ -169,26 +174,17 @@ def test_engine_is_compiled_for_the_profile_when_the_batch_has_a_range(ranged: P
     assert artifact.facts["engine_kind"] == "rtx"
     assert artifact.facts["engine_compute_capabilities"] == "8.9"
     assert artifact.facts["engine_compiler"].startswith("tensorrt_rtx 1.")
+    data = (tmp_path / "main.engine").read_bytes()
+    places = (str(tmp_path), str(Path.home()) + "/", "site-packages", "vlexport-", ".py:")
+    assert [place for place in places if place.encode() in data] == []
     for batch in (1, 8):
         agrees(ranged, tmp_path, artifact, image(batch), 1e-4)  # the bound that a build promises for fp32
 
 
-def test_engine_is_compiled_when_the_graph_is_a_transformer_block(tmp_path: Path) -> None:
-    artifact = lower(program(Block(), torch.rand(1, 5, 16)), tmp_path, RTX, engine="on")
+def test_engine_is_compiled_when_the_graph_is_a_transformer_block(block: Program, tmp_path: Path) -> None:
+    artifact = lower(block, tmp_path, RTX, engine="on")
     assert (tmp_path / "main.engine").read_bytes().startswith(MAGIC)
     assert artifact.facts["engine_compute_capabilities"] == "8.6, 8.9, 12.0"
-
-
-def test_engine_covers_the_default_gpus_when_no_device_is_named(fixed: Program, tmp_path: Path) -> None:
-    artifact = lower(fixed, tmp_path)
-    assert artifact.facts["engine_compute_capabilities"] == "8.0, 8.6, 8.9, 12.0 and later"
-
-
-def test_engine_names_no_machine_when_written(fixed: Program, tmp_path: Path) -> None:
-    lower(fixed, tmp_path, engine="on")
-    data = (tmp_path / "main.engine").read_bytes()
-    places = (str(tmp_path), str(Path.home()) + "/", "site-packages", "vlexport-", ".py:")
-    assert [place for place in places if place.encode() in data] == []
 
 
 def test_engine_is_left_out_when_the_device_is_a_jetson(fixed: Program, tmp_path: Path) -> None:
@@ -260,17 +256,17 @@ class Doubled(nn.Module):
         return image.relu() + image
 
 
-@pytest.mark.parametrize("option", ["refittable", "strip_weights"])
-def test_engine_needs_a_gpu_when_weights_are_to_be_replaced(option: str, fixed: Program, tmp_path: Path) -> None:
+def test_engine_needs_a_gpu_when_weights_are_to_be_replaced(fixed: Program, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("the compiler finds a GPU here")
-    artifact = lower(fixed, tmp_path / "a", **{option: True})
+    artifact = lower(fixed, tmp_path / "a", refittable=True)
     assert artifact.facts["engine"] == "none"
     assert "needs a GPU" in artifact.facts["engine_reason"]
-    error = refused("VLX0510", lambda: lower(fixed, tmp_path / "b", engine="on", **{option: True}))
-    assert "needs a GPU" in error.message
-    without = lower(program(Doubled()), tmp_path / "c", engine="on", **{option: True})
+    error = refused("VLX0510", lambda: lower(fixed, tmp_path / "b", engine="on", strip_weights=True))
+    assert ("needs a GPU" in error.message, error.where) == (True, "--set tensorrt.strip_weights")
+    without = lower(program(Doubled()), tmp_path / "c", engine="on", strip_weights=True)
     assert without.facts["engine"] == "main.engine"
+    assert without.facts["engine_compute_capabilities"] == "8.0, 8.6, 8.9, 12.0 and later"
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
@@ -278,14 +274,13 @@ def test_engine_needs_a_gpu_when_weights_are_to_be_replaced(option: str, fixed: 
 
 def test_node_is_named_with_module_and_line_when_the_device_refuses_it(tmp_path: Path) -> None:
     found = program(Dilated())
-    for device in (JETSON, RTX):
-        error = refused("VLX0503", lambda device=device: lower(found, tmp_path / "a", device))
-        assert error.where.startswith("MaxPool in stem (node_max_pool2d")
-        assert "tensorrt_nets.py:" in error.where
-        assert "dilations" in error.message
-        assert not (tmp_path / "a").exists()
-        (listed,) = TARGET.problems(found, Brief(TensorRTOptions(), device=device))
-        assert (listed.code, listed.message, listed.where) == (error.code, error.message, error.where)
+    error = refused("VLX0503", lambda: lower(found, tmp_path / "a", JETSON))
+    assert error.where.startswith("MaxPool in stem (node_max_pool2d")
+    assert "tensorrt_nets.py:" in error.where
+    assert "dilations" in error.message
+    assert not (tmp_path / "a").exists()
+    (listed,) = TARGET.problems(found, Brief(TensorRTOptions(), device=JETSON))
+    assert (listed.code, listed.message, listed.where) == (error.code, error.message, error.where)
 
 
 def test_refusal_is_recorded_when_the_check_is_off_or_the_version_unknown(tmp_path: Path) -> None:
@@ -297,16 +292,13 @@ def test_refusal_is_recorded_when_the_check_is_off_or_the_version_unknown(tmp_pa
 
 
 def test_parser_is_quoted_with_module_and_line_when_it_refuses_a_node(tmp_path: Path) -> None:
-    found = program(Dilated())
-    artifact = lower(found, tmp_path / "a")
-    assert files(tmp_path / "a") == ["main.commands.txt", "main.onnx"]
-    assert "MaxPool in stem" in artifact.facts["engine_reason"]
-    error = refused("VLX0510", lambda: lower(found, tmp_path / "b", engine="on"))
-    assert error.where.startswith("MaxPool in stem (node_max_pool2d")
-    assert "tensorrt_nets.py:" in error.where
-    assert "dilations" in error.message
-    assert str(tmp_path) not in error.message
-    assert not (tmp_path / "b").exists()
+    artifact = lower(program(Dilated()), tmp_path)
+    assert files(tmp_path) == ["main.commands.txt", "main.onnx"]
+    reason = artifact.facts["engine_reason"]
+    assert "dilations" in reason
+    assert "MaxPool in stem (node_max_pool2d" in reason
+    assert "tensorrt_nets.py:" in reason
+    assert str(tmp_path) not in reason
 
 
 class Largest(nn.Module):
@@ -316,6 +308,7 @@ class Largest(nn.Module):
 
 def test_builder_is_quoted_with_module_and_line_when_it_refuses_a_node(tmp_path: Path) -> None:
     error = refused("VLX0510", lambda: lower(program(Largest(), torch.rand(1, 5000)), tmp_path / "a", engine="on"))
+    assert not (tmp_path / "a").exists()
     assert error.where.startswith("TopK (node_topk")
     assert f"{HERE}:" in error.where
     assert "3840" in error.message
@@ -326,8 +319,8 @@ def test_plan_tells_options_and_operators_when_they_do_not_fit() -> None:
         return [each.code for each in TARGET.problems(found, Brief(TensorRTOptions(**options), device=device))]
 
     largest, plain = program(Largest(), torch.rand(1, 5000)), program(Doubled())
-    assert codes(largest, THIS) == codes(largest, JETSON) == ["VLX0503"]
-    assert codes(plain, THIS) == codes(plain, JETSON) == codes(plain, RTX) == []
+    assert codes(largest, THIS) == ["VLX0503"]
+    assert codes(plain, JETSON) == []
     assert codes(plain, JETSON, opset=21) == ["VLX0703"]
     assert codes(plain, JETSON, engine="on") == ["VLX0510"]
 
@@ -362,26 +355,27 @@ def test_compiler_costs_only_the_engine_when_it_dies_or_hangs(
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr("vlexport.targets.tensorrt.engine._COMPILER", "odd_compiler:open_session")
     found, limit = program(Doubled()), 1 if kind == "hang" else 60
+    if kind == "abort":
+        error = refused("VLX0510", lambda: lower(found, tmp_path / "a", engine="on", timeout_s=limit))
+        assert (error.exit_code, said in error.message) == (4, True)
+        assert not (tmp_path / "a").exists()
     artifact = lower(found, tmp_path / "a", timeout_s=limit)
     assert files(tmp_path / "a") == ["main.commands.txt", "main.onnx"]
     assert said in artifact.facts["engine_reason"]
-    error = refused("VLX0510", lambda: lower(found, tmp_path / "b", engine="on", timeout_s=limit))
-    assert (error.exit_code, said in error.message) == (4, True)
-    assert not (tmp_path / "b").exists()
 
 
 # -- what a device is told ---------------------------------------------------------------------------------------------
 
 
-def commands(found: Program, folder: Path, device: DeviceProfile, **options: Any) -> list[list[str]]:
-    lower(found, folder, device, **options)
-    text = (folder / "main.commands.txt").read_text()
-    assert str(folder) not in text
+def commands(found: Program, device: DeviceProfile, **options: Any) -> list[list[str]]:
+    text = device_commands("main", "main.onnx", found.signature, TensorRTOptions(**options), device, engine="")
     return [shlex.split(line) for line in text.splitlines() if not line.startswith("#")]
 
 
 def test_trtexec_line_has_types_and_shapes_when_the_batch_has_a_range(ranged: Program, tmp_path: Path) -> None:
-    (line,) = commands(ranged, tmp_path, JETSON)
+    (line,) = commands(ranged, JETSON)
+    lower(ranged, tmp_path, JETSON)
+    assert (tmp_path / "main.commands.txt").read_text().splitlines()[-1] == shlex.join(line)
     assert line == [
         "trtexec", "--onnx=main.onnx", "--saveEngine=main.plan", "--stronglyTyped", "--noTF32",
         "--minShapes=image:1x3x8x8", "--optShapes=image:1x3x8x8", "--maxShapes=image:8x3x8x8",
@@ -389,9 +383,9 @@ def test_trtexec_line_has_types_and_shapes_when_the_batch_has_a_range(ranged: Pr
     ]  # fmt: skip
 
 
-def test_trtexec_line_follows_every_option_when_set(fixed: Program, tmp_path: Path) -> None:
+def test_trtexec_line_follows_every_option_when_set(fixed: Program) -> None:
     (line,) = commands(
-        fixed, tmp_path / "a", JETSON, tf32=True, optimization_level=5, timing_cache=False, strip_weights=True,
+        fixed, JETSON, tf32=True, optimization_level=5, timing_cache=False, strip_weights=True,
         refittable=True,
     )  # fmt: skip
     assert line == [
@@ -399,18 +393,22 @@ def test_trtexec_line_follows_every_option_when_set(fixed: Program, tmp_path: Pa
         "--refit", "--stripWeights", "--skipInference",
     ]  # fmt: skip
     later = JETSON.model_copy(update={"facts": {**JETSON.facts, "tensorrt": Fact(value="11.0", source="a test")}})
-    (line,) = commands(fixed, tmp_path / "b", later)
+    (line,) = commands(fixed, later)
     assert "--stronglyTyped" not in line
 
 
-def test_both_runtimes_are_told_when_no_device_is_named(ranged: Program, tmp_path: Path) -> None:
-    lines = commands(ranged, tmp_path / "a", THIS, engine="off")
+def test_both_runtimes_are_told_when_no_device_is_named(ranged: Program) -> None:
+    lines = commands(ranged, THIS)
     assert [line[0] for line in lines] == ["trtexec", "tensorrt_rtx", "tensorrt_rtx"]
     assert "--saveEngine=main.engine" in lines[1]
     assert lines[2] == [
         "tensorrt_rtx", "--loadEngine=main.engine", "--shapes=image:1x3x8x8", "--runtimeCacheFile=main.runtime.cache",
     ]  # fmt: skip
-    assert [line[0] for line in commands(ranged, tmp_path / "b", RTX)] == ["tensorrt_rtx"]
+    assert [line[0] for line in commands(ranged, RTX)] == ["tensorrt_rtx", "tensorrt_rtx"]
+    (build,) = commands(ranged, RTX, strip_weights=True)  # has to be refitted before it runs
+    assert "--stripWeights" in build
+    text = device_commands("main", "main.onnx", ranged.signature, TensorRTOptions(), RTX, engine="main.engine")
+    assert "--onnx" not in text
 
 
 class Named(nn.Module):
