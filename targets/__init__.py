@@ -14,6 +14,7 @@ from vlexport.targets.base import API_VERSION, LoweredPass, Target
 
 CATALOGUE: dict[str, str] = {
     "onnxruntime": "vlexport.targets.onnxruntime:OnnxRuntimeTarget",
+    "tensorrt": "vlexport.targets.tensorrt:TensorRTTarget",
     "coreml": "vlexport.targets.coreml:CoreMLTarget",
 }
 """Id → where the class lies. Imported when used."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from vlexport.core.artifact import Artifact, Frozen, Session, Timing
 from vlexport.core.device_profiles import THIS, DeviceProfile, device_profiles
-from vlexport.core.errors import CapabilityError, InternalError
+from vlexport.core.errors import CapabilityError, InternalError, VlexportError
 from vlexport.core.isolate import IsolatedSession
 from vlexport.core.pipeline import open_artifact
 from vlexport.core.preprocess import Preprocess
@@ -131,6 +131,15 @@ class Target(abc.ABC):
     def missing_tools(self, brief: Brief) -> str:
         """What lowering needs and this machine lacks, and how to install it; empty when nothing is missing."""
         return ""
+
+    def problems(self, program: Program, brief: Brief) -> Sequence[VlexportError]:
+        """What would keep the artifact of a Program from being made or from running, told before anything is built.
+
+        Args:
+            program: As ``program_passes`` spelled it.
+            brief: As for :meth:`lower`.
+        """
+        return ()
 
     @abc.abstractmethod
     def lower(self, program: Program, folder: Path, brief: Brief) -> Artifact:

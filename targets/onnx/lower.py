@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import operator
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,8 @@ from vlexport.ir.program import Program
 EXTERNAL_ABOVE_BYTES = 256 << 20
 MAIN_FILE = "main.onnx"
 WEIGHTS_FILE = "weights.bin"
-_DROPPED = ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node", "namespace", "pkg.torch.onnx.class_hierarchy")
+_LINE = "pkg.torch.onnx.stack_trace"
+_DROPPED = (_LINE, "pkg.torch.onnx.fx_node", "namespace", "pkg.torch.onnx.class_hierarchy")
 _PRODUCER = "vlexport"
 
 
@@ -40,8 +42,14 @@ def onnx_from_program(program: Program, *, opset: int) -> onnx_ir.Model:
     Raises:
         CapabilityError: VLX0503 naming the operator, its module path and source line.
     """
+    return onnx_with_lines(program, opset=opset)[0]
+
+
+def onnx_with_lines(program: Program, *, opset: int) -> tuple[onnx_ir.Model, dict[str, str]]:
+    """As :func:`onnx_from_program`, and node name → ``file.py:LINE`` of the user's code, which no artifact may hold."""
     signature = program.signature
     exported = exported_from_program(_with_copies(program))
+    provenance.lend_source_lines(exported.graph)
     with _quiet():
         try:
             made = torch.onnx.export(
@@ -57,7 +65,9 @@ def onnx_from_program(program: Program, *, opset: int) -> onnx_ir.Model:
         except torch.onnx.errors.OnnxExporterError as error:
             raise _refused(program, error) from error
     assert made is not None
-    return _anonymous(made.model)
+    nodes = onnx_ir.traversal.RecursiveGraphIterator(made.model.graph)
+    lines = {str(node.name): node.metadata_props[_LINE] for node in nodes if node.metadata_props.get(_LINE)}
+    return _anonymous(made.model), lines
 
 
 def write_plain_export(program: Program, folder: Path) -> Path:
@@ -78,20 +88,21 @@ def write_plain_export(program: Program, folder: Path) -> Path:
     return folder / MAIN_FILE
 
 
-def write_onnx(model: onnx_ir.Model, folder: Path) -> Path:
-    """Write a model as ``main.onnx`` (and ``weights.bin`` when large); returns the main file."""
+def write_onnx(model: onnx_ir.Model, folder: Path, *, file: str = MAIN_FILE) -> Path:
+    """Write a model as ``file`` (and ``weights.bin`` when large); returns the main file."""
     folder.mkdir(parents=True, exist_ok=True)
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     external = WEIGHTS_FILE if size > EXTERNAL_ABOVE_BYTES else None
-    onnx_ir.save(model, folder / MAIN_FILE, external_data=external)
-    return folder / MAIN_FILE
+    onnx_ir.save(model, folder / file, external_data=external)
+    return folder / file
 
 
 def _with_copies(program: Program) -> Program:
-    """A copy of the Program in which every reshape reads a contiguous copy.
+    """A copy of the Program in which every reshape reads a contiguous copy, and every getitem is returned as a copy.
 
     The exporter turns reshape into view by the strides of one trace and runs the result with those of another: without
-    the copy, which becomes nothing in ONNX, it stops at a view that the second layout cannot express.
+    the copy, which becomes nothing in ONNX, it stops at a view that the second layout cannot express. It also renames
+    every getitem and then looks for an output by the old name.
     """
     spelled = program.copy()
     for node in spelled.calls("aten.reshape.default"):
@@ -100,6 +111,10 @@ def _with_copies(program: Program) -> Program:
         contiguous = {"memory_format": torch.contiguous_format}
         copied = spelled.add_call(torch.ops.aten.clone.default, (source,), contiguous, before=node, value_of=source)
         node.replace_input_with(source, copied)
+    for result in dict.fromkeys(spelled.results):
+        if result.target is operator.getitem:
+            copied = spelled.add_call(torch.ops.aten.clone.default, (result,), before=spelled.output, value_of=result)
+            spelled.output.replace_input_with(result, copied)
     return spelled
 
 

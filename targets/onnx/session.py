@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnxruntime
 
-from vlexport.core.artifact import Array, Artifact, Session, artifact_file
+from vlexport.core.artifact import Array, Artifact, Session, Timing, artifact_file
 from vlexport.core.errors import CapabilityError
 
 _LEVELS = {
@@ -23,7 +23,7 @@ _ERRORS_ONLY = 3
 class OnnxRuntimeSession(Session):
     """One ONNX Runtime session on the CPU provider."""
 
-    timing = "real"
+    timing: Timing = "real"
 
     def __init__(self, folder: Path, artifact: Artifact, threads: int) -> None:
         super().__init__(artifact.inputs, artifact.outputs)

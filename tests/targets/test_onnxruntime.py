@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import re
 import socket
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from vlexport.core.errors import VlexportError
 from vlexport.frontends.capture import capture
 from vlexport.targets import CATALOGUE, open_target
 from vlexport.targets.base import Brief, Target
+from vlexport.targets.onnx.lower import onnx_with_lines
 from vlexport.targets.onnxruntime import OnnxRuntimeOptions, OnnxRuntimeTarget
 from vlexport.targets.onnxruntime.session import OnnxRuntimeSession
 
@@ -213,6 +215,32 @@ def test_custom_operator_is_named_when_nothing_lowers_it(tmp_path: Path) -> None
         )
     assert "strange" in error.where
     assert "inner" in error.where
+
+
+class Selected(nn.Module):
+    def forward(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        values, indices = torch.topk(scores * 2, 3)
+        return values, indices, torch.topk(scores, 2).indices
+
+
+def test_output_is_lowered_when_it_is_one_of_several_results_of_an_operator(tmp_path: Path) -> None:
+    program = capture(Selected().eval(), torch.rand(2, 8)).program
+    artifact = OnnxRuntimeTarget().lower(program, tmp_path, Brief(OnnxRuntimeOptions(), threads=1))
+    assert "Identity" not in {node.op_type for node in onnx_ir.load(tmp_path / "main.onnx").graph}
+    given = torch.rand(3, 8, generator=torch.Generator().manual_seed(1))
+    with OnnxRuntimeTarget().open_here(tmp_path, artifact) as session:
+        found = session.run({"scores": given.numpy()})
+    for value, wanted in zip(found.values(), program.run(given), strict=True):
+        np.testing.assert_array_equal(value, wanted)
+
+
+def test_nodes_are_traced_to_source_lines_when_lowered() -> None:
+    program = capture(Wrapped(nn.Linear(4, 4)).eval(), torch.rand(2, 4)).program
+    model, lines = onnx_with_lines(program, opset=20)
+    operators = {str(node.name): node.op_type for node in model.graph}
+    assert sorted(operators[name] for name in lines) == ["Gemm", "Mul"]
+    assert all(re.fullmatch(rf"{Path(__file__).name}:\d+", line) for line in lines.values())
+    assert not any("stack_trace" in node.meta for node in program.graph.nodes)
 
 
 # Sessions

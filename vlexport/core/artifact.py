@@ -94,6 +94,8 @@ class Artifact(Frozen):
         inputs: Specs of the inputs, in ``forward``'s order.
         outputs: Specs of the outputs.
         session_options: Options recorded for opening it (threads, optimisation level).
+        facts: What only lowering finds out and the user should know: what lies beside the main file, for which
+            devices it is, and why something is missing.
     """
 
     target: str
@@ -101,6 +103,7 @@ class Artifact(Frozen):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     session_options: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    facts: dict[str, str] = Field(default_factory=dict)
 
     def needed_with(self, name: str) -> tuple[str, ...]:
         """Names of the inputs that a run on input ``name`` needs, itself among them."""

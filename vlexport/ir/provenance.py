@@ -72,6 +72,16 @@ def stack(node: Node) -> tuple[str, ...]:
     return tuple(f"{key}: {entry}" for key, entry in (node.meta.get("nn_module_stack") or {}).items())
 
 
+def lend_source_lines(graph: Graph) -> None:
+    """Write every node's source line where torch's exporters look for a stack trace, and copy it into what they make.
+
+    For graphs that are about to be lowered, never for a Program's own.
+    """
+    for node in graph.nodes:
+        if line := source_line(node):
+            node.meta["stack_trace"] = line
+
+
 def describe(node: Node) -> str:
     """One phrase for messages: operator, module path and source line."""
     op = dialect.op_name(node).removesuffix(".default")

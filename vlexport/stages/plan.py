@@ -121,6 +121,7 @@ def plan(config: BuildConfig, *, reporter: Reporter | None = None) -> Plan:
     after = {name: program for name, (program, _) in ran.items()}
     for program in after.values():
         problems += _opaque(program)
+        problems += target.problems(program, brief)
     return Plan(
         passes=whole_passes({name: tuple(records) for name, (_, records) in ran.items()}),
         lowered=tuple(each.name for each in lowered),
