@@ -53,6 +53,11 @@ def block() -> Program:
     return program(Block(), torch.rand(1, 5, 16))
 
 
+@pytest.fixture(scope="module")
+def dilated() -> Program:
+    return program(Dilated())
+
+
 def lower(found: Program, folder: Path, device: DeviceProfile = THIS, name: str = "main", **options: Any) -> Artifact:
     return TARGET.lower(found, folder, Brief(TensorRTOptions(**options), device=device, threads=1, name=name))
 
@@ -104,6 +109,8 @@ def test_missing_compiler_matters_only_when_an_engine_must_be_made(
 @pytest.mark.parametrize("device", [JETSON, THIS], ids=lambda device: device.id)
 def test_graph_is_portable_when_no_opset_is_asked_for(device: DeviceProfile, block: Program, tmp_path: Path) -> None:
     artifact = lower(block, tmp_path, device, engine="off")
+    assert artifact.facts == {"engine": "none", "engine_reason": "switched off by tensorrt.engine=off"}
+    assert files(tmp_path) == ["main.commands.txt", "main.onnx"]
     model = onnx_ir.load(tmp_path / artifact.path)
     assert model.opset_imports == {"": 20}
     assert len(model.functions) == 0
@@ -135,13 +142,6 @@ def test_types_are_those_of_the_program_when_it_is_half_precision(tmp_path: Path
     agrees(found, tmp_path, artifact, image(), 5e-3)
 
 
-def test_bytes_are_the_same_when_lowered_again(ranged: Program, tmp_path: Path) -> None:
-    made = [lower(ranged, tmp_path / name, engine="off") for name in ("a", "b")]
-    assert made[0] == made[1]
-    for name in ("main.onnx", "main.commands.txt"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-
-
 def test_weights_lie_beside_the_graph_when_they_are_large(
     fixed: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,12 +149,6 @@ def test_weights_lie_beside_the_graph_when_they_are_large(
     artifact = lower(fixed, tmp_path, engine="on", compute_capabilities="8.9")
     assert files(tmp_path) == ["main.commands.txt", "main.engine", "main.onnx", "weights.bin"]
     agrees(fixed, tmp_path, artifact, image(), 1e-4)  # the bound that a build promises for fp32
-
-
-def test_files_carry_the_name_of_the_component_when_it_has_one(fixed: Program, tmp_path: Path) -> None:
-    artifact = lower(fixed, tmp_path, JETSON, name="image-tower.v2")
-    assert artifact.path == "image-tower.v2.onnx"
-    assert files(tmp_path) == ["image-tower.v2.commands.txt", "image-tower.v2.onnx"]
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "two words", "$(reboot)", "-flag"])
@@ -188,18 +182,14 @@ def test_engine_is_compiled_when_the_graph_is_a_transformer_block(block: Program
 
 
 def test_engine_is_left_out_when_the_device_is_a_jetson(fixed: Program, tmp_path: Path) -> None:
-    artifact = lower(fixed, tmp_path / "a", JETSON)
-    assert files(tmp_path / "a") == ["main.commands.txt", "main.onnx"]
+    artifact = lower(fixed, tmp_path / "a", JETSON, name="image-tower.v2")
+    assert artifact.path == "image-tower.v2.onnx"
+    assert files(tmp_path / "a") == ["image-tower.v2.commands.txt", "image-tower.v2.onnx"]
     assert artifact.facts["engine"] == "none"
     assert "8.7" in artifact.facts["engine_reason"]
     error = refused("VLX0510", lambda: lower(fixed, tmp_path / "b", JETSON, engine="on"))
     assert "compiles on the device" in error.message
     assert not (tmp_path / "b").exists()
-
-
-def test_engine_is_left_out_when_switched_off(fixed: Program, tmp_path: Path) -> None:
-    assert lower(fixed, tmp_path, engine="off").facts["engine_reason"] == "switched off by tensorrt.engine=off"
-    assert files(tmp_path) == ["main.commands.txt", "main.onnx"]
 
 
 def test_engine_is_left_out_when_a_dim_has_no_largest_size(tmp_path: Path) -> None:
@@ -272,27 +262,25 @@ def test_engine_needs_a_gpu_when_weights_are_to_be_replaced(fixed: Program, tmp_
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
-def test_node_is_named_with_module_and_line_when_the_device_refuses_it(tmp_path: Path) -> None:
-    found = program(Dilated())
-    error = refused("VLX0503", lambda: lower(found, tmp_path / "a", JETSON))
+def test_node_is_named_with_module_and_line_when_the_device_refuses_it(dilated: Program, tmp_path: Path) -> None:
+    error = refused("VLX0503", lambda: lower(dilated, tmp_path / "a", JETSON))
     assert error.where.startswith("MaxPool in stem (node_max_pool2d")
     assert "tensorrt_nets.py:" in error.where
     assert "dilations" in error.message
     assert not (tmp_path / "a").exists()
-    (listed,) = TARGET.problems(found, Brief(TensorRTOptions(), device=JETSON))
+    (listed,) = TARGET.problems(dilated, Brief(TensorRTOptions(), device=JETSON))
     assert (listed.code, listed.message, listed.where) == (error.code, error.message, error.where)
 
 
-def test_refusal_is_recorded_when_the_check_is_off_or_the_version_unknown(tmp_path: Path) -> None:
-    found = program(Dilated())
+def test_refusal_is_recorded_when_the_check_is_off_or_the_version_unknown(dilated: Program, tmp_path: Path) -> None:
     for name, device, options in (("a", JETSON, {"check_operators": False}), ("b", THIS, {"engine": "off"})):
-        artifact = lower(found, tmp_path / name, device, **options)
+        artifact = lower(dilated, tmp_path / name, device, **options)
         assert "MaxPool in stem" in artifact.facts["refused_by_tensorrt"]
-        agrees(found, tmp_path / name, artifact, image(), 1e-4)  # the bound that a build promises for fp32
+        agrees(dilated, tmp_path / name, artifact, image(), 1e-4)  # the bound that a build promises for fp32
 
 
-def test_parser_is_quoted_with_module_and_line_when_it_refuses_a_node(tmp_path: Path) -> None:
-    artifact = lower(program(Dilated()), tmp_path)
+def test_parser_is_quoted_with_module_and_line_when_it_refuses_a_node(dilated: Program, tmp_path: Path) -> None:
+    artifact = lower(dilated, tmp_path)
     assert files(tmp_path) == ["main.commands.txt", "main.onnx"]
     reason = artifact.facts["engine_reason"]
     assert "dilations" in reason
