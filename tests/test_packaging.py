@@ -203,7 +203,7 @@ def test_every_import_is_declared_when_it_is_of_another_package() -> None:
         for file in sorted(folder.glob("*.py")):
             builds = part in ("ir", "frontends", "passes")
             builds = builds or package in ("vlexport.targets.onnx", "vlexport.targets.coreml")
-            builds = builds or (part == "stages" and file.stem in ("build", "component", "lowering_cache", "naive"))
+            builds = builds or (part == "stages" and file.stem in ("build", "choices", "component", "lowering_cache"))
             lowers = file.stem in ("lower", "op_limits", "op_support")
             builds = builds or (package == "vlexport.targets.tensorrt" and lowers)
             declared = build if builds else device

@@ -426,34 +426,6 @@ class Report(Frozen):
     notes: tuple[str, ...] = ()
 
 
-class Compared(Frozen):
-    """One target of a build for several.
-
-    Attributes:
-        target: Its id.
-        error: Code and words of why there is no bundle; then nothing else is set.
-        digest: Of the bundle, which lies in the folder of the target's name.
-    """
-
-    target: str
-    error: str = ""
-    digest: str = ""
-    state: str = ""
-    precision: str = ""
-    device_profile: str = ""
-    size_bytes: int | None = None
-    accuracy: AccuracyResult | None = None
-    latency: LatencyResult | None = None
-
-
-class Comparison(Frozen):
-    """``compare.json``: one row a target."""
-
-    schema_version: int = REPORT_SCHEMA
-    vlexport: str
-    rows: tuple[Compared, ...]
-
-
 def plain_json(value: Frozen) -> Any:
     """Typed data as strict JSON values; infinities and NaN become strings."""
     return json.loads(value.model_dump_json())
@@ -477,8 +449,6 @@ __all__ = [
     "Bundle",
     "Change",
     "ChangeSummary",
-    "Compared",
-    "Comparison",
     "Component",
     "CostRecord",
     "FileRecord",

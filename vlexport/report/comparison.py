@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vlexport.core.bundle_schema import Compared, Comparison
+from vlexport.core.comparison import Compared, Comparison
 from vlexport.report.figures import accuracy_figure, ratio_figure, size_phrase
 
 _HEAD = ("target", "precision", "for", "size", "state", "top-1 %", "drop", "p50 ms", "ratio")

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import vlexport
 from vlexport.core.bundle import COMPARE_FILE
-from vlexport.core.bundle_schema import Compared, Comparison, canonical_json, plain_json
+from vlexport.core.bundle_schema import canonical_json, plain_json
+from vlexport.core.comparison import Compared, Comparison
 from vlexport.core.config import BuildConfig
 from vlexport.core.errors import CapabilityError, GateError, VlexportError
 from vlexport.core.progress import Reporter, Silent
