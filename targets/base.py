@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vlexport.core.artifact import Artifact, Frozen, Session, Timing
+from vlexport.core.artifact import ONLY_COMPONENT, Artifact, Frozen, Session, Timing
 from vlexport.core.device_profiles import THIS, DeviceProfile, device_profiles
 from vlexport.core.errors import CapabilityError, InternalError, VlexportError
 from vlexport.core.isolate import IsolatedSession
@@ -71,7 +71,7 @@ class Brief:
     device: DeviceProfile = field(default_factory=lambda: device_profiles()[THIS])
     precision: str = "fp32"
     threads: int = 0
-    name: str = "main"
+    name: str = ONLY_COMPONENT
     labels: tuple[str, ...] = ()
     preprocess: Mapping[str, Preprocess] = field(default_factory=dict)
     rewrite: Callable[[Any], Any] | None = None
@@ -176,6 +176,10 @@ class Target(abc.ABC):
             InternalError: VLX0901 for a target that has no lowered passes.
         """
         raise InternalError("VLX0901", f"{self.id} has no lowered passes")
+
+    def implied_options(self, model_name: str) -> Mapping[str, str]:
+        """Option → value that follows from the model's name where the user gives none; the recipe records it."""
+        return {}
 
     def tunables(self, options: Frozen) -> Mapping[str, tuple[str, ...]]:
         """Option → values worth trying beside the one of ``options``, for options that :meth:`retuned` can change.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 from vlexport.core.artifact import Artifact, Frozen
 from vlexport.core.devices import this_machine
 from vlexport.targets.base import Brief, Probe, Target
-from vlexport.targets.coreml.names import is_swift_identifier, swift_identifier
+from vlexport.targets.coreml.names import is_swift_identifier, swift_class_name, swift_identifier
 from vlexport.targets.coreml.session import why_not_here
 from vlexport.targets.coreml.shapes import parse_shapes
 
@@ -32,7 +32,8 @@ class CoreMLOptions(Frozen):
     """Options of the coreml target.
 
     Attributes:
-        name: Of the package, and so of the class that Xcode makes; a Swift identifier. Empty: the component's name.
+        name: Of the package, and so of the class that Xcode makes; a Swift identifier. A build takes the model's
+            file name (solar_cells.pt makes SolarCells); of several components each has its own name behind it.
         deployment_target: Oldest system that runs it (macOS 13, 14, 15 likewise); auto: the device profile's, else
             iOS17.
         inputs: image: inputs with a known preprocessing take an image of 8 bits; scale, mean and std become exact
@@ -113,6 +114,10 @@ class CoreMLTarget(Target):
             instruction_set=this_machine().instruction_set,
             reason=why_not_here(),
         )
+
+    def implied_options(self, model_name: str) -> Mapping[str, str]:
+        """The package is named after the model: Xcode makes one class a package, and two in a project must differ."""
+        return {"name": swift_class_name(model_name)}
 
     def missing_tools(self, brief: Brief) -> str:
         """coremltools and torch; neither is imported to find out."""

@@ -35,6 +35,12 @@ def swift_identifier(name: str) -> str:
     return f"{found}_" if found in _RESERVED else found
 
 
+def swift_class_name(name: str) -> str:
+    """A type's name as Swift spells them: ``solar_cells`` → ``SolarCells``."""
+    words = re.findall(r"[A-Za-z0-9]+", name)
+    return swift_identifier("".join(word[0].upper() + word[1:] for word in words))
+
+
 def feature_names(inputs: Iterable[str], outputs: Iterable[str], *, taken: Iterable[str] = ()) -> tuple[list[str], ...]:
     """Names of inputs and outputs in the package: identifiers, each used once.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vlexport.core.artifact import TensorSpec
+from vlexport.core.artifact import ONLY_COMPONENT, TensorSpec
 from vlexport.core.errors import CapabilityError, UsageError, nearest
 from vlexport.core.preprocess import Preprocess
 from vlexport.ir.program import Program
@@ -16,7 +16,7 @@ from vlexport.targets.base import Brief
 from vlexport.targets.coreml import CoreMLOptions, deployment_target
 from vlexport.targets.coreml.classify import is_classifier, with_probabilities
 from vlexport.targets.coreml.compat import operator_types
-from vlexport.targets.coreml.names import feature_names, swift_identifier
+from vlexport.targets.coreml.names import feature_names, swift_class_name, swift_identifier
 from vlexport.targets.coreml.outputs import shared_outputs, with_own_outputs
 from vlexport.targets.coreml.pixels import require_images, with_pixels
 from vlexport.targets.coreml.shapes import Sizes, enumerated_shapes, parse_shapes, sizes_of_dims
@@ -114,7 +114,7 @@ def plan_of(program: Program, brief: Brief, options: CoreMLOptions) -> Plan:
     changed = with_pixels(own, images) if images else own
     return Plan(
         program=with_probabilities(changed) if labels else changed,
-        package=options.name or swift_identifier(brief.name),
+        package=_package(options, brief),
         deployment=deployment,
         inputs=inputs,
         outputs=outputs,
@@ -150,6 +150,13 @@ def _require_takable(inputs: Sequence[TensorSpec]) -> None:
         if not spec.shape:
             raise CapabilityError("VLX0503", f"input {spec.name} is a scalar: Core ML's inputs have dims",
                                   where=spec.name, hint="give it a dim of size 1 in the model")  # fmt: skip
+
+
+def _package(options: CoreMLOptions, brief: Brief) -> str:
+    """The package's name; one of several components has its own behind it, or two classes would be called alike."""
+    if not options.name or brief.name == ONLY_COMPONENT:
+        return options.name or swift_identifier(brief.name)
+    return options.name + swift_class_name(brief.name)
 
 
 def _require_one_enumerated(inputs: Sequence[TensorSpec], sizes: Mapping[str, Sizes], deployment: str) -> None:

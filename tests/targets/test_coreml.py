@@ -25,6 +25,7 @@ import vlexport
 from vlexport.cli.main import main
 from vlexport.core.artifact import Artifact
 from vlexport.core.bundle_schema import Bundle, Component, CostRecord
+from vlexport.core.config import BuildConfig, config_from
 from vlexport.core.errors import VlexportError
 from vlexport.core.preprocess import Preprocess, preprocess_from_spec
 from vlexport.frontends.capture import capture
@@ -508,3 +509,19 @@ def test_profile_says_not_measured_here_when_the_bundle_is_for_apple(
     assert "Core ML runs on Apple systems" in text
     assert re.search(r"\d\s*(ms|µs|×)", text) is None
     assert not (folder / "measured").exists()
+
+
+def test_packages_get_two_class_names_when_two_models_are_built(tmp_path: Path) -> None:
+    """And the recipe says them, so that a replay from a file of another name gives the same bytes."""
+    module = nn.Sequential(nn.Linear(4, 3)).eval()
+    for name in ("left_eye", "right eye 2"):
+        vlexport.save(module, tmp_path / f"{name}.pt", inputs=torch.randn(1, 4))
+    made = {}
+    for name in ("left_eye", "right eye 2"):
+        config = BuildConfig(model=str(tmp_path / f"{name}.pt"), target="coreml", output=str(tmp_path / name))
+        made[name] = vlexport.build(config)
+    paths = [each.bundle.main.artifact.path for each in made.values()]
+    assert paths == ["LeftEye.mlpackage", "RightEye2.mlpackage"]
+    recipe = tmp_path / "left_eye/recipe.toml"
+    again = config_from({"model": str(tmp_path / "right eye 2.pt"), "output": str(tmp_path / "again")}, recipe=recipe)
+    assert vlexport.build(again).bundle.main.artifact.path == "LeftEye.mlpackage"

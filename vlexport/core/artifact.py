@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 Timing = Literal["real", "emulated", "none"]
+ONLY_COMPONENT = "main"
+"""Name of a component that has no others beside it."""
 
 
 class Frozen(BaseModel):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from vlexport.core.artifact import Array, DimRange, Signature
+from vlexport.core.artifact import ONLY_COMPONENT, Array, DimRange, Signature
 from vlexport.core.bundle_schema import canonical_json
 from vlexport.core.config import BuildConfig, flags_of
 from vlexport.core.errors import UsageError, VlexportError
@@ -120,7 +120,7 @@ def open_sources(config: BuildConfig) -> Sources:
     """
     file = find_components(Path(config.model))
     if file is None:
-        return _sources({"main": open_source(config)}, ())
+        return _sources({ONLY_COMPONENT: open_source(config)}, ())
     for option in _OF_ONE_MODEL:
         if getattr(config, option):
             flag = flags_of(option)[0]

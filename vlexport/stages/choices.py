@@ -36,9 +36,14 @@ HALF_PRECISIONS = ("fp16", "bf16")
 """Precisions that a pass types the Program to."""
 
 
+def model_name_of(config: BuildConfig) -> str:
+    """The model's file name without its ending."""
+    return Path(os.path.abspath(config.model)).stem
+
+
 def output_of(config: BuildConfig) -> Path:
     """The bundle's folder: ``-o``, or the model's name with ``.bundle``."""
-    return Path(config.output or f"{Path(os.path.abspath(config.model)).stem}.bundle")
+    return Path(config.output or f"{model_name_of(config)}.bundle")
 
 
 def precision_of(config: BuildConfig, target: Target) -> tuple[str, str]:

@@ -187,7 +187,7 @@ def lower_component(
     Raises:
         VlexportError: VLX04xx, VLX0503.
     """
-    brief = replace(brief, labels=source.labels, preprocess=source.preprocess)
+    brief = replace(brief, name=name, labels=source.labels, preprocess=source.preprocess)
     artifact, lowered = lower_and_rewrite(
         target, optimized.program, folder, brief, probes=optimized.probes, passes=passes, hooks=hooks, dump=dump,
         cache=cache, reporter=reporter,

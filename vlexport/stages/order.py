@@ -8,7 +8,7 @@ from vlexport.core.config import BuildConfig
 from vlexport.core.device_profiles import device_profiles
 from vlexport.core.errors import CapabilityError
 from vlexport.core.verdict import Gate
-from vlexport.stages.choices import gates_of, options_of, precision_of, profile_of
+from vlexport.stages.choices import gates_of, model_name_of, options_of, precision_of, profile_of
 from vlexport.stages.tune import axes_of
 from vlexport.targets import open_target, target_names
 from vlexport.targets.base import Brief, Probe, Target
@@ -46,6 +46,7 @@ def order_of(config: BuildConfig) -> Order:
             when a gate needs what cannot be measured here.
     """
     target = open_target(config.target)
+    config = _with_implied(config, target)
     precision, reason = precision_of(config, target)
     gates = gates_of(config)
     brief = Brief(options_of(config, target), profile_of(config, target), precision, config.threads)
@@ -58,6 +59,12 @@ def order_of(config: BuildConfig) -> Order:
                 where="--gate", hint="leave that --gate out, or build where the target runs",
             )  # fmt: skip
     return Order(config, target, brief, reason, gates, probe, axes_of(config, target, brief.options))
+
+
+def _with_implied(config: BuildConfig, target: Target) -> BuildConfig:
+    implied = target.implied_options(model_name_of(config)).items()
+    options = {**{f"{target.id}.{name}": value for name, value in implied}, **config.options}
+    return config.model_copy(update={"options": options}) if options != config.options else config
 
 
 def configs_of(config: BuildConfig) -> dict[str, BuildConfig]:
