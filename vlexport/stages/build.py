@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import vlexport
+from vlexport.core.artifact import DimRange
 from vlexport.core.bundle import ARTIFACT_FOLDER, artifact_folder
 from vlexport.core.bundle_schema import Bundle, Component, Golden, Report
 from vlexport.core.cache import Cache, open_cache
@@ -40,7 +41,13 @@ from vlexport.stages.choices import (
     tools_of,
     why_untimed,
 )
-from vlexport.stages.component import Optimized, lower_component, optimize_component, specialize_component
+from vlexport.stages.component import (
+    Optimized,
+    legalize_component,
+    lower_component,
+    optimize_component,
+    specialize_component,
+)
 from vlexport.stages.dims import dims_of
 from vlexport.stages.golden import check_bundle
 from vlexport.stages.naive import plain_export
@@ -93,6 +100,7 @@ class Prepared:
         metrics: The user's own.
         cache: Where artifacts and plain exports may be found; None makes them anew.
         seconds: Stage → seconds spent so far.
+        specialized: Component, dims and precision → what targets that agree in them share, once one has made it.
     """
 
     sources: Sources
@@ -103,6 +111,7 @@ class Prepared:
     metrics: tuple[UserMetric, ...]
     cache: Cache | None
     seconds: dict[str, float]
+    specialized: dict[tuple[str, str, str], Optimized] = field(default_factory=dict)
 
 
 def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResult:
@@ -173,18 +182,15 @@ def build_prepared(order: Order, prepared: Prepared, folder: Path, reporter: Rep
     config, target, brief = order.config, order.target, order.brief
     dims = dims_of(config, target, prepared.sources.signature)
     sources = prepared.sources.narrowed(dims)
-    samples = first_samples(prepared.calibration, sources, count=RANGE_SAMPLES)
     optimized: dict[str, Optimized] = {}
     with clock.stage(f"passes for {target.id}"):
-        for name, source in sources.components.items():
+        for name in sources.components:
             with sources.named(name):
-                optimized[name] = specialize_component(
-                    prepared.optimized[name], source, target.program_passes(brief),
-                    dims=prepared.sources.wiring.dims.own(name, dims),
-                    again=[p for p in prepared.passes if p.stage == "normalize"], config=config,
-                    precision=brief.precision, samples=samples.get(name, ()),
-                    dump=_dump(config, sources, name, target.id), hooks=[timing],
-                )  # fmt: skip
+                dump = _dump(config, sources, name, target.id)
+                specialized = _specialized(prepared, sources, name, dims, brief.precision, config, dump, timing)
+                optimized[name] = legalize_component(
+                    specialized, target.program_passes(brief), dump=dump and dump / "legalized", hooks=[timing]
+                )
     components: dict[str, Component] = {}
     lowered = lowered_passes_of(config, target, brief.options)
     with clock.stage(f"lower to {target.id}"):
@@ -227,6 +233,29 @@ def build_prepared(order: Order, prepared: Prepared, folder: Path, reporter: Rep
     write_report(folder, bundle, report)
     reporter.note(f"precision {order.brief.precision}: {order.reason}")
     return BuildResult(folder, bundle, report, seconds, tuned)
+
+
+def _specialized(
+    prepared: Prepared,
+    sources: Sources,
+    name: str,
+    dims: Mapping[str, DimRange],
+    precision: str,
+    config: BuildConfig,
+    dump: Path | None,
+    timing: TimingHook,
+) -> Optimized:
+    """A component narrowed and typed: made for the first target that asks, found by the others."""
+    own = prepared.sources.wiring.dims.own(name, dims)
+    key = (name, str(sorted(own.items())), precision)
+    if key not in prepared.specialized:
+        samples = first_samples(prepared.calibration, sources, count=RANGE_SAMPLES)
+        prepared.specialized[key] = specialize_component(
+            prepared.optimized[name], sources.components[name], dims=own,
+            again=[p for p in prepared.passes if p.stage == "normalize"], precision=precision, config=config,
+            samples=samples.get(name, ()), dump=dump, hooks=[timing],
+        )  # fmt: skip
+    return prepared.specialized[key]
 
 
 def _measured(

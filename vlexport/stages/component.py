@@ -86,7 +86,6 @@ def optimize_component(
 def specialize_component(
     shared: Optimized,
     source: Source,
-    passes: Sequence[Pass[Program]],
     *,
     dims: Mapping[str, DimRange],
     again: Sequence[Pass[Program]],
@@ -96,12 +95,11 @@ def specialize_component(
     dump: Path | None,
     hooks: Sequence[Hook] = (),
 ) -> Optimized:
-    """Go on for one target from what all targets share: narrow dims, then run the target's own passes.
+    """Go on from what all targets share to what those of the same dims and precision share: narrow, then type.
 
     Args:
         shared: The result of :func:`optimize_component`.
         source: The model, narrowed.
-        passes: The target's.
         dims: Dims to narrow; sizes that become constants are worth the passes in ``again``.
         again: Passes to repeat after narrowing; recorded where they change something.
         config: Seed and gate.
@@ -125,14 +123,37 @@ def specialize_component(
         seen = [p.values for p in probes or _probes(source.program, samples, config.seed)]
         seen += [_in_order(source.program, sample) for sample in samples[1:]]  # the first one is a probe
         typed = precision_passes_of(config, precision, seen)
-    wanted = [*(again if dims else ()), *typed, *passes]
-    if not wanted:
-        return shared
-    gate = NumericGate(program, probes, sighted=True) if probes is not None else None
-    watching = [*hooks, *([DumpHook(dump)] if dump is not None else [])]
-    program, records = run_pipeline(program, wanted, gate=gate, hooks=watching)
+    wanted = [*(again if dims else ()), *typed]
+    program, records = _gone_on(program, wanted, probes, dump, hooks)
     told = [r for r, each in zip(records, wanted, strict=True) if r.changes or each not in again]
     return Optimized(program, (*shared.records, *told), probes, shared.notes)
+
+
+def legalize_component(
+    optimized: Optimized, passes: Sequence[Pass[Program]], *, dump: Path | None, hooks: Sequence[Hook] = ()
+) -> Optimized:
+    """Run a target's own passes on what targets of the same dims and precision share.
+
+    Raises:
+        VlexportError: VLX04xx.
+    """
+    program, records = _gone_on(optimized.program, passes, optimized.probes, dump, hooks)
+    return replace(optimized, program=program, records=(*optimized.records, *records))
+
+
+def _gone_on(
+    program: Program,
+    passes: Sequence[Pass[Program]],
+    probes: Sequence[Probe] | None,
+    dump: Path | None,
+    hooks: Sequence[Hook],
+) -> tuple[Program, Sequence[PassRecord]]:
+    """Further passes, judged from here on."""
+    if not passes:
+        return program, ()
+    gate = NumericGate(program, probes, sighted=True) if probes is not None else None
+    watching = [*hooks, *([DumpHook(dump)] if dump is not None else [])]
+    return run_pipeline(program, passes, gate=gate, hooks=watching)
 
 
 def require_same(found: Program, wanted: Program, probes: Sequence[Probe], *, what: str) -> None:
