@@ -42,6 +42,7 @@ class Probe(Frozen):
         providers: Execution providers or devices it offers.
         instruction_set: Of this machine's processor.
         reason: Why it is not available, and what to install.
+        emulator: Where the timing is emulated: what runs artifacts in place of the target's own runtime.
     """
 
     available: bool
@@ -50,6 +51,7 @@ class Probe(Frozen):
     providers: tuple[str, ...] = ()
     instruction_set: tuple[str, ...] = ()
     reason: str = ""
+    emulator: str = ""
 
 
 @dataclass(frozen=True)

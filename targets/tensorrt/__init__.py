@@ -53,6 +53,7 @@ class TensorRTTarget(Target):
             version=runtime.__version__,
             providers=(*compilers, "emulation: ONNX Runtime on the CPU, whose times mean nothing"),
             instruction_set=instruction_set,
+            emulator=f"ONNX Runtime {runtime.__version__} on the CPU",
         )
 
     def missing_tools(self, brief: Brief) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -83,7 +84,7 @@ def _several(config: BuildConfig) -> Outcome:
     shown = {name: _shown(config, result) for name, result in made.results.items()}
     lines = comparison_lines(made.comparison)
     lines += [f"Gate     {name}: {verdict}" for name, each in made.results.items() for verdict in each.report.verdicts]
-    lines += [f"Note     {name}: {note}" for name, each in made.results.items() for note in each.report.notes[:1]]
+    lines += [f"Note     {name}: {note}" for name, each in made.results.items() for note in each.report.notes[:2]]
     lines += [f"Built    {made.output}: {', '.join(made.results)}; {COMPARE_FILE} holds the table"]
     payload = {
         "output": str(made.output),
@@ -98,7 +99,8 @@ def _several(config: BuildConfig) -> Outcome:
 def _plan(config: BuildConfig) -> Outcome:
     from vlexport.stages.order import configs_of
 
-    planned = {name: _planned(each) for name, each in configs_of(config).items()}
+    configs = configs_of(config)
+    planned = {name: _planned(each, several=len(configs) > 1) for name, each in configs.items()}
     lines = [line for each, _, _ in planned.values() for line in each]
     code = next((code for _, _, code in planned.values() if code), 0)
     lines.append("Nothing was written." if code else "No problem found; nothing was written.")
@@ -106,12 +108,19 @@ def _plan(config: BuildConfig) -> Outcome:
     return Outcome(lines, next(iter(payloads.values())) if len(payloads) == 1 else {"targets": payloads}, code)
 
 
-def _planned(config: BuildConfig) -> tuple[list[str], dict[str, Any], int]:
-    """Lines, ``--json`` object and exit code of one target's plan."""
+def _planned(config: BuildConfig, *, several: bool) -> tuple[list[str], dict[str, Any], int]:
+    """Lines, ``--json`` object and exit code of one target's plan; of several, one may have nothing to search."""
     from vlexport.report.figures import macs_phrase, pass_phrase, size_phrase
     from vlexport.stages.plan import plan
 
     found = plan(config, reporter=make_reporter())
+    if several:
+        idle = [each for each in found.problems if each.code == "VLX0805" and config.autotune and config.profile]
+        found = replace(
+            found,
+            problems=tuple(each for each in found.problems if each not in idle),
+            notes=(*found.notes, *(f"not searched: {each.message}" for each in idle)),
+        )
     lines = [
         f"Plan     {config.target}: {found.calls_before} calls become {found.calls_after}, "
         f"{macs_phrase(found.after.macs, found.after.opaque)}, {size_phrase(found.after.size_bytes)} of weights"

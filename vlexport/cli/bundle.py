@@ -19,7 +19,10 @@ def verify(bundle: BundleArgument, threads: ThreadsOption = 0, json_output: Json
     found = stage(bundle, threads=threads, reporter=make_reporter())
     errors = ", ".join(f"{name} {error:.1e}" for name, error in found.errors.items())
     lines = [f"intact: {len(found.bundle.files)} files fit their hashes; golden vectors: {errors}"]
-    return Outcome(lines, {"digest": found.bundle.digest, "golden_errors": found.errors})
+    if found.emulator:
+        lines.append(f"emulated: computed by {found.emulator}, not by {found.bundle.target} itself")
+    payload = {"digest": found.bundle.digest, "golden_errors": found.errors, "emulator": found.emulator}
+    return Outcome(lines, payload)
 
 
 def run(

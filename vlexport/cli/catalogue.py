@@ -11,6 +11,7 @@ import typer
 from vlexport.cli.measure import JsonOption
 from vlexport.cli.outcome import Outcome
 from vlexport.core.bundle_schema import plain_json
+from vlexport.core.device_profiles import DeviceProfile, device_profiles
 from vlexport.core.errors import CapabilityError
 from vlexport.core.halves import require_build_half
 from vlexport.core.option_records import option_lines, option_records
@@ -26,13 +27,14 @@ def targets(
     ] = None,
     json_output: JsonOption = False,
 ) -> Outcome:
-    """List the targets and what is installed here, or describe one with its options."""
+    """List the targets, what is installed here and the device profiles, or describe one target with its options."""
     from vlexport.targets import offered_targets, open_target
 
     def about(offer: Offer) -> tuple[list[str], dict[str, Any]]:
         target = open_target(offer.name)
         probe = target.probe()
         state = ", ".join((probe.version, *probe.providers)) if probe.available else f"not here: {probe.reason}"
+        state += f"; timing here: {probe.timing}"
         lines = [
             f"{offer.name}: {target.summary}{_origin(offer)}",
             f"  runs {', '.join(target.precisions)} ({target.precisions[0]} by default: {target.precision_reason}); "
@@ -48,7 +50,16 @@ def targets(
         lines, payload = about(only_one(offered_targets()[name]))
         return Outcome(lines, {"name": name, **payload})
     lines, found, broken = _listed(offered_targets(), about)
-    return Outcome(lines, {"targets": found, "broken": broken})
+    lines += ["device profiles, for --for:", *map(_profile_line, device_profiles().values())]
+    profiles = {each.id: each.model_dump(mode="json", exclude={"id"}) for each in device_profiles().values()}
+    return Outcome(lines, {"targets": found, "broken": broken, "device_profiles": profiles})
+
+
+def _profile_line(profile: DeviceProfile) -> str:
+    """What a device is, which targets run there, and what it is known to lack."""
+    lacking = ", ".join(name for name, fact in profile.facts.items() if fact.value == "no")
+    fits = ", ".join(profile.targets) or "every target"
+    return f"  {profile.id}: {profile.summary}; fits {fits}{f'; lacks {lacking}' if lacking else ''}"
 
 
 def passes(

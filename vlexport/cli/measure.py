@@ -167,5 +167,9 @@ def _require_one_baseline(baseline: str, max_regress: float | None, other: str, 
 
 
 def _outcome(lines: list[str], report: Report) -> Outcome:
+    from vlexport.report.figures import emulation_phrase
+
+    if emulated := emulation_phrase(report):
+        lines = [*lines, f"emulated: {emulated}"]
     lines = [*lines, *(f"gate {verdict}" for verdict in report.verdicts), *(f"note: {note}" for note in report.notes)]
     return Outcome(lines, {"report": plain_json(report)}, exit_code(report.verdicts))

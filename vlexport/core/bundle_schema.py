@@ -398,6 +398,7 @@ class Report(Frozen):
         skipped: Samples that were left out because they are bad.
         bad_samples: The first 100 of them.
         tuning: What a search tried and decided, where there was one.
+        emulator: What ran the artifact in place of the target's own runtime; empty where that did, or nothing did.
     """
 
     schema_version: int = REPORT_SCHEMA
@@ -407,6 +408,7 @@ class Report(Frozen):
     target: str
     precision: str
     machine: Machine
+    emulator: str = ""
     size_bytes: int
     cost: CostRecord
     reference: str = ""

@@ -44,6 +44,13 @@ def accuracy_phrase(report: Report) -> str:
     return "not measured: give samples with --data"
 
 
+def emulation_phrase(report: Report) -> str:
+    """Whose figures they are where the target's own runtime did not run; empty where it did."""
+    if not report.emulator:
+        return ""
+    return f"computed by {report.emulator} on the same graph, not by {report.target} itself"
+
+
 def accuracy_figure(found: AccuracyResult | None) -> tuple[str, str]:
     """Top-1 in percent and the drop in points, for a column; empty where there is none."""
     if found is None:

@@ -9,6 +9,7 @@ import jinja2
 from vlexport.core.bundle_schema import Bundle, Report
 from vlexport.report.figures import (
     accuracy_phrase,
+    emulation_phrase,
     latency_phrase,
     load_phrase,
     memory_phrase,
@@ -44,6 +45,8 @@ def html_from_report(report: Report, bundle: Bundle) -> str:
             bundle=bundle,
             component=bundle.main,
             accuracy=accuracy_phrase(report),
+            emulated=emulation_phrase(report),
+            per_run=_per_run(bundle),
             latency_text=latency_phrase(report),
             latency_more=[f(latency) for f in (tail_phrase, throughput_phrase, load_phrase, memory_phrase)]
             if latency
@@ -55,3 +58,10 @@ def html_from_report(report: Report, bundle: Bundle) -> str:
             slowest=slowest,
         )
     )
+
+
+def _per_run(bundle: Bundle) -> str:
+    """What the work is counted at: the first size of the first input."""
+    main = bundle.main
+    first = next((spec.shape[0] for spec in main.artifact.inputs if spec.shape), 1)
+    return f"at batch {main.dims[first].opt if isinstance(first, str) else first}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from vlexport.core.bundle_schema import Bundle, Report
 from vlexport.report.figures import (
     accuracy_phrase,
+    emulation_phrase,
     latency_phrase,
     macs_phrase,
     pass_phrase,
@@ -13,6 +14,9 @@ from vlexport.report.figures import (
 )
 
 MAX_LINES = 12
+_MAX_NOTES = 3
+_LAST_LINES = 3
+"""What comes behind the notes."""
 
 
 def receipt(bundle: Bundle, report: Report, shown_path: str) -> list[str]:
@@ -28,7 +32,7 @@ def receipt(bundle: Bundle, report: Report, shown_path: str) -> list[str]:
         f"Built    {shown_path}: {bundle.target} {bundle.precision}, {_components(bundle)}"
         f"{size_phrase(report.size_bytes)}, {macs_phrase(main.cost.macs, main.cost.opaque)}, "
         f"{main.cost.parameters / 1e6:.2f} M parameters",
-        f"Checked  {_gates(bundle)}; {_golden(bundle)}",
+        f"Checked  {_gates(bundle)}; {_golden(bundle, report)}",
         f"Passes   {_passes(bundle)}",
         f"Accuracy {accuracy_phrase(report)}",
         f"Latency  {latency_phrase(report)}",
@@ -39,8 +43,10 @@ def receipt(bundle: Bundle, report: Report, shown_path: str) -> list[str]:
     if len(report.verdicts) > 2:
         lines[-1] += f" (and {len(report.verdicts) - 2} more in the report)"
     if report.notes:
-        more = f" (and {len(report.notes) - 1} more in the report)" if len(report.notes) > 1 else ""
-        lines.append(f"Note     {report.notes[0]}{more}")
+        shown = report.notes[: min(_MAX_NOTES, MAX_LINES - _LAST_LINES - len(lines))]
+        lines += [f"Note     {note}" for note in shown]
+        if len(report.notes) > len(shown):
+            lines[-1] += f" (and {len(report.notes) - len(shown)} more in the report)"
     quick = report.latency is not None and report.latency.verdict == "quick"
     why = "full rounds; the quick figure has no verdict" if quick else "measure latency"
     if bundle.state == "verified":
@@ -61,10 +67,13 @@ def snippet(bundle: Bundle, shown_path: str) -> list[str]:
     return [f"    import numpy as np, vlexport; print(vlexport.load({shown_path!r}).run({{{arrays}}}))"]
 
 
-def _golden(bundle: Bundle) -> str:
-    """Whether the golden vectors were run by the target's own runtime."""
+def _golden(bundle: Bundle, report: Report) -> str:
+    """Whether the golden vectors were run, and by the target's own runtime or another."""
+    within = f"golden vectors within {bundle.main.golden.tolerance:.0e}"
     if bundle.state == "verified":
-        return f"golden vectors within {bundle.main.golden.tolerance:.0e}"
+        return within
+    if report.emulator:
+        return f"{within}, {emulation_phrase(report)}"
     return "made but not verified here"
 
 

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -159,6 +159,7 @@ def prepare(config: BuildConfig, orders: Sequence[Order], reporter: Reporter) ->
             require_measured([g for g in order.gates if g.metric not in TIMED], dataset, referenced=True)
     calibration = open_dataset(config.calib, sources, skip_bad=config.skip_bad)
     samples = first_samples(calibration, sources, count=1)
+    _require_dims(orders, sources)
     timing = TimingHook()
     optimized: dict[str, Optimized] = {}
     with clock.stage("passes"):
@@ -170,6 +171,24 @@ def prepare(config: BuildConfig, orders: Sequence[Order], reporter: Reporter) ->
                 )  # fmt: skip
     seconds = {**clock.seconds, **_pass_seconds(timing)}
     return Prepared(sources, optimized, passes, dataset, calibration, metrics, open_cache(reporter), seconds)
+
+
+def _require_dims(orders: Sequence[Order], sources: Sources) -> None:
+    """Refuse sizes that no target takes before any work is done; those that one does not take refuse that one later.
+
+    Raises:
+        UsageError: VLX0703, VLX0706.
+    """
+    refused: list[UsageError] = []
+    for order in orders:
+        try:
+            dims_of(order.config, order.target, sources.signature)
+        except UsageError as error:  # noqa: PERF203  a handful of targets
+            refused.append(error)
+        else:
+            return
+    if refused:
+        raise refused[0]
 
 
 def build_prepared(order: Order, prepared: Prepared, folder: Path, reporter: Reporter) -> BuildResult:
@@ -222,7 +241,8 @@ def build_prepared(order: Order, prepared: Prepared, folder: Path, reporter: Rep
     bundle, report = _measured(order, prepared, sources, unwritten, folder, clock)
     report = report.model_copy(update={"tuning": tuned.tuning if tuned is not None else None})
     notes = [note for name, each in optimized.items() for note in sources.said(name, each.notes)]
-    report = _with_notes(report, *notes, *_narrowing(prepared.sources, sources))
+    first = (*_narrowing(prepared.sources, sources, config), *order.notes, *_facts(sources, components))
+    report = report.model_copy(update={"notes": (*first, *report.notes, *notes)})
     if prepared.calibration is not None and prepared.calibration.skipped:
         report = _with_notes(report, skipped_phrase(prepared.calibration, "calibration samples"))
     report = judge_gates(report, order.gates)
@@ -281,6 +301,7 @@ def _measured(
         state: Literal["built", "verified"] = "built" if untimed else "verified"
         bundle = write_bundle(folder, unwritten.model_copy(update={"state": state}), config.recipe())
         report = new_report(bundle, notes=sources.notes)
+        report = report.model_copy(update={"emulator": order.probe.emulator if session.timing == "emulated" else ""})
         if prepared.dataset is not None:
             with clock.stage("validate"):
                 judged = measure_accuracy(
@@ -329,11 +350,19 @@ def _bundle(
     )
 
 
-def _narrowing(saved: Sources, made: Sources) -> tuple[str, ...]:
-    """A note on dims that are dynamic in the model and fixed in the artifact."""
+def _facts(sources: Sources, components: Mapping[str, Component]) -> Iterator[str]:
+    """A note on what only lowering found out, of each component."""
+    for name, each in components.items():
+        told = "; ".join(f"{key.replace('_', ' ')}: {value}" for key, value in sorted(each.artifact.facts.items()))
+        yield from sources.said(name, (told,) if told else ())
+
+
+def _narrowing(saved: Sources, made: Sources, config: BuildConfig) -> tuple[str, ...]:
+    """A note on dims that are dynamic in the model and fixed in the artifact, though nobody asked for it."""
+    asked = [text.partition("=")[0] for text in config.dynamic]
     pairs = zip(saved.signature.inputs, made.signature.inputs, strict=True)
     sizes = dict(pair for a, b in pairs for pair in zip(a.shape, b.shape, strict=True))
-    fixed = [name for name in saved.signature.dims if name not in made.signature.dims]
+    fixed = [name for name in saved.signature.dims if name not in made.signature.dims and name not in asked]
     if not fixed:
         return ()
     said = ", ".join(f"{name} is fixed to {sizes[name]}" for name in fixed)

@@ -1,6 +1,7 @@
 """build for several targets: one capture, one calibration, one run of the shared passes; one bundle a target.
 
-A target that refuses (its tools are missing, an operator cannot be expressed, a gate of its own pass failed) spoils no
+A target that refuses (its tools are missing, an operator cannot be expressed, a
+dim has no upper bound, a gate of its own pass failed) spoils no
 other one's bundle; where none is left, nothing is written.
 """
 
@@ -15,12 +16,13 @@ from vlexport.core.bundle import COMPARE_FILE
 from vlexport.core.bundle_schema import canonical_json, plain_json
 from vlexport.core.comparison import Compared, Comparison
 from vlexport.core.config import BuildConfig
-from vlexport.core.errors import CapabilityError, GateError, VlexportError
+from vlexport.core.errors import CapabilityError, GateError, UsageError, VlexportError
 from vlexport.core.progress import Reporter, Silent
 from vlexport.stages.build import BuildResult, build_prepared, prepare
 from vlexport.stages.choices import output_of
-from vlexport.stages.order import Order, configs_of, order_of
+from vlexport.stages.order import Order, orders_of
 from vlexport.stages.write_bundle import require_free, staging
+from vlexport.targets import target_names
 
 
 @dataclass(frozen=True)
@@ -52,14 +54,7 @@ def build_each(config: BuildConfig, *, reporter: Reporter | None = None) -> Buil
             then nothing is left behind.
     """
     reporter = reporter or Silent()
-    refused: dict[str, VlexportError] = {}
-    orders: dict[str, Order] = {}
-    configs = configs_of(config)
-    for name, each in configs.items():
-        try:
-            orders[name] = order_of(each)
-        except CapabilityError as error:  # noqa: PERF203  a handful of targets
-            refused[name] = error
+    orders, refused = orders_of(config)
     _require_some(orders, refused)
     output = output_of(config)
     require_free(output, force=config.force)
@@ -70,7 +65,7 @@ def build_each(config: BuildConfig, *, reporter: Reporter | None = None) -> Buil
             (folder / name).mkdir()
             try:
                 made = build_prepared(order, prepared, folder / name, reporter)
-            except (CapabilityError, GateError) as error:
+            except (CapabilityError, GateError, UsageError) as error:
                 refused[name] = error
                 shutil.rmtree(folder / name)
             else:
@@ -78,7 +73,7 @@ def build_each(config: BuildConfig, *, reporter: Reporter | None = None) -> Buil
         _require_some(results, refused)
         comparison = Comparison(
             vlexport=vlexport.__version__,
-            rows=tuple(_row(name, results.get(name), refused.get(name)) for name in configs),
+            rows=tuple(_row(name, results.get(name), refused.get(name)) for name in target_names(config.target)),
         )
         text = canonical_json(plain_json(comparison)) + "\n"
         (folder / COMPARE_FILE).write_text(text, encoding="utf-8", newline="\n")

@@ -141,12 +141,8 @@ def options_of(config: BuildConfig, target: Target) -> Frozen:
     Raises:
         UsageError: VLX0703.
     """
-    given = config.scoped_options(target.id)
-    options = _typed(target.Options, given, target.id)
-    wished = target.precisions[0] if config.precision in (None, "auto") else config.precision
-    requested = ON_REQUEST if wished in HALF_PRECISIONS else ()
-    running = [each.name for each in target.lowered if getattr(options, each.option)]
-    scopes = [*PASSES, *requested, *config.passes, *offered_targets(), *running]
+    options = _typed(target.Options, config.scoped_options(target.id), target.id)
+    scopes = _scopes(config, target, options)
     asleep = {name: f"add --pass {name}" for name in offered_passes()}
     asleep |= dict.fromkeys(ON_REQUEST, f"add --precision {HALF_PRECISIONS[0]}")
     asleep |= {each.name: f"add --set {target.id}.{each.option}=true" for each in target.lowered}
@@ -162,6 +158,22 @@ def options_of(config: BuildConfig, target: Target) -> Frozen:
                 hint=asleep.get(scope, f"known: {', '.join(scopes)}"),
             )
     return options
+
+
+def scopes_of(config: BuildConfig, target: Target) -> list[str]:
+    """What a ``--set`` can be about in a build for this target: passes that run, and every target.
+
+    Raises:
+        UsageError: VLX0703 for an option of the target's own that it does not have.
+    """
+    return _scopes(config, target, _typed(target.Options, config.scoped_options(target.id), target.id))
+
+
+def _scopes(config: BuildConfig, target: Target, options: Frozen) -> list[str]:
+    wished = target.precisions[0] if config.precision in (None, "auto") else config.precision
+    requested = ON_REQUEST if wished in HALF_PRECISIONS else ()
+    running = [each.name for each in target.lowered if getattr(options, each.option)]
+    return [*PASSES, *requested, *config.passes, *offered_targets(), *running]
 
 
 def lowered_passes_of(config: BuildConfig, target: Target, options: Frozen) -> list[Pass[Any]]:
@@ -214,7 +226,7 @@ def _typed(kind: type[Frozen], values: dict[str, str], scope: str) -> Frozen:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
-        near = nearest(name, kind.model_fields)
+        near = nearest(name, kind.model_fields) if name not in kind.model_fields else ""
         raise UsageError(
             "VLX0703",
             f"--set {scope}.{name}: {first['msg'].lower()}{near}",

@@ -35,7 +35,7 @@ def dims_of(config: BuildConfig, target: Target, signature: Signature) -> dict[s
                 hint=f"give its sizes, as --dynamic {name}={saved.min}:{max(saved.opt, saved.min)}:{saved.opt * 4}, "
                 f"or one, as --dynamic {name}={saved.opt}",
             )
-    return found
+    return {name: each for name, each in found.items() if each != signature.dims[name]}
 
 
 def batch_dims(signature: Signature) -> list[str]:
@@ -78,6 +78,5 @@ def _asked(texts: Sequence[str], signature: Signature) -> dict[str, DimRange]:
                 hint="widening needs another capture: vlexport.save(model, …, dynamic={INPUT: {AXIS: "
                 f'("{name}", {min(low, saved.min)}, {high})}}}})',
             )  # fmt: skip
-        if DimRange(min=low, max=high, opt=opt) != saved:
-            found[name] = DimRange(min=low, max=high, opt=opt)
+        found[name] = DimRange(min=low, max=high, opt=opt)
     return found

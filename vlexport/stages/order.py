@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from vlexport.core.config import BuildConfig
 from vlexport.core.device_profiles import device_profiles
-from vlexport.core.errors import CapabilityError
+from vlexport.core.errors import CapabilityError, UsageError, VlexportError
 from vlexport.core.verdict import Gate
-from vlexport.stages.choices import gates_of, model_name_of, options_of, precision_of, profile_of
+from vlexport.stages.choices import gates_of, model_name_of, options_of, precision_of, profile_of, scopes_of
 from vlexport.stages.tune import axes_of
+from vlexport.stages.validate import TIMED
 from vlexport.targets import open_target, target_names
 from vlexport.targets.base import Brief, Probe, Target
 
@@ -26,6 +28,7 @@ class Order:
         gates: To judge.
         probe: What the target finds on this machine.
         axes: What a search tries, ``SCOPE.NAME`` → values.
+        notes: What was asked for and is not done for this target.
     """
 
     config: BuildConfig
@@ -35,6 +38,7 @@ class Order:
     gates: tuple[Gate, ...]
     probe: Probe
     axes: dict[str, tuple[str, ...]]
+    notes: tuple[str, ...] = ()
 
 
 def order_of(config: BuildConfig) -> Order:
@@ -52,12 +56,7 @@ def order_of(config: BuildConfig) -> Order:
     brief = Brief(options_of(config, target), profile_of(config, target), precision, config.threads)
     target.require_tools(brief)
     probe = target.probe()
-    for gate in gates:
-        if not probe.available and gate.metric != "size_mb":
-            raise CapabilityError(
-                "VLX0803", f"gate {gate} cannot be judged: {target.id} does not run here: {probe.reason}",
-                where="--gate", hint="leave that --gate out, or build where the target runs",
-            )  # fmt: skip
+    require_judged(gates, target, probe)
     return Order(config, target, brief, reason, gates, probe, axes_of(config, target, brief.options))
 
 
@@ -67,8 +66,55 @@ def _with_implied(config: BuildConfig, target: Target) -> BuildConfig:
     return config.model_copy(update={"options": options}) if options != config.options else config
 
 
+def require_judged(gates: Sequence[Gate], target: Target, probe: Probe) -> None:
+    """Refuse gates that cannot be judged on this machine.
+
+    Raises:
+        CapabilityError: VLX0803.
+    """
+    for gate in gates:
+        if not probe.available and gate.metric != "size_mb":
+            why = f"{target.id} does not run here: {probe.reason}"
+        elif probe.timing != "real" and gate.metric in TIMED:
+            why = f"latency is not measured: the target's timing is {probe.timing}"
+        else:
+            continue
+        raise CapabilityError(
+            "VLX0803", f"gate {gate} cannot be judged: {why}", where="--gate",
+            hint="leave that --gate out, or build where the target runs",
+        )  # fmt: skip
+
+
+def orders_of(config: BuildConfig) -> tuple[dict[str, Order], dict[str, VlexportError]]:
+    """Target → its order, and target → why there is none. A search is for those that have something to search here.
+
+    Raises:
+        UsageError: VLX070x, and VLX0805 where no target can be searched.
+    """
+    orders: dict[str, Order] = {}
+    refused: dict[str, VlexportError] = {}
+    unsearched: dict[str, UsageError] = {}
+    configs = configs_of(config)
+    for name, each in configs.items():
+        try:
+            try:
+                orders[name] = order_of(each)
+            except UsageError as error:
+                if error.code != "VLX0805" or not config.autotune or len(configs) == 1:
+                    raise
+                unsearched[name] = error
+                without = each.model_copy(update={"autotune": False, "resume": False, "budget_minutes": None})
+                orders[name] = replace(order_of(without), notes=(f"not searched: {error.message}",))
+        except CapabilityError as error:  # noqa: PERF203  a handful of targets
+            refused[name] = error
+    if unsearched and not any(order.axes for order in orders.values()):
+        raise next(iter(unsearched.values()))
+    return orders, refused
+
+
 def configs_of(config: BuildConfig) -> dict[str, BuildConfig]:
-    """One config per target, in order; ``--for`` goes to those that run on that device.
+    """One config per target, in order; ``--for`` goes to those that run on that device, ``--set`` of a pass to those
+    that run it.
 
     Raises:
         UsageError: VLX0701, and VLX0703 for a device profile on which none of them runs.
@@ -78,10 +124,18 @@ def configs_of(config: BuildConfig) -> dict[str, BuildConfig]:
     fits = {name: device is None or not device.targets or name in device.targets for name in names}
     if not any(fits.values()):
         profile_of(config, open_target(names[0]))
-    several = len(names) > 1
-    return {
+    if len(names) == 1:
+        return {names[0]: config.model_copy(update={"target": names[0]})}
+    found = {
         name: config.model_copy(
-            update={"target": name, "device_profile": config.device_profile if fits[name] or not several else None}
+            update={"target": name, "device_profile": config.device_profile if fits[name] else None}
         )
         for name in names
     }
+    scopes = {name: scopes_of(each, open_target(name)) for name, each in found.items()}
+    somewhere = set().union(*scopes.values())
+    for name, each in found.items():
+        strange = somewhere - set(scopes[name])  # of a pass that only other targets run
+        kept = {key: value for key, value in each.options.items() if key.partition(".")[0] not in strange}
+        found[name] = each.model_copy(update={"options": kept})
+    return found

@@ -33,6 +33,7 @@ from vlexport.stages.choices import (
 )
 from vlexport.stages.component import cost_record
 from vlexport.stages.dims import dims_of
+from vlexport.stages.order import require_judged
 from vlexport.stages.tune import axes_of
 from vlexport.stages.write_bundle import require_free
 from vlexport.targets import open_target
@@ -92,7 +93,7 @@ def plan(config: BuildConfig, *, reporter: Reporter | None = None) -> Plan:
         brief = Brief(options_of(config, target), profile_of(config, target), precision, config.threads)
     except VlexportError as error:
         problems.append(error)
-    collect(lambda: gates_of(config))
+    collect(lambda: require_judged(gates_of(config), target, target.probe()))
     candidates: dict[str, tuple[str, ...]] = {}
     collect(lambda: candidates.update(axes_of(config, target, options_of(config, target))))
     lowered: list[Pass[Any]] = []
@@ -117,7 +118,11 @@ def plan(config: BuildConfig, *, reporter: Reporter | None = None) -> Plan:
         ran = {}
         for name, program in before.items():
             typed = precision_passes_of(config, precision, [program.example])
-            ran[name] = run_pipeline(program, [*passes, *typed, *target.program_passes(brief)], gate=None)
+            try:
+                ran[name] = run_pipeline(program, [*passes, *typed, *target.program_passes(brief)], gate=None)
+            except CapabilityError as error:  # of a pass that spells the Program for the target
+                problems.append(error)
+                ran[name] = run_pipeline(program, passes, gate=None)
     after = {name: program for name, (program, _) in ran.items()}
     for program in after.values():
         problems += _opaque(program)

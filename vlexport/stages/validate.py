@@ -101,7 +101,8 @@ def validate(config: ValidateConfig, *, reporter: Reporter | None = None) -> Rep
     opened = target.open(place, component.artifact, threads=config.threads, timeout_s=config.timeout_s)
     with opened as session, open_reference(config.reference, bundle, arch=config.arch) as reference:
         found = measure_accuracy(session, dataset, component, reference=reference, metrics=metrics, reporter=reporter)
-    report = new_report(bundle).model_copy(update=found)
+        emulator = target.probe().emulator if session.timing == "emulated" else ""
+    report = new_report(bundle).model_copy(update={**found, "emulator": emulator})
     if reference is not None:
         notes = (*report.notes, *reference.notes)
         report = report.model_copy(update={"reference": reference.name, "notes": notes})

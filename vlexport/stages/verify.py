@@ -14,10 +14,14 @@ from vlexport.targets import open_target
 
 @dataclass(frozen=True)
 class Verified:
-    """What verify found: the bundle, and the largest golden error of each component, and of the whole if several."""
+    """What verify found: the bundle, and the largest golden error of each component, and of the whole if several.
+
+    ``emulator`` is what ran them in place of the target's own runtime; empty where that did.
+    """
 
     bundle: Bundle
     errors: dict[str, float]
+    emulator: str = ""
 
 
 def verify(folder: str | Path, *, threads: int = 0, reporter: Reporter | None = None) -> Verified:
@@ -36,4 +40,5 @@ def verify(folder: str | Path, *, threads: int = 0, reporter: Reporter | None = 
     target = open_target(bundle.target)
     opened = target.open(folder / ARTIFACT_FOLDER, bundle.main.artifact, threads=threads)
     with opened as session, reporter.stage("golden check"):
-        return Verified(bundle, check_bundle(target, session, folder, bundle, code="VLX0606", threads=threads))
+        errors = check_bundle(target, session, folder, bundle, code="VLX0606", threads=threads)
+        return Verified(bundle, errors, target.probe().emulator if session.timing == "emulated" else "")
