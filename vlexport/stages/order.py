@@ -50,7 +50,7 @@ def order_of(config: BuildConfig) -> Order:
     gates = gates_of(config)
     brief = Brief(options_of(config, target), profile_of(config, target), precision, config.threads)
     target.require_tools(brief)
-    probe = target.probe()
+    probe = target.probe_for(brief)
     for gate in gates:
         if not probe.available and gate.metric != "size_mb":
             raise CapabilityError(
