@@ -48,6 +48,7 @@ zoo: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/build_time.py --record docs/measured/build_time.json
 	$(BIN)/python tests/benchmarks/build_scaling.py
+	$(BIN)/python tests/benchmarks/large_model.py
 
 clean:
 	rm -rf .venv $(OUT) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -130,6 +130,10 @@ class Target(abc.ABC):
     def probe(self) -> Probe:
         """What is installed here. Never raises."""
 
+    def probe_for(self, brief: Brief) -> Probe:
+        """As :meth:`probe`, for artifacts made by this brief: options may ask for more than the runtime."""
+        return self.probe()
+
     def missing_tools(self, brief: Brief) -> str:
         """What lowering needs and this machine lacks, and how to install it; empty when nothing is missing."""
         return ""

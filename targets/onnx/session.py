@@ -10,6 +10,7 @@ import onnxruntime
 
 from vlexport.core.artifact import Array, Artifact, Session, Timing, artifact_file
 from vlexport.core.errors import CapabilityError
+from vlexport.targets.onnx.providers import CPU, missing_provider, wanted_providers
 
 _LEVELS = {
     "none": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
@@ -21,7 +22,13 @@ _ERRORS_ONLY = 3
 
 
 class OnnxRuntimeSession(Session):
-    """One ONNX Runtime session on the CPU provider."""
+    """One ONNX Runtime session on the recorded provider, by default the CPU's.
+
+    Where a provider is missing and the artifact allows the CPU to stand in, numbers are right and times mean nothing.
+
+    Raises:
+        CapabilityError: VLX0505 when the runtime refuses the artifact, VLX0508 when it lacks the provider.
+    """
 
     timing: Timing = "real"
 
@@ -37,15 +44,25 @@ class OnnxRuntimeSession(Session):
         spinning = "1" if recorded.get("allow_spinning", True) else "0"
         options.add_session_config_entry("session.intra_op.allow_spinning", spinning)
         options.add_session_config_entry("session.dynamic_block_base", str(recorded.get("dynamic_block_base", 0)))
+        provider = str(recorded.get("provider", CPU))
+        stand_in = bool(recorded.get("provider_fallback", False))
+        missing = missing_provider(provider, onnxruntime.get_available_providers())
+        if missing is not None and not stand_in:
+            raise missing
         try:
             self._session = onnxruntime.InferenceSession(
-                str(artifact_file(folder, artifact)), options, providers=["CPUExecutionProvider"]
+                str(artifact_file(folder, artifact)), options, providers=wanted_providers(CPU if missing else provider)
             )
         except Exception as error:  # onnxruntime's exceptions share no public base class
             raise CapabilityError(
                 "VLX0505", f"ONNX Runtime {onnxruntime.__version__} refuses {artifact.path}: {_said(error, folder)}",
                 where=artifact.path, hint="see `vlexport verify` for whether the file is intact",
             ) from error  # fmt: skip
+        missing = missing_provider(provider, self._session.get_providers())
+        if missing is not None and not stand_in:  # its libraries did not load: ONNX Runtime goes on with the CPU
+            raise missing
+        if missing is not None:
+            self.timing = "emulated"
         self._names = [spec.name for spec in artifact.outputs]
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:

@@ -14,6 +14,7 @@ from vlexport.core.artifact import Artifact, Frozen
 from vlexport.core.devices import this_machine
 from vlexport.core.errors import CapabilityError
 from vlexport.targets.base import Brief, LoweredPass, Probe, Target
+from vlexport.targets.onnx.providers import CPU, PROVIDERS, missing_provider
 
 if TYPE_CHECKING:
     from vlexport.ir.program import Program
@@ -36,6 +37,9 @@ class OnnxRuntimeOptions(Frozen):
             so that threads end together (ONNX Runtime recommends 4).
         optimize: Run optimize-onnx (onnxscript's optimizer) on the lowered graph. Off: the exporter leaves it nothing.
         simplify: Run simplify-onnx (onnxsim) before it. Off: fewer nodes, no gain in speed shown.
+        provider: Execution provider that opens the artifact, beside the CPU's for operators that it lacks. Where it is
+            missing, opening is an error. Only cpu has been run by us.
+        provider_fallback: The CPU may stand in for a missing provider; its times are then not measured.
     """
 
     opset: int = Field(default=20, ge=18, le=24)
@@ -46,6 +50,8 @@ class OnnxRuntimeOptions(Frozen):
     dynamic_block_base: int = Field(default=0, ge=0, le=64)
     optimize: bool = False
     simplify: bool = False
+    provider: str = Field(default=CPU, pattern=f"^({'|'.join(PROVIDERS)})$")
+    provider_fallback: bool = False
 
 
 _WORTH_TRYING: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -60,7 +66,10 @@ ONNX Runtime sets for the whole process when its first session is opened."""
 
 
 def _session_options(options: OnnxRuntimeOptions) -> dict[str, str | int | float | bool]:
-    return {name: getattr(options, name) for name, _ in _WORTH_TRYING}
+    names = [name for name, _ in _WORTH_TRYING]
+    if options.provider != CPU:
+        names += ["provider", "provider_fallback"]
+    return {name: getattr(options, name) for name in names}
 
 
 def _as_text(value: object) -> str:
@@ -68,7 +77,7 @@ def _as_text(value: object) -> str:
 
 
 class OnnxRuntimeTarget(Target):
-    """ONNX for ONNX Runtime's CPU provider."""
+    """ONNX for ONNX Runtime's CPU provider, or another one that is asked for."""
 
     id: ClassVar[str] = "onnxruntime"
     summary: ClassVar[str] = "ONNX model for ONNX Runtime on CPUs"
@@ -99,6 +108,15 @@ class OnnxRuntimeTarget(Target):
             providers=tuple(runtime.get_available_providers()),
             instruction_set=instruction_set,
         )
+
+    def probe_for(self, brief: Brief) -> Probe:
+        """Not available where the runtime lacks the provider that is asked for and nothing may stand in for it."""
+        found, options = self.probe(), cast("OnnxRuntimeOptions", brief.options)
+        missing = missing_provider(options.provider, found.providers)
+        if not found.available or missing is None or options.provider_fallback:
+            return found
+        why = f"{missing.message}; {missing.hint}"
+        return found.model_copy(update={"available": False, "timing": "none", "reason": why})
 
     def choose_precision(self, wished: str | None) -> tuple[str, str]:
         """fp16 with what it is good for here; bf16 is refused with the reason."""
@@ -158,7 +176,7 @@ class OnnxRuntimeTarget(Target):
         return {
             "opset": str(cast("OnnxRuntimeOptions", brief.options).opset),
             "domains": "ai.onnx",
-            "provider": "CPUExecutionProvider",
+            "provider": PROVIDERS[cast("OnnxRuntimeOptions", brief.options).provider],
         }
 
     def tools(self) -> dict[str, str]:

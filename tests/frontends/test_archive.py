@@ -188,6 +188,28 @@ def test_shared_and_viewed_weights_round_trip_when_tied(tmp_path: Path) -> None:
     assert_same_outputs(program, read_archive(tmp_path / "tied.pt2").exported_program(), torch.randn(2, 4))
 
 
+def addresses(program: ExportedProgram) -> dict[str, int]:
+    return {name: tensor.data_ptr() for name, tensor in program.state_dict.items()}
+
+
+def test_weights_are_in_memory_once_when_an_archive_is_read(path: Path, program: ExportedProgram) -> None:
+    archive = read_archive(path)
+    first, second = archive.exported_program(), archive.exported_program()
+    assert addresses(first) == addresses(second)
+    assert addresses(first) != addresses(program)
+    assert {n: (type(t), t.stride(), t.requires_grad) for n, t in first.state_dict.items()} == {
+        n: (type(t), t.stride(), t.requires_grad) for n, t in program.state_dict.items()
+    }
+    in_memory = check_archive(path.read_bytes())  # bytes may not be written to: those weights are copies
+    assert_same_outputs(program, in_memory.exported_program(), torch.randn(1, 3, 16, 16), scale=torch.ones(1))
+
+
+def test_checked_content_is_used_when_the_file_changes_after_it_was_read(path: Path, program: ExportedProgram) -> None:
+    archive = read_archive(path)
+    path.write_bytes(bytes(path.stat().st_size))  # the same file, every byte of it overwritten
+    assert_same_outputs(program, archive.exported_program(), torch.randn(1, 3, 16, 16), scale=torch.ones(1))
+
+
 def test_no_file_is_left_when_the_program_is_refused(tmp_path: Path) -> None:
     class Named(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -84,6 +84,7 @@ CODES: dict[str, str] = {
     "VLX0505": "the runtime refused the artifact",
     "VLX0506": "the runtime's process ended unexpectedly",
     "VLX0507": "an input does not fit the artifact",
+    "VLX0508": "the runtime lacks the artifact's execution provider",
     "VLX0510": "no engine can be compiled",
     # 06: bundles
     "VLX0601": "the bundle does not exist or is no bundle",

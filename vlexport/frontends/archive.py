@@ -20,14 +20,21 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch.export import ExportedProgram
 
 from vlexport.core.errors import BundleError, ModelFileError
 from vlexport.frontends.archive_rules import DTYPE_BYTES, SCHEMA_MAJOR, check, strict_json
-from vlexport.frontends.archive_zip import SERIALIZATION_ID, damaged, read_members, refused, write_members
+from vlexport.frontends.archive_zip import (
+    SERIALIZATION_ID,
+    damaged,
+    read_members,
+    refused,
+    write_members,
+    write_members_to,
+)
 from vlexport.frontends.compat import LOAD_ERRORS, load_program
 from vlexport.frontends.model_file import METADATA_MEMBER, require_model_file
 
@@ -36,6 +43,7 @@ ARCHIVE_SCHEMA = 1
 
 PROGRAM, SAMPLES = "models/model.json", "data/sample_inputs/model.pt"
 WEIGHTS, CONSTANTS = "data/weights/model_weights_config.json", "data/constants/model_constants_config.json"
+_WEIGHTS_FOLDER = WEIGHTS.rpartition("/")[0]
 MAX_PROGRAM_BYTES = 256 * 2**20
 MAX_CONFIG_BYTES = 64 * 2**20
 MAX_METADATA_BYTES = 16 * 2**20
@@ -73,6 +81,8 @@ class GuardedArchive:
     Attributes:
         metadata: ``vlexport.json``, parsed.
         source_hash: SHA-256 over names and contents of the members; independent of the file's own name.
+
+    An archive that was read from a file holds every weight in memory once; programs made from it share that memory.
     """
 
     metadata: dict[str, Any]
@@ -82,11 +92,15 @@ class GuardedArchive:
     def exported_program(self) -> ExportedProgram:
         """Rebuild the program; each call makes a new one.
 
+        torch's own reader gets one element in place of each weight's content, and would copy the whole.
+
         Raises:
             ModelFileError: VLX0105, the checked content does not make a program.
         """
         try:
-            return load_program(write_members(self._members))
+            exported = load_program(write_members(_without_weights(self._members)))
+            _restore_weights(exported, self._members)
+            return exported
         except LOAD_ERRORS as error:
             reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
             raise damaged(f"torch cannot rebuild the program: {reason[0]}", PROGRAM) from error
@@ -101,14 +115,15 @@ def read_archive(path: Path) -> GuardedArchive:
     """
     require_model_file(path)
     try:
-        return check_archive(path.read_bytes())
+        with path.open("rb") as file:
+            return check_archive(file)
     except ModelFileError as error:
         error.where = error.where or str(path)
         raise
 
 
-def check_archive(data: bytes) -> GuardedArchive:
-    """:func:`read_archive` for bytes in memory."""
+def check_archive(data: bytes | BinaryIO) -> GuardedArchive:
+    """:func:`read_archive` for bytes in memory, or an open file."""
     members = read_members(data)
     if bytes(members.get("archive_format", b"")) != b"pt2":
         raise ModelFileError(
@@ -151,15 +166,17 @@ def write_archive(ep: ExportedProgram, metadata: Mapping[str, Any], path: Path) 
     text = json.dumps({**metadata, "schema": ARCHIVE_SCHEMA}, sort_keys=True, allow_nan=False, indent=1)
     buffer = io.BytesIO()
     torch.export.save(ep, buffer, extra_files={METADATA_MEMBER.removeprefix("extra/"): text})
-    data = strip_paths(buffer.getvalue())
-    check_archive(data)
+    members = _stripped(buffer.getvalue())
     try:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
             with temporary.open("xb") as file:
-                file.write(data)
+                write_members_to(file, members)
                 file.flush()
                 os.fsync(file.fileno())
+            del members, buffer  # a large model would be in memory a third time
+            with temporary.open("rb") as file:
+                check_archive(file)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -171,13 +188,48 @@ def write_archive(ep: ExportedProgram, metadata: Mapping[str, Any], path: Path) 
 
 def strip_paths(data: bytes) -> bytes:
     """Rewrite what ``torch.export.save`` wrote: no absolute paths, no guards, no random id, fixed order and dates."""
+    return write_members(_stripped(data))
+
+
+def _stripped(data: bytes) -> dict[str, bytes | memoryview]:
     members: dict[str, bytes | memoryview] = dict(read_members(data))
     program = json.loads(bytes(members[PROGRAM]))
     program["guards_code"] = []
     _strip_graph(program["graph_module"]["graph"])
     members[PROGRAM] = json.dumps(program, separators=(",", ":")).encode()
     members[SAMPLES] = write_members(read_members(members[SAMPLES]), stem="archive")
-    return write_members(members)
+    return members
+
+
+def _without_weights(members: Mapping[str, bytes | memoryview]) -> dict[str, bytes | memoryview]:
+    """The members, with one element in place of each weight's content: strides of 0 make it a tensor of any shape."""
+    spared = dict(members)
+    weights = json.loads(bytes(members[WEIGHTS]))
+    for payload in weights["config"].values():
+        meta, member = payload["tensor_meta"], f"{_WEIGHTS_FOLDER}/{payload['path_name']}"
+        spared[member] = bytes(DTYPE_BYTES[meta["dtype"]]) if len(members[member]) else b""
+        if spared[member]:
+            meta["strides"] = [{"as_int": 0} for _ in meta["sizes"]]
+            meta["storage_offset"] = {"as_int": 0}
+    spared[WEIGHTS] = json.dumps(weights).encode()
+    return spared
+
+
+def _restore_weights(exported: ExportedProgram, members: Mapping[str, bytes | memoryview]) -> None:
+    """Put tensors that lie in the members in place of what :func:`_without_weights` left; tied ones stay tied."""
+    stored: dict[str, torch.Tensor] = {}
+    for name, payload in json.loads(bytes(members[WEIGHTS]))["config"].items():
+        left, meta, member = exported.state_dict[name], payload["tensor_meta"], payload["path_name"]
+        content = memoryview(members[f"{_WEIGHTS_FOLDER}/{member}"])
+        if not len(content):
+            continue
+        if member not in stored:
+            stored[member] = torch.frombuffer(bytearray(content) if content.readonly else content, dtype=left.dtype)
+        sizes, strides = ([each["as_int"] for each in meta[key]] for key in ("sizes", "strides"))
+        found = stored[member].as_strided(sizes, strides, meta["storage_offset"]["as_int"])
+        is_parameter = isinstance(left, torch.nn.Parameter)
+        found = torch.nn.Parameter(found, requires_grad=left.requires_grad) if is_parameter else found
+        exported.state_dict[name] = found
 
 
 def _strip_graph(graph: dict[str, Any]) -> None:

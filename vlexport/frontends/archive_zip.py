@@ -8,10 +8,14 @@ overlap), so a checked file is never handed on as it is: whoever needs an archiv
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import BinaryIO
+
+import torch
 
 from vlexport.core.errors import ModelFileError
 
@@ -47,22 +51,54 @@ def damaged(message: str, where: str = "") -> ModelFileError:
     return ModelFileError("VLX0105", message, where=where, hint="copy or download the file again")
 
 
-def read_members(data: bytes | memoryview) -> dict[str, memoryview]:
-    """Every member of a zip that lies in memory, by its name without the common stem; nothing is copied.
+_Part = Callable[[int, int], memoryview]
+"""Bytes from one position to another, fewer at the end."""
+
+
+def _part_of_file(file: BinaryIO) -> _Part:
+    """Parts of a file, each read once into memory of its own; what a check saw cannot change under its reader.
+
+    The memory is torch's, so that a tensor may lie in it: weights are in memory once.
+    """
+    end = os.fstat(file.fileno()).st_size
+
+    def part(start: int, stop: int) -> memoryview:
+        start, stop = max(0, min(start, end)), max(0, min(stop, end))
+        read = torch.empty(max(0, stop - start), dtype=torch.uint8).numpy().data
+        file.seek(start)
+        done = 0
+        while done < len(read) and (found := file.readinto(read[done:])):  # type: ignore[attr-defined]
+            done += found
+        return read[:done]
+
+    return part
+
+
+def read_members(data: bytes | memoryview | BinaryIO) -> dict[str, memoryview]:
+    """Every member of a zip, by its name without the common stem.
+
+    Args:
+        data: A zip in memory, of which nothing is copied, or an open file.
 
     Raises:
         ModelFileError: VLX0104 not a zip, VLX0105 truncated or damaged, VLX0106 a member that is compressed,
             duplicated, of an escaping name, or bytes that belong to no member.
     """
-    view = memoryview(data)
-    if bytes(view[:4]) != b"PK\x03\x04":
+    if isinstance(data, bytes | bytearray | memoryview):
+        view = memoryview(data)
+        return _members(io.BytesIO(data), lambda start, stop: view[start:stop], len(view))
+    return _members(data, _part_of_file(data), os.fstat(data.fileno()).st_size)
+
+
+def _members(file: BinaryIO, part: _Part, size: int) -> dict[str, memoryview]:
+    if bytes(part(0, 4)) != b"PK\x03\x04":
         raise ModelFileError("VLX0104", "the file is no .pt2 archive: it does not begin as a zip does")
     try:
-        with zipfile.ZipFile(io.BytesIO(view)) as archive:
+        with zipfile.ZipFile(file) as archive:
             infos, directory_start, comment = archive.infolist(), archive.start_dir, archive.comment
     except _ZIP_ERRORS as error:
         raise damaged(f"the archive is truncated or damaged: {error}") from error
-    if comment or bytes(view[-22:-18]) != b"PK\x05\x06":
+    if comment or bytes(part(max(0, size - 22), max(0, size - 18))) != b"PK\x05\x06":
         raise damaged("the archive is truncated, or bytes follow its end")
     if not infos:
         raise damaged("the archive has no members")
@@ -75,8 +111,8 @@ def read_members(data: bytes | memoryview) -> dict[str, memoryview]:
         name = _checked_name(info, stem)
         if name in members:
             raise refused("two members have the same name", name)
-        start, after = _payload(view, info, position)
-        content = view[start : start + info.file_size]
+        start, after = _payload(part, info, position)
+        content = part(start, start + info.file_size)
         if len(content) != info.file_size or zlib.crc32(content) != info.CRC:
             raise damaged("a member's checksum is wrong", name)
         members[name] = content
@@ -102,7 +138,7 @@ def _checked_name(info: zipfile.ZipInfo, stem: str) -> str:
     return name
 
 
-def _payload(view: memoryview, info: zipfile.ZipInfo, expected_offset: int) -> tuple[int, int]:
+def _payload(part: _Part, info: zipfile.ZipInfo, expected_offset: int) -> tuple[int, int]:
     """Where the member's bytes begin and end, after its local header was compared with the directory."""
     where = info.filename
     if expected_offset == 0 and info.header_offset:
@@ -110,14 +146,14 @@ def _payload(view: memoryview, info: zipfile.ZipInfo, expected_offset: int) -> t
     if info.header_offset != expected_offset:
         raise refused("members overlap, or bytes between them belong to none", where)
     try:
-        magic, _, flags, method, _, _, _, _, _, name_length, extra_length = _LOCAL_HEADER.unpack_from(
-            view, info.header_offset
+        magic, _, flags, method, _, _, _, _, _, name_length, extra_length = _LOCAL_HEADER.unpack(
+            part(info.header_offset, info.header_offset + _LOCAL_HEADER.size)
         )
     except struct.error as error:
         raise damaged("the archive is truncated", where) from error
     name_start = info.header_offset + _LOCAL_HEADER.size
     start = name_start + name_length + extra_length
-    local_name = bytes(view[name_start : name_start + name_length])
+    local_name = bytes(part(name_start, name_start + name_length))
     if magic != b"PK\x03\x04" or local_name != info.filename.encode("utf-8", "replace"):
         raise damaged("a member's header does not agree with the archive's directory", where)
     if flags != info.flag_bits or method != info.compress_type:
@@ -128,7 +164,13 @@ def _payload(view: memoryview, info: zipfile.ZipInfo, expected_offset: int) -> t
 def write_members(members: Mapping[str, bytes | memoryview], *, stem: str = "model") -> bytes:
     """A zip of these members: stored, sorted, dated 1980-01-01, so that equal members give equal bytes."""
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+    write_members_to(buffer, members, stem=stem)
+    return buffer.getvalue()
+
+
+def write_members_to(file: BinaryIO, members: Mapping[str, bytes | memoryview], *, stem: str = "model") -> None:
+    """:func:`write_members` into an open file."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name in sorted(members):
             if name == SERIALIZATION_ID:
                 continue
@@ -138,4 +180,3 @@ def write_members(members: Mapping[str, bytes | memoryview], *, stem: str = "mod
             info.file_size = memoryview(members[name]).nbytes
             with archive.open(info, "w") as member:
                 member.write(members[name])
-    return buffer.getvalue()

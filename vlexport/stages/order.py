@@ -55,7 +55,7 @@ def order_of(config: BuildConfig) -> Order:
     gates = gates_of(config)
     brief = Brief(options_of(config, target), profile_of(config, target), precision, config.threads)
     target.require_tools(brief)
-    probe = target.probe()
+    probe = target.probe_for(brief)
     require_judged(gates, target, probe)
     return Order(config, target, brief, reason, gates, probe, axes_of(config, target, brief.options))
 
