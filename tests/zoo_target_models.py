@@ -35,12 +35,14 @@ class ZooModel:
         shapes: Argument of forward → shape without the batch.
         words: Arguments that are ids → size of the vocabulary; the others are floats, standard normal.
         ends: Value that closes a row of ids at a drawn place, with padding behind it.
+        published: Parameters whose value makes the model what it is → that of the published weights.
     """
 
     module: nn.Module
     shapes: Mapping[str, tuple[int, ...]]
     words: Mapping[str, int] = field(default_factory=dict)
     ends: int | None = None
+    published: Mapping[str, float] = field(default_factory=dict)
 
     def draw(self, batch: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Inputs of ``batch`` samples."""
@@ -162,7 +164,8 @@ def _siglip() -> ZooModel:
         vision_config={**_SMALL, "image_size": 224, "patch_size": 32},
     )
     model = OfBoth(SiglipModel(config), ("image_embeds", "text_embeds", "logits_per_image"))
-    return ZooModel(model, {**_WORDS, **_PIXELS}, {"input_ids": WORDS})
+    published = {"model.logit_scale": 4.77, "model.logit_bias": -12.9}
+    return ZooModel(model, {**_WORDS, **_PIXELS}, {"input_ids": WORDS}, published=published)
 
 
 def _vit_mae() -> ZooModel:
@@ -263,6 +266,8 @@ def _randomise(made: ZooModel, seed: int) -> None:
         for parameter in made.module.parameters():
             if parameter.ndim >= 2 and parameter[0].numel() > 1:
                 parameter.normal_(0, min(1.0, 1.4 * parameter[0].numel() ** -0.5), generator=generator)
+        for name, value in made.published.items():
+            made.module.get_parameter(name).fill_(value)
         norms = [m for m in made.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         for norm in norms:
             norm.train()
