@@ -360,6 +360,13 @@ def _near_duplicates(g: Grower, x: Node) -> Node | None:
     return g.call(aten.add.Tensor, pair[0], pair[1])  # a difference of twins would be all rounding
 
 
+def _masks(g: Grower, x: Node) -> Node | None:
+    """relu, by two masks joined with Python's operators: continuous, so that rounding decides nothing."""
+    target, other = g.pick((aten.__and__.Tensor, -1.0), (aten.__or__.Tensor, 1.0), (aten.__xor__.Tensor, 1e9))
+    mask = g.call(target, g.call(aten.gt.Scalar, x, 0.0), g.call(aten.gt.Scalar, x, other))
+    return g.call(aten.where.ScalarOther, mask, x, 0.0)
+
+
 def _dead(g: Grower, x: Node) -> Node | None:
     """A chain that nobody reads, with a tensor of its own."""
     made = g.call(aten.mul.Tensor, x, g.tensor(g.shape(x)[-1]))
@@ -407,6 +414,7 @@ OPERATORS: dict[str, Callable[[Grower, Node], Node | None]] = {
     "constant": _constant,
     "duplicates": _duplicates,
     "near duplicates": _near_duplicates,
+    "masks": _masks,
     "dead": _dead,
 }
 """Name → builder."""

@@ -13,11 +13,14 @@ Before → after::
     reciprocal(x)                   →  1 / x
     add(x, y, alpha=a), sub, rsub   →  x + y · a, x − y · a, y − x · a
     softplus(x, beta, threshold)    →  where(x · beta > threshold, x, softplus(x, beta))   (threshold below 15)
+    attention(q, k, v, scale=1/√d)  →  attention(q, k, v)
+    attention with another scale, a boolean mask or is_causal
+                                    →  attention(q · scale · √d, k, v, where(mask, 0, −3e4))
     addcmul, lerp, logit, trunc, fmod, isinf, channel_shuffle, take_along_dim  →  the arithmetic that defines them
 
-Does not apply when: a bitwise operator works on integers; the sizes that a chunk or a shuffle needs depend on the
-input.
-Numerical effect: rounding only.
+Does not apply when: a bitwise operator works on integers; the sizes that a chunk, a shuffle or a causal mask needs
+depend on the input.
+Numerical effect: rounding only; −3e4 is what coremltools itself writes for a masked place.
 Source: coremltools 9.0, converters/mil/frontend/torch/ops.py; definitions as in torch's documentation.
 """
 
@@ -96,6 +99,8 @@ def _is_taken(node: Node) -> bool:
         return bool(args[1] != "tanh")
     if name in _SCALED:
         return bool(args[2] == 1)
+    if name == _ATTENTION:
+        return args[6] is None and not args[5] and not _is_boolean(args[3])
     return name == "aten.softplus.default" and args[2] >= _UNSEEN_THRESHOLD
 
 
@@ -114,6 +119,8 @@ def _why_not(node: Node) -> str:
         return "a size beside the batch depends on the input"
     if name == "aten.take_along_dim.default" and (args[2] is None or not _same_but(args[0], args[1], args[2])):
         return "values and indices have other sizes"
+    if name == _ATTENTION and args[5] and any(isinstance(_shape(a)[-2], torch.SymInt) for a in args[:2]):
+        return "the size of its causal mask depends on the input"
     if name == "aten.max_pool1d.default" and len(_shape(args[0])) != 3:
         return "its input has no batch dim"
     return ""
@@ -286,6 +293,39 @@ def _take_along_dim(emit: Emit, node: Node, args: tuple[Any, ...]) -> Node:
     return made
 
 
+def _is_boolean(mask: Any) -> bool:
+    return isinstance(mask, Node) and mask.meta["val"].dtype is torch.bool
+
+
+def _query_factor(node: Node) -> float:
+    """What the query is multiplied by where attention has its own scale, 1/√d; 1 up to the last digit of a double."""
+    args = dialect.operands(node)
+    if args[6] is None:
+        return 1.0
+    factor = float(args[6]) * math.sqrt(int(_shape(args[0])[-1]))
+    return 1.0 if math.isclose(factor, 1.0, rel_tol=1e-14) else factor
+
+
+def _attention(emit: Emit, node: Node, args: tuple[Any, ...]) -> Node:
+    """Without it coremltools multiplies a half query by a single-precision scale, and mixes both types in a mask."""
+    q, k, v, mask, dropout, causal, _, gqa = args
+    dtype = node.meta["val"].dtype
+    if causal:
+        rows, columns = (emit(aten.arange.default, int(_shape(a)[-2])) for a in (q, k))
+        mask = emit(aten.ge.Tensor, emit(aten.unsqueeze.default, rows, 1), columns)
+    if _is_boolean(mask):
+        seen, hidden = (emit(aten.full.default, [], value, dtype=dtype) for value in (0.0, _HIDDEN))
+        mask = emit(aten.where.self, mask, seen, hidden)
+    factor = _query_factor(node)
+    # a tensor of the query's dtype: a plain number would make coremltools compute the product in single precision
+    query = q if factor == 1 else emit(aten.mul.Tensor, q, emit(aten.full.default, [], factor, dtype=dtype))
+    made: Node = emit(_SDPA, query, k, v, mask, dropout, enable_gqa=gqa)
+    return made
+
+
+_SDPA = aten.scaled_dot_product_attention.default
+_ATTENTION = "aten.scaled_dot_product_attention.default"
+_HIDDEN = -3e4
 _UNSEEN_THRESHOLD = 15
 """Above it softplus is linear to 3e-7, which is rounding in fp32."""
 _TORCH_THRESHOLD = 20
@@ -317,4 +357,5 @@ _RULES: dict[str, _Rule] = {
     "aten.reciprocal.default": _reciprocal,
     "aten.channel_shuffle.default": _channel_shuffle,
     "aten.take_along_dim.default": _take_along_dim,
+    _ATTENTION: _attention,
 }

@@ -40,6 +40,16 @@ def several(x: Tensor) -> tuple[Tensor, ...]:
     return variance, mean, population, torch.var_mean(x, -1)[1]
 
 
+def attentions(x: Tensor) -> tuple[Tensor, ...]:
+    seen = (x[:, 0] > -9)[:, :6].unsqueeze(1)  # (2, 1, 6): every row sees something
+    return (
+        F.scaled_dot_product_attention(x, x + 1, x - 1, scale=8**-0.5),
+        F.scaled_dot_product_attention(x, x + 1, x - 1, scale=0.7),
+        F.scaled_dot_product_attention(x, x + 1, x - 1, attn_mask=seen & (x[:, :, :6] < 1).logical_or(x[:, :, :1] > 0)),
+        F.scaled_dot_product_attention(x, x[:, :4], x[:, 1:5], is_causal=True, scale=2.0),
+    )
+
+
 RULES: dict[str, tuple[Callable[[Tensor], Any], Tensor]] = {
     "cast": (lambda x: (x * 3).to(torch.int32), ROWS),
     "where": (lambda x: torch.where(x > 0.5, x, 0.25), ROWS),
@@ -56,6 +66,7 @@ RULES: dict[str, tuple[Callable[[Tensor], Any], Tensor]] = {
     "trunc_fmod": (lambda x: torch.trunc(x * 9) + torch.fmod(x, 0.3), ROWS),
     "isinf": (lambda x: torch.isinf(1 / F.relu(x)), ROWS),
     "channel_shuffle": (lambda x: torch.channel_shuffle(x, 2), PICTURES),
+    "attention": (attentions, ROWS),
     "gelu_tanh": (lambda x: F.gelu(x, approximate="tanh"), ROWS),
     "reciprocal": (lambda x: torch.reciprocal(x.abs() * 1e-2), ROWS),
     "alpha": (
@@ -71,6 +82,7 @@ RULES: dict[str, tuple[Callable[[Tensor], Any], Tensor]] = {
     "take_along_dim": (lambda x: torch.take_along_dim(x, x.argsort(1), 1), ROWS),
 }
 PLAIN = (
+    "attention",
     "cast",
     "where",
     "and_or_xor",
@@ -102,6 +114,27 @@ def test_what_is_left_converts_when_all_rules_are_used(tmp_path: Path) -> None:
     program = check_pass(LegalizeSpelling(), program, prefixes=1).after
     artifact = CoreMLTarget().lower(program, tmp_path, Brief(CoreMLOptions(), precision="fp32"))
     assert len(read_package(tmp_path / artifact.path).outputs) == len(program.results)
+
+
+def test_attention_in_half_converts_when_it_has_a_scale_or_a_mask(tmp_path: Path) -> None:
+    def half(x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(each.float() for each in attentions(x.half()))
+
+    program = captured(Calls(half), ROWS, dynamic=False)
+    LegalizeSpelling().run(program)
+    artifact = CoreMLTarget().lower(program, tmp_path, Brief(CoreMLOptions(deployment_target="iOS18")))
+    found = read_package(tmp_path / artifact.path).histogram()
+    assert found["scaled_dot_product_attention"] == 4, "each is whole where the system has it"
+
+
+def test_attention_is_left_alone_when_it_has_no_scale_and_a_float_mask() -> None:
+    plain = captured(Calls(lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=x[:, :, :6])), ROWS)
+    check_pass(LegalizeSpelling(), plain, expect_changes=0)
+    axes: Any = {"x": {1: ("tokens", 4, 64)}}
+    causal = captured(Calls(lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True)), ROWS, dynamic=axes)
+    assert near_misses(LegalizeSpelling(), causal) == [
+        ("scaled_dot_product_attention", "the size of its causal mask depends on the input")
+    ]
 
 
 def test_nothing_is_rewritten_when_the_operator_works_on_bits_or_sizes_are_open() -> None:
