@@ -226,7 +226,7 @@ def test_label_is_named_when_it_stands_twice(program: Program) -> None:
 
 def test_classes_of_xcode_differ_when_two_models_are_lowered(program: Program, tmp_path: Path) -> None:
     a, _ = lowered(program, tmp_path, brief("fp32", name="left-eye"))
-    b, _ = lowered(program, tmp_path, Brief(CoreMLOptions(name="RightEye"), precision="fp32", name="left-eye"))
+    b, _ = lowered(program, tmp_path, Brief(CoreMLOptions(name="RightEye"), precision="fp32"))
     assert [a.path, b.path] == ["left_eye.mlpackage", "RightEye.mlpackage"]
     assert all(is_swift_identifier(Path(each.path).stem) for each in (a, b))
     ids = [json.loads((tmp_path / each.path / "Manifest.json").read_text())["rootModelIdentifier"] for each in (a, b)]
