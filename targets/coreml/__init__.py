@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 from pydantic import Field, field_validator
 
-from vlexport.core.artifact import Artifact, Frozen
+from vlexport.core.artifact import Artifact, Frozen, Signature, TensorSpec
 from vlexport.core.devices import this_machine
 from vlexport.targets.base import Brief, Probe, Target
 from vlexport.targets.coreml.names import is_swift_identifier, swift_class_name, swift_identifier
@@ -87,6 +87,17 @@ def deployment_target(brief: Brief) -> str:
     return fact.value if fact is not None else DEFAULT_DEPLOYMENT
 
 
+def _interface_facts(
+    signature: Signature, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]
+) -> dict[str, str]:
+    """That golden vectors are of the source program, where an app meets other names or types."""
+    names = [[spec.name for spec in specs] for specs in (signature.inputs, inputs, signature.outputs, outputs)]
+    if [spec.dtype for spec in signature.inputs] == [spec.dtype for spec in inputs] and names[2] == names[3]:
+        return {}
+    pairs = (f"{', '.join(names[0])} → {', '.join(names[2])}", f"{', '.join(names[1])} → {', '.join(names[3])}")
+    return {"golden_vectors": f"of the source program ({pairs[0]} as arrays), not of the package ({pairs[1]})"}
+
+
 class CoreMLTarget(Target):
     """ML Program packages.
 
@@ -148,6 +159,7 @@ class CoreMLTarget(Target):
             inputs=plan.inputs,
             outputs=plan.outputs,
             session_options={"compute_units": options.compute_units},
+            facts=_interface_facts(program.signature, plan.inputs, plan.outputs),
         )
 
     def lower_naive(self, program: Program, folder: Path) -> Artifact:

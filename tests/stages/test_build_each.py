@@ -319,3 +319,12 @@ def test_components_are_built_for_each_target(tmp_path: Path) -> None:
     outputs = [vlexport.load(tmp_path / "out" / target).run({name: values}) for target in made.results]
     for key, value in outputs[0].items():
         np.testing.assert_allclose(outputs[1][key], value, atol=1e-5)  # two graphs, one runtime
+
+
+def test_note_says_whose_golden_vectors_they_are_when_the_package_takes_images(
+    model_file: Path, tmp_path: Path
+) -> None:
+    made = build(config(model_file, tmp_path / "a", "coreml", options={"coreml.inputs": "image"}))
+    assert any("golden vectors: of the source program (image → output as arrays)" in n for n in made.report.notes)
+    made = build(config(model_file, tmp_path / "b", "coreml", options={"coreml.classifier": "off"}))
+    assert not any("golden vectors" in note for note in made.report.notes)

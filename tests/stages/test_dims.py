@@ -14,7 +14,7 @@ import vlexport
 from vlexport.core.artifact import DimRange, Signature, TensorSpec
 from vlexport.core.bundle_schema import Bundle
 from vlexport.core.config import BuildConfig
-from vlexport.core.errors import UsageError
+from vlexport.core.errors import DataError, UsageError
 from vlexport.stages.build import BuildResult, build
 from vlexport.stages.dims import ONE, dims_of
 from vlexport.targets import open_target
@@ -189,3 +189,19 @@ def test_nothing_is_written_when_no_target_takes_the_sizes(model: Path, tmp_path
     with pytest.raises(UsageError, match="from 8 to 64"):
         made(model, tmp_path / "none", dynamic=["height=100"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_calibration_samples_are_refused_when_narrowed_dims_do_not_take_them(model: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "calib.npz", image=np.zeros((2, 3, 48, 8), np.float32))
+    for dynamic, fits in (("height=48", True), ("height=32", False), ("height=8:32", False)):
+        config = BuildConfig(
+            model=str(model), output=str(tmp_path / dynamic.replace(":", "-")), dynamic=(dynamic,), profile=False,
+            calib=str(tmp_path / "calib.npz"),
+        )  # fmt: skip
+        if fits:
+            build(config)
+            continue
+        with pytest.raises(DataError) as error:
+            build(config)
+        assert error.value.code == "VLX0205"
+        assert not Path(str(config.output)).exists()

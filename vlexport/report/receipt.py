@@ -52,7 +52,7 @@ def receipt(bundle: Bundle, report: Report, shown_path: str) -> list[str]:
     if bundle.state == "verified":
         lines.append(f"Next     vlexport profile {shown_path}   ({why})")
     else:
-        lines.append(f"Next     vlexport verify {shown_path}   (where it runs)")
+        lines.append(f"Next     copy {shown_path} to where {bundle.target} itself runs, and measure there")
     lines.append("Use it:")
     return [*lines, *snippet(bundle, shown_path)]
 

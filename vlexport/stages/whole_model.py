@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vlexport.core.artifact import Array
+from vlexport.core.artifact import Array, DimRange
 from vlexport.core.bundle_schema import Golden
 from vlexport.core.dataset import Dataset
 from vlexport.core.errors import DataError
@@ -24,17 +24,30 @@ def first_samples(dataset: Dataset | None, sources: Sources, *, count: int) -> d
     """What each component is given on the first calibration samples, with batch dim; nothing without data.
 
     Raises:
-        DataError: VLX0202 when the data is empty.
+        DataError: VLX0202 when the data is empty, VLX0205 for sizes that narrowed dims do not take.
     """
     if dataset is None:
         return {}
     found: dict[str, list[dict[str, Array]]] = {name: [] for name in sources.components}
     for sample in islice(dataset, count):
+        _require_fit(sample.inputs, sources)
         for name, inputs in sources.inputs_of(_batched(sample.inputs, sources)).items():
             found[name].append(inputs)
     if not any(found.values()):
         raise DataError("VLX0202", "the calibration data is empty", where="--calib")
     return found
+
+
+def _require_fit(sample: Mapping[str, Array], sources: Sources) -> None:
+    """Refuse a sample, which has no batch dim, whose sizes the dims do not take."""
+    for spec in sources.signature.inputs:
+        for size, dim in zip(sample[spec.name].shape, spec.shape[1:], strict=False):
+            taken = sources.signature.dims[dim] if isinstance(dim, str) else DimRange(min=dim, max=dim, opt=dim)
+            if size < taken.min or (taken.max is not None and size > taken.max):
+                raise DataError(
+                    "VLX0205", f"input {spec.name} of a calibration sample has a size of {size}, {dim} is wanted",
+                    where="--calib", hint="give samples of the sizes that the artifact takes, or another --dynamic",
+                )  # fmt: skip
 
 
 def _batched(sample: Mapping[str, Array], sources: Sources) -> dict[str, Array]:
