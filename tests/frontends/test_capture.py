@@ -159,6 +159,16 @@ def test_capture_is_refused_when_example_inputs_do_not_fit(inputs: Any, message:
     assert message in refused("VLX0302", base(), inputs).message
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_weights_are_the_programs_only_when_the_caller_gives_the_model_up(own: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).eval()
+    program = capture(model, torch.randn(2, 4), own=own).program
+    given = {p.data_ptr() for p in model.parameters()}
+    taken = {t.data_ptr() for t in program.tensors.values()}
+    assert taken == given if own else not taken & given
+
+
 def test_capture_is_refused_in_words_when_the_model_cannot_be_copied() -> None:
     model = base()
     model.cache = torch.ones(2, requires_grad=True) * 2  # type: ignore[assignment]

@@ -65,7 +65,7 @@ class _Arguments:
         return tuple(values[:count]), dict(zip(self.keyword, values[count:], strict=True))
 
 
-def capture(model: nn.Module, inputs: Inputs, *, dynamic: Dynamic = "auto") -> Captured:
+def capture(model: nn.Module, inputs: Inputs, *, dynamic: Dynamic = "auto", own: bool = False) -> Captured:
     """Capture ``model`` as a functional Program.
 
     Args:
@@ -75,18 +75,19 @@ def capture(model: nn.Module, inputs: Inputs, *, dynamic: Dynamic = "auto") -> C
             to the example's sizes naming the line that forbids it; True fails instead of falling back; False keeps all
             sizes; a mapping ``{input: {axis: name | (name, min, max)}}`` asks for certain dims and fails if they cannot
             be had.
+        own: The caller gives the model up: it is exported itself, and its weights become the Program's.
 
     Raises:
         CaptureError: VLX0301 train mode, VLX0302 inputs that do not fit, VLX0303 not exportable, VLX0304 the graph
             disagrees with the eager model, VLX0305 mutation, VLX0306 outputs that are no tensors.
     """
     _require_eval(model)
-    twin = _copied(model)
+    twin = model if own else copied(model)
     notes: list[str] = []
     if any(t.is_floating_point() and t.dtype is not torch.float32 for t in twin.state_dict().values()):
         notes.append("half- or double-precision weights were loaded as float32")
     twin = twin.cpu().float()  # unlike to(float32), leaves complex buffers whole
-    reference = copy.deepcopy(twin)  # the user's own module never runs: a forward may write to its state
+    reference = copied(twin)  # the user's own module never runs: a forward may write to its state
     arguments = _bind(twin, inputs)
     if isinstance(dynamic, Mapping):
         _require_axes(dynamic, arguments)
@@ -130,7 +131,12 @@ def _require_eval(model: nn.Module) -> None:
             )
 
 
-def _copied(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy of a module.
+
+    Raises:
+        CaptureError: VLX0303.
+    """
     try:
         return copy.deepcopy(model)
     except (RuntimeError, TypeError, NotImplementedError) as error:

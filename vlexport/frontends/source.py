@@ -17,11 +17,13 @@ from vlexport.core.errors import DataError, ModelFileError, UsageError, nearest
 from vlexport.core.preprocess import Preprocess, guess_spec, preprocess_from_spec
 from vlexport.frontends.architecture import architecture_identity, factory_from_text, preprocess_from_timm
 from vlexport.frontends.archive import read_archive
-from vlexport.frontends.capture import capture
+from vlexport.frontends.capture import capture, copied
 from vlexport.frontends.checkpoint import fit_state_dict, read_state_dict
 from vlexport.frontends.model_file import kind_of
 from vlexport.ir.exported import program_from_exported
 from vlexport.ir.program import Program
+
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -217,20 +219,26 @@ def _from_architecture(path: Path, config: BuildConfig) -> Source:
         notes += ("half- or double-precision weights were loaded as float32",)
     made.module.float().load_state_dict(fitted)
     made.module.eval()
+    del state, fitted  # the module has copies
     given = input_specs(config.input)
     inputs: Any = given or made.inputs
     if inputs is None:
         raise UsageError(
             "VLX0703", "the input's shape is not known", where="--input", hint="give it, as --input image=1x3x224x224"
         )
-    captured = capture(made.module, inputs)
+    steps, labels = made.preprocess, made.labels
+    module = copied(made.module)  # a factory may give the same module again
+    del made  # if not, it goes before the capture copies it once more
+    captured = capture(module, inputs, own=True)
     preprocess: dict[str, Preprocess] = {}
-    if made.preprocess is not None:
+    if steps is not None:
         spec = captured.program.signature.inputs[0]
-        if problem := _mismatch(made.preprocess, spec):
+        if problem := _mismatch(steps, spec):
             notes += (f"{problem}: none is recorded, give --preprocess",)
         else:
-            preprocess[spec.name] = made.preprocess
+            preprocess[spec.name] = steps
     digest = hashlib.sha256(architecture_identity(config.arch))
-    digest.update(path.read_bytes())
-    return Source(captured.program, preprocess, made.labels, digest.hexdigest(), (*notes, *captured.notes))
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return Source(captured.program, preprocess, labels, digest.hexdigest(), (*notes, *captured.notes))
