@@ -248,6 +248,8 @@ def zoo_model(name: str, seed: int = 0) -> ZooModel:
     """The model of that name in eval mode, with values in every bias, scale and statistic."""
     torch.manual_seed(seed)
     compat.declare_torchvision_operators()  # transformers imports torchvision, whose own do not fit this torch
+    if name not in MODELS:
+        raise ValueError(f"the zoo has no model {name}")
     made = TRANSFORMERS[name]() if name in TRANSFORMERS else _timm(name)
     made.module.eval()
     _randomise(made, seed)
