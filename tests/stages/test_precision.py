@@ -20,7 +20,7 @@ from vlexport.passes import ON_REQUEST
 from vlexport.passes.cast_floats import CastFloats
 from vlexport.report.receipt import receipt
 from vlexport.stages.build import build
-from vlexport.stages.choices import options_of, passes_of
+from vlexport.stages.choices import options_of, passes_of, precision_passes_of
 from vlexport.stages.plan import plan
 from vlexport.stages.write_bundle import GOLDEN_TOLERANCE, golden_tolerance
 from vlexport.targets import open_target
@@ -117,7 +117,7 @@ def test_hint_names_the_flag_when_an_option_of_the_pass_is_set_without_it(model_
 
 def test_options_and_samples_reach_the_pass_when_it_runs(model_file: Path, tmp_path: Path) -> None:
     asked = config(model_file, tmp_path, options={"cast-floats.keep": "a.b, c", "cast-floats.margin": "3"})
-    made = passes_of(asked, "fp16", samples=[(TOKENS,)])[-1]
+    (made,) = precision_passes_of(asked, "fp16", [(TOKENS,)])
     assert isinstance(made, CastFloats)
     assert (made.options.keep, made.options.margin, len(made.samples)) == (("a.b", "c"), 3.0, 1)
     assert [each.name for each in passes_of(asked) if each.name in ON_REQUEST] == []
