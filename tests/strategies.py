@@ -367,6 +367,18 @@ def _masks(g: Grower, x: Node) -> Node | None:
     return g.call(aten.where.ScalarOther, mask, x, 0.0)
 
 
+def _fill(g: Grower, x: Node) -> Node | None:
+    """A slice of zeros or of a stored number in place of the first values."""
+    if g.shape(x)[-1] < 2:
+        return None
+    head = g.call(aten.slice.Tensor, x, -1, 0, 1)
+    if g.pick(True, False):
+        filled = g.call(aten.fill.Scalar, head, g.pick(0.0, 0.5))
+    else:
+        filled = g.call(aten.fill.Tensor, head, g.tensor())
+    return g.call(aten.slice_scatter.default, x, filled, -1, 0, 1)
+
+
 def _dead(g: Grower, x: Node) -> Node | None:
     """A chain that nobody reads, with a tensor of its own."""
     made = g.call(aten.mul.Tensor, x, g.tensor(g.shape(x)[-1]))
@@ -415,6 +427,7 @@ OPERATORS: dict[str, Callable[[Grower, Node], Node | None]] = {
     "duplicates": _duplicates,
     "near duplicates": _near_duplicates,
     "masks": _masks,
+    "fill": _fill,
     "dead": _dead,
 }
 """Name → builder."""

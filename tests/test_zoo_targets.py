@@ -88,11 +88,13 @@ def test_reasons_are_numbered_remarks_when_the_table_is_rendered() -> None:
         {**vars(GOOD)},
         {**vars(replace(GOOD, target="coreml", outcome="refused", reason="VLX0503: a|b"))},
         {**vars(replace(GOOD, model="n", target="coreml", outcome="refused", reason="VLX0503: a|b"))},
+        {**vars(replace(GOOD, model="o", target="tensorrt", precision="fp32", reason="fp16: c", engine="yes"))},
     ]
     text = table({"rows": rows})
     assert "| m | built | dynamic | 1e-06 | - | - | - | refused [1] |" in text
     assert "| n | - | - | - | - | - | - | refused [1] |" in text
-    assert text.endswith("1. VLX0503: a\\|b\n")
+    assert "| o | - | - | - | built in fp32 [2] | yes | - | - |" in text
+    assert text.endswith("1. VLX0503: a\\|b\n2. fp16: c\n")
 
 
 @pytest.mark.zoo

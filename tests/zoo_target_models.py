@@ -36,6 +36,7 @@ class ZooModel:
         words: Arguments that are ids → size of the vocabulary; the others are floats, standard normal.
         ends: Value that closes a row of ids at a drawn place, with padding behind it.
         published: Parameters whose value makes the model what it is → that of the published weights.
+        own_weights: Matrices and kernels stay as the constructor made them.
     """
 
     module: nn.Module
@@ -43,6 +44,7 @@ class ZooModel:
     words: Mapping[str, int] = field(default_factory=dict)
     ends: int | None = None
     published: Mapping[str, float] = field(default_factory=dict)
+    own_weights: bool = False
 
     def draw(self, batch: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Inputs of ``batch`` samples."""
@@ -218,8 +220,9 @@ def _deformable_detr() -> ZooModel:
         **_DETECTION, backbone_config=_resnet(["stage2", "stage3", "stage4"]), two_stage=True, with_box_refine=True,
         two_stage_num_proposals=20,
     )  # fmt: skip
-    model = DeformableDetrForObjectDetection(config)
-    return ZooModel(OfPixels(model, ("logits", "pred_boxes")), _DETECTED)
+    model = OfPixels(DeformableDetrForObjectDetection(config), ("logits", "pred_boxes"))
+    # with larger weights it samples at random places of random features, and rounding decides what it sees
+    return ZooModel(model, _DETECTED, own_weights=True)
 
 
 def _videomae() -> ZooModel:
@@ -265,7 +268,7 @@ def _randomise(made: ZooModel, seed: int) -> None:
     randomise(made.module, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in made.module.parameters():
+        for parameter in () if made.own_weights else made.module.parameters():
             if parameter.ndim >= 2 and parameter[0].numel() > 1:
                 parameter.normal_(0, min(1.0, 1.4 * parameter[0].numel() ** -0.5), generator=generator)
         for name, value in made.published.items():

@@ -47,7 +47,7 @@ class Row:
     Attributes:
         batch: ``dynamic``, ``fixed`` or a range ``MIN:OPT:MAX``.
         outcome: ``built``, ``refused`` (an error with a code), ``crashed`` (any other) or ``died`` (the process).
-        reason: Code, message and place of the error.
+        reason: Code, message and place of the error; of a row that was built in fp32, why it was not in fp16.
         seconds: The target's own passes, lowering and golden check.
         gate: Worst figure of exact passes; of approximate ones the least signal to noise ratio.
         error: Largest relative error of the artifact, run here, against eager; None where it does not run here.
@@ -112,27 +112,37 @@ def examine(name: str, targets: Sequence[str], dims: str = "") -> list[Row]:
         return [replace(row, note="; ".join(captured.notes)) for row in rows]
 
 
-def _built(name: str, made: Any, file: Path, targets: Sequence[str], dims: str) -> list[Row]:
+def _built(
+    name: str, made: Any, file: Path, targets: Sequence[str], dims: str, precision: str | None = None
+) -> list[Row]:
     from vlexport.core.config import BuildConfig
     from vlexport.core.errors import VlexportError
     from vlexport.stages.build_each import build_each
 
     config = BuildConfig(
         model=str(file), target=",".join(targets), output=str(file.parent / "out"), profile=False, numeric_gate=True,
-        dynamic=(f"batch={dims}",) if dims else (), force=True,
+        dynamic=(f"batch={dims}",) if dims else (), force=True, precision=precision,
     )  # fmt: skip
     try:
         built = build_each(config)
     except VlexportError as error:
         if len(targets) > 1:  # which of them it was is not said
             return [row for target in targets for row in _built(name, made, file, [target], dims)]
-        return [Row(name, targets[0], dims, "refused", reason=_said(error))]
+        return [_refused(name, made, file, targets[0], dims, error, precision)]
     except Exception as error:
         if len(targets) > 1:
             return [row for target in targets for row in _built(name, made, file, [target], dims)]
         return [Row(name, targets[0], dims, "crashed", reason=f"{type(error).__name__}: {error}"[:400])]
-    rows = [Row(name, t, dims, "refused", reason=_said(error)) for t, error in built.refused.items()]
+    rows = [_refused(name, made, file, t, dims, error, precision) for t, error in built.refused.items()]
     return [*rows, *(_row(name, made, t, result, dims) for t, result in built.results.items())]
+
+
+def _refused(name: str, made: Any, file: Path, target: str, dims: str, error: Any, precision: str | None) -> Row:
+    """The row of a refusal; where half precision alone is refused, that of a build in fp32 which says so."""
+    if precision is None and error.code == "VLX0401" and "cast-floats" in error.message:
+        (row,) = _built(name, made, file, [target], dims, "fp32")
+        return replace(row, reason=f"fp16: {_said(error)}") if row.outcome == "built" else row
+    return Row(name, target, dims, "refused", reason=_said(error))
 
 
 def _said(error: Any) -> str:
@@ -269,7 +279,8 @@ def table(record: dict[str, Any]) -> str:
             if row is None:
                 cells += ["-"] * (3 if target == "onnxruntime" else 1 if dims or target == "coreml" else 2)
                 continue
-            state = "built" if row.outcome == "built" else f"{row.outcome} {remark(row.reason)}"
+            state = row.outcome if row.outcome != "built" or not row.reason else f"built in {row.precision}"
+            state += f" {remark(row.reason)}" if row.reason else ""
             if target == "onnxruntime":
                 batch = row.batch + (f" {remark(row.note)}" if row.note else "") if row.outcome == "built" else "-"
                 cells += [state, batch, f"{row.error:.0e}" if row.error is not None else "-"]

@@ -133,7 +133,7 @@ OPS: dict[str, OpInfo] = {
         "elementwise",
         "isinf.default type_as.default to.dtype_layout bitwise_xor.Tensor logical_xor.default addcmul.default",
     ),
-    **_row("elementwise", "__and__.Tensor __or__.Tensor __xor__.Tensor"),
+    **_row("elementwise", "__and__.Tensor __or__.Tensor __xor__.Tensor fill.Tensor fill.Scalar"),
     **_row("view", "reshape.default permute.default expand.default squeeze.dim squeeze.dims squeeze.default"),
     **_row("view", "unsqueeze.default slice.Tensor select.int cat.default stack.default split.Tensor"),
     **_row(
