@@ -22,7 +22,7 @@ BLOCKED = ("torch", "torchvision", "onnx", "onnx_ir", "onnxscript", "timm", "tra
 NEEDS_TORCH = (
     "ir", "frontends", "passes", "stages/build.py", "stages/build_each.py", "stages/choices.py", "stages/component.py",
     "stages/lowered.py", "stages/lowering_cache.py", "stages/naive.py", "stages/order.py",
-    "stages/plan.py", "stages/whole_model.py", "targets/onnx/",
+    "stages/plan.py", "stages/prepare.py", "stages/whole_model.py", "targets/onnx/",
     "targets/tensorrt/lower.py", "targets/tensorrt/op_limits.py", "targets/tensorrt/op_support.py",
     *(f"targets/coreml/{name}.py" for name in ("classify", "convert", "legalize_resize", "legalize_spelling", "outputs",
                                                "pixels", "plan")),

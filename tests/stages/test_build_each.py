@@ -18,7 +18,7 @@ from vlexport.core.bundle import COMPARE_FILE, read_bundle
 from vlexport.core.comparison import Comparison
 from vlexport.core.config import BuildConfig
 from vlexport.core.errors import CapabilityError, GateError, UsageError
-from vlexport.stages import build as build_module
+from vlexport.stages import prepare as prepare_module
 from vlexport.stages.build import build
 from vlexport.stages.build_each import Built, build_each
 from vlexport.targets.coreml import CoreMLTarget
@@ -57,13 +57,13 @@ def test_capture_and_shared_passes_run_once_when_there_are_two_targets(
 ) -> None:
     counted: Counter[str] = Counter()
     for name in ("open_sources", "optimize_component", "specialize_component", "open_dataset"):
-        original = getattr(build_module, name)
+        original = getattr(prepare_module, name)
 
         def counting(*args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
             counted[_name] += 1
             return _original(*args, **kwargs)
 
-        monkeypatch.setattr(build_module, name, counting)
+        monkeypatch.setattr(prepare_module, name, counting)
     build_each(config(model_file, tmp_path / "out", "onnxruntime,coreml", precision="fp32"))
     assert counted == {"open_sources": 1, "optimize_component": 1, "specialize_component": 2, "open_dataset": 2}
 
@@ -201,7 +201,7 @@ def test_gate_is_refused_before_any_work_when_it_cannot_be_judged_here(
     def forbidden(*args: object) -> None:
         raise AssertionError("work was done")
 
-    monkeypatch.setattr(build_module, "open_sources", forbidden)
+    monkeypatch.setattr(prepare_module, "open_sources", forbidden)
     data = Make.npz(tmp_path / "data.npz", [0, 1])
     with pytest.raises(CapabilityError) as error:
         build_each(config(model_file, tmp_path / "out", target, data=data, gate=(gate,), profile=profile))

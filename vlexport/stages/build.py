@@ -5,39 +5,32 @@
     model.pt ─ frontend ─▶ Program ─ passes ─▶ Program ─ lower ─▶ artifact ─▶ golden check ─▶ bundle
                                                                                  └─▶ validate ─▶ profile ─▶ report
 
-:func:`prepare` is what several targets share (``stages/build_each``); :func:`build_prepared` is one target's own part.
+What several targets share is made by ``stages/prepare``; :func:`build_prepared` is one target's own part.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import vlexport
-from vlexport.core.artifact import DimRange
 from vlexport.core.bundle import ARTIFACT_FOLDER, artifact_folder
 from vlexport.core.bundle_schema import Bundle, Component, Golden, Report
-from vlexport.core.cache import Cache, open_cache
 from vlexport.core.config import BuildConfig
-from vlexport.core.dataset import Dataset
 from vlexport.core.devices import available_cores, this_machine
 from vlexport.core.errors import UsageError
 from vlexport.core.progress import Reporter, Silent, StageClock
-from vlexport.core.user_metric import UserMetric, open_metrics
-from vlexport.frontends.sources import Sources, open_sources
-from vlexport.ir.program import Program
+from vlexport.frontends.sources import Sources
 from vlexport.passes.base import Pass
 from vlexport.passes.pipeline import TimingHook
 from vlexport.report.write import new_report, write_report
 from vlexport.stages.choices import (
     lowered_passes_of,
-    open_dataset,
     options_of,
     output_of,
-    passes_of,
     tools_of,
     why_untimed,
 )
@@ -45,21 +38,17 @@ from vlexport.stages.component import (
     Optimized,
     legalize_component,
     lower_component,
-    optimize_component,
-    specialize_component,
 )
 from vlexport.stages.dims import dims_of
 from vlexport.stages.golden import check_bundle
 from vlexport.stages.naive import plain_export
 from vlexport.stages.order import Order, configs_of, order_of
+from vlexport.stages.prepare import Prepared, dump_of, pass_seconds, prepare, specialized
 from vlexport.stages.profile import QUICK, Measurable, measure_latency
-from vlexport.stages.tune import Subject, Tuned, autotune, require_searchable
-from vlexport.stages.validate import TIMED, judge_gates, measure_accuracy, require_measured, skipped_phrase
-from vlexport.stages.whole_model import first_samples, opt_inputs, whole_goldens
-from vlexport.stages.write_bundle import golden_tolerance, require_folder, require_free, staging, write_bundle
-
-RANGE_SAMPLES = 16
-"""Calibration samples that ranges are measured on: the largest value of a layer settles within a few images."""
+from vlexport.stages.tune import Subject, Tuned, autotune
+from vlexport.stages.validate import judge_gates, measure_accuracy, skipped_phrase
+from vlexport.stages.whole_model import opt_inputs, whole_goldens
+from vlexport.stages.write_bundle import golden_tolerance, require_free, staging, write_bundle
 
 
 @dataclass(frozen=True)
@@ -85,33 +74,6 @@ class BuildResult:
         if self.tuned is not None:
             self.tuned.finish()
         return replace(self, output=output)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What all targets share.
-
-    Attributes:
-        sources: The model.
-        optimized: Component → after the passes that no target owns.
-        passes: Those passes.
-        dataset: Evaluation samples.
-        calibration: Calibration samples.
-        metrics: The user's own.
-        cache: Where artifacts and plain exports may be found; None makes them anew.
-        seconds: Stage → seconds spent so far.
-        specialized: Component, dims and precision → what targets that agree in them share, once one has made it.
-    """
-
-    sources: Sources
-    optimized: dict[str, Optimized]
-    passes: tuple[Pass[Program], ...]
-    dataset: Dataset | None
-    calibration: Dataset | None
-    metrics: tuple[UserMetric, ...]
-    cache: Cache | None
-    seconds: dict[str, float]
-    specialized: dict[tuple[str, str, str], Optimized] = field(default_factory=dict)
 
 
 def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResult:
@@ -140,57 +102,6 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
     return result.standing(output)
 
 
-def prepare(config: BuildConfig, orders: Sequence[Order], reporter: Reporter) -> Prepared:
-    """Open model and data, and run the passes that no target owns.
-
-    Raises:
-        VlexportError: With the code and exit code of whatever is wrong.
-    """
-    clock = StageClock(reporter)
-    passes = tuple(passes_of(config))
-    metrics = open_metrics(config.metric)
-    require_folder(config.dump)
-    with clock.stage("open the model"):
-        sources = open_sources(config)
-    require_searchable(config, sources.components)
-    dataset = open_dataset(config.data, sources, skip_bad=config.skip_bad)
-    if dataset is not None:
-        for order in orders:
-            require_measured([g for g in order.gates if g.metric not in TIMED], dataset, referenced=True)
-    calibration = open_dataset(config.calib, sources, skip_bad=config.skip_bad)
-    samples = first_samples(calibration, sources, count=1)
-    _require_dims(orders, sources)
-    timing = TimingHook()
-    optimized: dict[str, Optimized] = {}
-    with clock.stage("passes"):
-        for name, source in sources.components.items():
-            with sources.named(name):
-                optimized[name] = optimize_component(
-                    source, passes, config=config, samples=samples.get(name, ()), dump=_dump(config, sources, name),
-                    hooks=[timing],
-                )  # fmt: skip
-    seconds = {**clock.seconds, **_pass_seconds(timing)}
-    return Prepared(sources, optimized, passes, dataset, calibration, metrics, open_cache(reporter), seconds)
-
-
-def _require_dims(orders: Sequence[Order], sources: Sources) -> None:
-    """Refuse sizes that no target takes before any work is done; those that one does not take refuse that one later.
-
-    Raises:
-        UsageError: VLX0703, VLX0706.
-    """
-    refused: list[UsageError] = []
-    for order in orders:
-        try:
-            dims_of(order.config, order.target, sources.signature)
-        except UsageError as error:  # noqa: PERF203  a handful of targets
-            refused.append(error)
-        else:
-            return
-    if refused:
-        raise refused[0]
-
-
 def build_prepared(order: Order, prepared: Prepared, folder: Path, reporter: Reporter) -> BuildResult:
     """One target's bundle, written into ``folder``.
 
@@ -205,10 +116,10 @@ def build_prepared(order: Order, prepared: Prepared, folder: Path, reporter: Rep
     with clock.stage(f"passes for {target.id}"):
         for name in sources.components:
             with sources.named(name):
-                dump = _dump(config, sources, name, target.id)
-                specialized = _specialized(prepared, sources, name, dims, brief.precision, config, dump, timing)
+                dump = dump_of(config, sources, name, target.id)
+                shared = specialized(prepared, sources, name, dims, brief.precision, config, dump, timing)
                 optimized[name] = legalize_component(
-                    specialized, target.program_passes(brief), dump=dump and dump / "legalized", hooks=[timing]
+                    shared, target.program_passes(brief), dump=dump and dump / "legalized", hooks=[timing]
                 )
     components: dict[str, Component] = {}
     lowered = lowered_passes_of(config, target, brief.options)
@@ -218,7 +129,7 @@ def build_prepared(order: Order, prepared: Prepared, folder: Path, reporter: Rep
                 components[name] = lower_component(
                     target, source, optimized[name], brief, bundle=folder, name=name, seed=config.seed,
                     folder=folder / artifact_folder(sources.components, name), passes=lowered,
-                    dump=_dump(config, sources, name, target.id, "lowered"), hooks=[timing], cache=prepared.cache,
+                    dump=dump_of(config, sources, name, target.id, "lowered"), hooks=[timing], cache=prepared.cache,
                     reporter=reporter,
                 )  # fmt: skip
     dataset = prepared.dataset
@@ -247,35 +158,12 @@ def build_prepared(order: Order, prepared: Prepared, folder: Path, reporter: Rep
         report = _with_notes(report, skipped_phrase(prepared.calibration, "calibration samples"))
     report = judge_gates(report, order.gates)
     seconds = {**prepared.seconds, **clock.seconds}
-    for name, spent in _pass_seconds(timing).items():
+    for name, spent in pass_seconds(timing).items():
         seconds[name] = seconds.get(name, 0.0) + spent
     report = report.model_copy(update={"stage_seconds": {k: round(v, 2) for k, v in seconds.items()}})
     write_report(folder, bundle, report)
     reporter.note(f"precision {order.brief.precision}: {order.reason}")
     return BuildResult(folder, bundle, report, seconds, tuned)
-
-
-def _specialized(
-    prepared: Prepared,
-    sources: Sources,
-    name: str,
-    dims: Mapping[str, DimRange],
-    precision: str,
-    config: BuildConfig,
-    dump: Path | None,
-    timing: TimingHook,
-) -> Optimized:
-    """A component narrowed and typed: made for the first target that asks, found by the others."""
-    own = prepared.sources.wiring.dims.own(name, dims)
-    key = (name, str(sorted(own.items())), precision)
-    if key not in prepared.specialized:
-        samples = first_samples(prepared.calibration, sources, count=RANGE_SAMPLES)
-        prepared.specialized[key] = specialize_component(
-            prepared.optimized[name], sources.components[name], dims=own,
-            again=[p for p in prepared.passes if p.stage == "normalize"], precision=precision, config=config,
-            samples=samples.get(name, ()), dump=dump, hooks=[timing],
-        )  # fmt: skip
-    return prepared.specialized[key]
 
 
 def _measured(
@@ -371,14 +259,3 @@ def _narrowing(saved: Sources, made: Sources, config: BuildConfig) -> tuple[str,
 
 def _with_notes(report: Report, *notes: str) -> Report:
     return report.model_copy(update={"notes": (*report.notes, *notes)})
-
-
-def _dump(config: BuildConfig, sources: Sources, name: str, *parts: str) -> Path | None:
-    """Where a component's graph goes after every pass; None without ``--dump``."""
-    if not config.dump:
-        return None
-    return Path(config.dump).joinpath(name if sources.only is None else "", *parts)
-
-
-def _pass_seconds(timing: TimingHook) -> dict[str, float]:
-    return {f"pass {name}": spent for name, spent in timing.seconds.items()}

@@ -1,0 +1,150 @@
+"""prepare: what all targets of a build share: the opened model and data, and the passes that no target owns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vlexport.core.artifact import DimRange
+from vlexport.core.cache import Cache, open_cache
+from vlexport.core.config import BuildConfig
+from vlexport.core.dataset import Dataset
+from vlexport.core.errors import UsageError
+from vlexport.core.progress import Reporter, StageClock
+from vlexport.core.user_metric import UserMetric, open_metrics
+from vlexport.frontends.sources import Sources, open_sources
+from vlexport.ir.program import Program
+from vlexport.passes.base import Pass
+from vlexport.passes.pipeline import TimingHook
+from vlexport.stages.choices import (
+    open_dataset,
+    passes_of,
+)
+from vlexport.stages.component import (
+    Optimized,
+    optimize_component,
+    specialize_component,
+)
+from vlexport.stages.dims import dims_of
+from vlexport.stages.order import Order
+from vlexport.stages.tune import require_searchable
+from vlexport.stages.validate import TIMED, require_measured
+from vlexport.stages.whole_model import first_samples
+from vlexport.stages.write_bundle import require_folder
+
+RANGE_SAMPLES = 16
+"""Calibration samples that ranges are measured on: the largest value of a layer settles within a few images."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What all targets share.
+
+    Attributes:
+        sources: The model.
+        optimized: Component → after the passes that no target owns.
+        passes: Those passes.
+        dataset: Evaluation samples.
+        calibration: Calibration samples.
+        metrics: The user's own.
+        cache: Where artifacts and plain exports may be found; None makes them anew.
+        seconds: Stage → seconds spent so far.
+        specialized: Component, dims and precision → what targets that agree in them share, once one has made it.
+    """
+
+    sources: Sources
+    optimized: dict[str, Optimized]
+    passes: tuple[Pass[Program], ...]
+    dataset: Dataset | None
+    calibration: Dataset | None
+    metrics: tuple[UserMetric, ...]
+    cache: Cache | None
+    seconds: dict[str, float]
+    specialized: dict[tuple[str, str, str], Optimized] = field(default_factory=dict)
+
+
+def prepare(config: BuildConfig, orders: Sequence[Order], reporter: Reporter) -> Prepared:
+    """Open model and data, and run the passes that no target owns.
+
+    Raises:
+        VlexportError: With the code and exit code of whatever is wrong.
+    """
+    clock = StageClock(reporter)
+    passes = tuple(passes_of(config))
+    metrics = open_metrics(config.metric)
+    require_folder(config.dump)
+    with clock.stage("open the model"):
+        sources = open_sources(config)
+    require_searchable(config, sources.components)
+    dataset = open_dataset(config.data, sources, skip_bad=config.skip_bad)
+    if dataset is not None:
+        for order in orders:
+            require_measured([g for g in order.gates if g.metric not in TIMED], dataset, referenced=True)
+    calibration = open_dataset(config.calib, sources, skip_bad=config.skip_bad)
+    samples = first_samples(calibration, sources, count=1)
+    _require_dims(orders, sources)
+    timing = TimingHook()
+    optimized: dict[str, Optimized] = {}
+    with clock.stage("passes"):
+        for name, source in sources.components.items():
+            with sources.named(name):
+                optimized[name] = optimize_component(
+                    source, passes, config=config, samples=samples.get(name, ()), dump=dump_of(config, sources, name),
+                    hooks=[timing],
+                )  # fmt: skip
+    seconds = {**clock.seconds, **pass_seconds(timing)}
+    return Prepared(sources, optimized, passes, dataset, calibration, metrics, open_cache(reporter), seconds)
+
+
+def _require_dims(orders: Sequence[Order], sources: Sources) -> None:
+    """Refuse sizes that no target takes before any work is done; those that one does not take refuse that one later.
+
+    Raises:
+        UsageError: VLX0703, VLX0706.
+    """
+    refused: list[UsageError] = []
+    for order in orders:
+        try:
+            dims_of(order.config, order.target, sources.signature)
+        except UsageError as error:  # noqa: PERF203  a handful of targets
+            refused.append(error)
+        else:
+            return
+    if refused:
+        raise refused[0]
+
+
+def specialized(
+    prepared: Prepared,
+    sources: Sources,
+    name: str,
+    dims: Mapping[str, DimRange],
+    precision: str,
+    config: BuildConfig,
+    dump: Path | None,
+    timing: TimingHook,
+) -> Optimized:
+    """A component narrowed and typed: made for the first target that asks, found by the others."""
+    own = prepared.sources.wiring.dims.own(name, dims)
+    key = (name, str(sorted(own.items())), precision)
+    if key not in prepared.specialized:
+        samples = first_samples(prepared.calibration, sources, count=RANGE_SAMPLES)
+        prepared.specialized[key] = specialize_component(
+            prepared.optimized[name], sources.components[name], dims=own,
+            again=[p for p in prepared.passes if p.stage == "normalize"], precision=precision, config=config,
+            samples=samples.get(name, ()), dump=dump, hooks=[timing],
+        )  # fmt: skip
+    return prepared.specialized[key]
+
+
+def dump_of(config: BuildConfig, sources: Sources, name: str, *parts: str) -> Path | None:
+    """Where a component's graph goes after every pass; None without ``--dump``."""
+    if not config.dump:
+        return None
+    return Path(config.dump).joinpath(name if sources.only is None else "", *parts)
+
+
+def pass_seconds(timing: TimingHook) -> dict[str, float]:
+    """Seconds of every pass, by ``pass NAME``."""
+    return {f"pass {name}": spent for name, spent in timing.seconds.items()}
