@@ -36,13 +36,13 @@ def read_bundle(folder: Path) -> Bundle:
     """
     file = folder / BUNDLE_FILE
     if not _is_file(file):
-        below = sorted(str(each.parent) for each in folder.glob(f"*/{BUNDLE_FILE}"))
-        several = below and _is_file(folder / COMPARE_FILE)
+        several = _is_file(folder / COMPARE_FILE)
+        below = sorted(str(each.parent) for each in folder.glob(f"*/{BUNDLE_FILE}")) if several else []
         raise BundleError(
             "VLX0601",
             "this is no bundle: it has no bundle.json",
             where=str(folder),
-            hint="name " + (f"one of {', '.join(below)}" if several else "the folder that `vlexport build` wrote"),
+            hint="name " + (f"one of {', '.join(below)}" if below else "the folder that `vlexport build` wrote"),
         )
     if file.stat().st_size > _MAX_BUNDLE_FILE:
         raise BundleError("VLX0601", "bundle.json is too large to be one", where=str(folder))
