@@ -67,7 +67,7 @@ def optimize_component(
 
     Args:
         source: The model.
-        passes: In order, the target's at the end.
+        passes: In order; no target's own.
         config: Seed and gate.
         samples: Calibration samples with batch dim, by input name; the first of them is a probe.
         dump: Folder for the graph's text after every pass.

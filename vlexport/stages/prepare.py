@@ -18,6 +18,7 @@ from vlexport.ir.program import Program
 from vlexport.passes.base import Pass
 from vlexport.passes.pipeline import TimingHook
 from vlexport.stages.choices import (
+    HALF_PRECISIONS,
     open_dataset,
     passes_of,
 )
@@ -129,7 +130,8 @@ def specialized(
     own = prepared.sources.wiring.dims.own(name, dims)
     key = (name, str(sorted(own.items())), precision)
     if key not in prepared.specialized:
-        samples = first_samples(prepared.calibration, sources, count=RANGE_SAMPLES)
+        count = RANGE_SAMPLES if precision in HALF_PRECISIONS else 1
+        samples = first_samples(prepared.calibration, sources, count=count) if own or count > 1 else {}
         prepared.specialized[key] = specialize_component(
             prepared.optimized[name], sources.components[name], dims=own,
             again=[p for p in prepared.passes if p.stage == "normalize"], precision=precision, config=config,
