@@ -22,8 +22,9 @@ demo: $(STAMP)
 		--calib samples/solar_cells/data.py:calibration --data samples/solar_cells/data.py:held_out \
 		--max-drop 0.5 --force -o $(OUT)/solar_cells.bundle
 
+# One process a core; a file's tests stay together, so that what they share is made once.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
