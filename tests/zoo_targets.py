@@ -142,8 +142,11 @@ def _built(
 def _refused(name: str, made: Any, file: Path, target: str, dims: str, error: Any, precision: str | None) -> Row:
     """The row of a refusal; where half precision alone is refused, that of a build in fp32 which says so."""
     if precision is None and error.code == "VLX0401" and "cast-floats" in error.message:
+        from tests.zoo_half import cause
+
         (row,) = _built(name, made, file, [target], dims, "fp32")
-        return replace(row, reason=f"fp16: {_said(error)}") if row.outcome == "built" else row
+        reason = f"fp16: {_said(error)}; {cause(made)}"
+        return replace(row, reason=reason) if row.outcome == "built" else row
     return Row(name, target, dims, "refused", reason=_said(error))
 
 
