@@ -24,6 +24,7 @@ from torch import nn
 
 import vlexport
 from vlexport.cli.main import main
+from vlexport.core.bundle import bundle_text
 from vlexport.core.bundle_schema import Bundle, digest_of
 from vlexport.core.errors import VlexportError
 from vlexport.frontends.model_file import METADATA_MEMBER
@@ -37,8 +38,8 @@ def redigested(bundle: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     file = bundle / "bundle.json"
     values = json.loads(file.read_text())
     edit(values)
-    values["digest"] = digest_of(Bundle.model_validate(values))
-    file.write_text(json.dumps(values))
+    changed = Bundle.model_validate(values)
+    file.write_text(bundle_text(changed.model_copy(update={"digest": digest_of(changed)})))
 
 
 # The model file

@@ -240,7 +240,7 @@ def _index(folder: Path) -> dict[str, Any]:
         index: dict[str, Any] = json.loads(sealed["index"])
         if not {"files", "about"} <= set(index):
             raise ValueError("the index is damaged")
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError("the index is damaged") from error
     return index
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -13,9 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from vlexport.core.artifact import Array
-from vlexport.core.bundle import BUNDLE_FILE, COMPARE_FILE, GOLDEN_FOLDER, RECIPE_FILE, recorded_files
-from vlexport.core.bundle_schema import Bundle, Golden, canonical_json, digest_of, plain_json
+from vlexport.core.bundle import BUNDLE_FILE, COMPARE_FILE, GOLDEN_FOLDER, RECIPE_FILE, bundle_text, recorded_files
+from vlexport.core.bundle_schema import Bundle, Golden, digest_of
 from vlexport.core.errors import BundleError
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+"""What the system says when a disk is full, a quota or a file's largest size is reached, or the disk is broken."""
 
 GOLDEN_TOLERANCE = 1e-4
 """Bound of max|a−b| / max|b| between artifact and source Program, fp32: other kernels sum in another order."""
@@ -113,8 +117,13 @@ def staging(output: Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.rename(folder, output)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            raise BundleError(
+                "VLX0607", f"the output cannot be written: {error.strerror}", where=str(output),
+                hint="make room there, or choose another -o",
+            ) from error  # fmt: skip
         raise
 
 
@@ -151,7 +160,7 @@ def write_bundle(folder: Path, bundle: Bundle, recipe: str) -> Bundle:
     (folder / RECIPE_FILE).write_text(recipe, encoding="utf-8", newline="\n")
     bundle = bundle.model_copy(update={"files": dict(recorded_files(folder))})
     bundle = bundle.model_copy(update={"digest": digest_of(bundle)})
-    (folder / BUNDLE_FILE).write_text(canonical_json(plain_json(bundle)) + "\n", encoding="utf-8", newline="\n")
+    (folder / BUNDLE_FILE).write_text(bundle_text(bundle), encoding="utf-8", newline="\n")
     return bundle
 
 
