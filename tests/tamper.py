@@ -1,7 +1,7 @@
 """``python -m tests.tamper --times 200``: mutations of a bundle, of which ``verify`` must catch every one.
 
-Exit 3 says that a bundle was altered, exit 1 that it is none any more or that a path leaves it. What a bundle records is
-mutated: any byte of ``bundle.json``, the recipe, the artifact and the golden vectors, and the tree of files.
+Exit 3 says that a bundle was altered, exit 1 that it is none any more or that a path leaves it. What a bundle records
+is mutated: any byte of ``bundle.json``, the recipe, the artifact and the golden vectors, and the tree of files.
 """
 
 from __future__ import annotations

@@ -235,6 +235,7 @@ def test_build_restores_old_bundle_when_the_rename_fails(cli: Any, here: Path, m
             raise KeyboardInterrupt
         real(source, target)
 
+    monkeypatch.setattr("vlexport.stages.replace_folder.exchanged", lambda one, other: False)
     monkeypatch.setattr(os, "rename", rename)
     assert cli(*BUILD, "--force")[0] == 130
     assert (Path("made") / "old.txt").read_text() == "mine"

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import os
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from vlexport.core.artifact import Array
 from vlexport.core.bundle import BUNDLE_FILE, COMPARE_FILE, GOLDEN_FOLDER, RECIPE_FILE, bundle_text, recorded_files
 from vlexport.core.bundle_schema import Bundle, Golden, digest_of
 from vlexport.core.errors import BundleError
+from vlexport.stages.replace_folder import replace_folder, working_sibling
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 """What the system says when a disk is full, a quota or a file's largest size is reached, or the disk is broken."""
@@ -97,34 +97,26 @@ def require_folder(dump: str | None) -> None:
 def staging(output: Path) -> Iterator[Path]:
     """A temporary sibling of ``output`` that takes its place when the block ends well, and vanishes otherwise."""
     output = output.absolute()
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    except OSError as error:
-        raise BundleError("VLX0607", f"the output cannot be written: {error.strerror}", where=str(output)) from error
-    try:
-        yield folder
-        _flush(folder)
-        _readable(folder)
-        if output.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-            os.rename(output, old / "old")
-            try:
-                os.rename(folder, output)
-            except BaseException:
-                os.rename(old / "old", output)
-                old.rmdir()
-                raise
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.rename(folder, output)
-    except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+    with contextlib.ExitStack() as held:
+        try:
+            folder = held.enter_context(working_sibling(output))
+        except OSError as error:
             raise BundleError(
-                "VLX0607", f"the output cannot be written: {error.strerror}", where=str(output),
-                hint="make room there, or choose another -o",
+                "VLX0607", f"the output cannot be written: {error.strerror}", where=str(output)
             ) from error  # fmt: skip
-        raise
+        try:
+            yield folder
+            _flush(folder)
+            _readable(folder)
+            replace_folder(folder, output)
+        except BaseException as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in _NO_ROOM:
+                raise BundleError(
+                    "VLX0607", f"the output cannot be written: {error.strerror}", where=str(output),
+                    hint="make room there and in the folder for temporary files, or choose another -o",
+                ) from error  # fmt: skip
+            raise
 
 
 def write_golden(
