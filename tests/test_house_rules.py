@@ -290,6 +290,7 @@ BROAD_EXCEPTS = {
     "vlexport/frontends/capture.py _eager": "runs the user's own forward",
     "vlexport/frontends/capture.py _export": "torch.export raises many private kinds",
     "vlexport/stages/write_bundle.py staging": "removes what is half-written, then raises on",
+    "vlexport/stages/replace_folder.py replace_folder": "puts the old folder back, then raises on",
     "targets/onnx/session.py __init__": "onnxruntime's exceptions share no public base",
 }
 

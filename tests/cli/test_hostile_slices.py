@@ -1,4 +1,4 @@
-"""A slice of every campaign on hostile files; the whole ones are commands: ``python -m tests.fuzz``, tamper and kills."""
+"""A slice of every campaign on hostile files; the whole ones are commands: ``python -m tests.fuzz`` and its kin."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 import vlexport
-
 from tests.fuzz import campaign
 from tests.fuzz.campaign import examine, tally_of
 from tests.fuzz.doors import CANARY, Door, doors_of, prepare
