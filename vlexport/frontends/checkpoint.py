@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,9 @@ def read_weights(path: Path, *, weights_key: str | None = None, expected: Iterab
 
 def _opened(path: Path) -> InertCheckpoint:
     try:
-        content = torch.load(path, weights_only=True, map_location="cpu")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols that this reader may not know: then ours reads on
+            content = torch.load(path, weights_only=True, map_location="cpu")
     except LOAD_ERRORS as error:
         try:
             return read_inert(path)

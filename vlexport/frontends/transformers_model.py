@@ -197,6 +197,11 @@ def _loaded(
             "VLX0109", f"the weights do not fit {kind.__name__}: {len(missing)} missing: {listed(missing)}",
             where=str(folder), hint="the folder's architectures and its weights belong to different models",
         )  # fmt: skip
+    if wrong := sorted(map(str, info["mismatched_keys"])):
+        raise ModelFileError(
+            "VLX0109", f"the weights do not fit {kind.__name__}: {len(wrong)} of another size: {listed(wrong)}",
+            where=str(folder), hint="config.json and the weights belong to different models",
+        )  # fmt: skip
     notes = []
     if beside := sorted(info["unexpected_keys"]):
         notes.append(f"{kind.__name__} has no place for {len(beside)} of the weights: {listed(beside)}")

@@ -9,7 +9,10 @@ import torch
 
 from vlexport.core.artifact import Signature
 from vlexport.core.errors import UsageError, nearest
+from vlexport.ir import dialect
 from vlexport.ir.program import Program
+
+_SIZE = "aten.sym_size.int"
 
 
 def with_outputs(program: Program, names: Sequence[str]) -> Program:
@@ -38,6 +41,7 @@ def with_outputs(program: Program, names: Sequence[str]) -> Program:
     found.output.args = (tuple(results[i] for i in chosen),)
     for node in [n for n in found.calls() if not n.users]:
         found.erase_dead(node)
+    _ask_others(found)
     kept = _needed(found)
     inputs = tuple(found.signature.inputs[i] for i in kept)
     found.example = tuple(found.example[i] for i in kept)
@@ -51,6 +55,22 @@ def with_outputs(program: Program, names: Sequence[str]) -> Program:
         dims={name: each for name, each in found.signature.dims.items() if name in dims},
     )
     return found
+
+
+def _ask_others(program: Program) -> None:
+    """Where an input is read for a size alone, read the same size off an input that is read for its values."""
+    read = [n for n in program.placeholders if any(dialect.op_name(user) != _SIZE for user in n.users)]
+    places = {
+        size.node.expr: (node, axis)
+        for node in reversed(read)
+        for axis, size in reversed(list(enumerate(node.meta["val"].shape)))
+        if isinstance(size, torch.SymInt)
+    }
+    for node in program.placeholders:
+        for user in list(node.users) if node not in read else ():
+            size = node.meta["val"].shape[user.args[1]]
+            if isinstance(size, torch.SymInt) and size.node.expr in places:
+                user.args = places[size.node.expr]
 
 
 def _needed(program: Program) -> list[int]:
