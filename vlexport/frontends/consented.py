@@ -5,9 +5,9 @@ This is the only place where a model file may run what it holds.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,17 @@ def open_torchscript(path: Path, config: BuildConfig) -> Opened:
             "VLX0703", f"TorchScript does not say what its inputs are like; they are called {', '.join(names)}",
             where="--input", hint=f"give them, as --input {names[0] if names else 'image'}=1x3x224x224",
         )  # fmt: skip
-    values = tuple(given[name] for name in names if name in given)
+    called = [name for name in names if name in given]
+    values = tuple(given[name] for name in called)
+    if all(value.ndim and value.shape[0] == 1 for value in values):  # torch's converter takes a batch of 1 for fixed
+        with contextlib.suppress(ModelFileError, CaptureError):
+            return _converted(path, script, called, tuple(torch.cat([v, v.flip(-1)]) for v in values), config)
+    return _converted(path, script, called, values, config)
+
+
+def _converted(
+    path: Path, script: Any, names: Sequence[str], values: tuple[torch.Tensor, ...], config: BuildConfig
+) -> Opened:
     module: nn.Module = _ran(lambda: compat.module_from_torchscript(script.float(), values), path)
     for each in module.modules():
         each.training = False
@@ -90,10 +100,9 @@ def open_torchscript(path: Path, config: BuildConfig) -> Opened:
                 "VLX0304", f"output {spec.name} of the converted TorchScript differs from it by {worst:.1e}",
                 where=spec.name, hint="save the original module with vlexport.save",
             )  # fmt: skip
-    called = [name for name in names if name in given]
-    renamed = (spec.model_copy(update={"name": n}) for spec, n in zip(program.signature.inputs, called, strict=True))
+    renamed = (spec.model_copy(update={"name": n}) for spec, n in zip(program.signature.inputs, names, strict=True))
     program.signature = program.signature.model_copy(update={"inputs": tuple(renamed)})
-    return replace(opened, preprocess={})
+    return opened
 
 
 def load_exported(path: Path) -> ExportedProgram:

@@ -188,7 +188,7 @@ def _loaded(
         module, info = _made(
             lambda: kind.from_pretrained(
                 None, config=config, state_dict=dict(weights), output_loading_info=True, dtype=torch.float32,
-                local_files_only=True, trust_remote_code=False,
+                local_files_only=True, trust_remote_code=False, ignore_mismatched_sizes=True,
             ),
             str(folder),
         )  # fmt: skip
