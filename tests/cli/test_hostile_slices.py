@@ -29,17 +29,8 @@ def doors(model_file: Path, built: Path) -> dict[str, Door]:
 
 
 HERE = (
-    "archive",
-    "checkpoint",
-    "safetensors",
-    "bundle",
-    "golden",
-    "recipe",
-    "components",
-    "npz",
-    "jsonl",
-    "image",
-    "cache",
+    *("archive", "checkpoint", "exported", "safetensors", "shards", "preprocessor"),
+    *("bundle", "golden", "recipe", "components", "npz", "jsonl", "image", "cache"),
 )
 
 

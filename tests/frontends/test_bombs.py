@@ -27,7 +27,7 @@ from vlexport.core.preprocess import preprocess_from_spec
 from vlexport.core.samples import open_data
 from vlexport.frontends.archive import check_archive
 from vlexport.frontends.archive_zip import read_members, write_members
-from vlexport.frontends.checkpoint import read_state_dict
+from vlexport.frontends.checkpoint import read_weights
 from vlexport.stages.run import LoadedBundle
 
 STEPS = preprocess_from_spec("resize=8,crop=8,scale=1/255")
@@ -57,11 +57,11 @@ def repacked(path: Path, method: int, *, repeat: bool = False) -> None:
 def test_checkpoint_is_refused_when_its_members_are_compressed(tmp_path: Path) -> None:
     file = tmp_path / "weights.pt"
     torch.save({"a": torch.zeros(1 << 20)}, file)
-    assert read_state_dict(file)["a"].shape == (1 << 20,)
+    assert read_weights(file).tensors["a"].shape == (1 << 20,)
     repacked(file, zipfile.ZIP_DEFLATED)
     assert file.stat().st_size < 20_000
     before = peak_bytes()
-    assert code_of(read_state_dict, file) == "VLX0106"
+    assert code_of(read_weights, file) == "VLX0106"
     assert peak_bytes() - before < 2 << 20
 
 
@@ -76,7 +76,7 @@ def test_checkpoint_is_refused_when_its_members_overlap(tmp_path: Path) -> None:
             again.header_offset, again.CRC = first.header_offset, first.CRC
             again.file_size = again.compress_size = len(content)
             archive.filelist.append(again)
-    assert code_of(read_state_dict, file) == "VLX0106"
+    assert code_of(read_weights, file) == "VLX0106"
 
 
 @pytest.fixture(scope="module")
@@ -139,13 +139,13 @@ HEADERS = {
 def test_safetensors_are_refused_when_the_header_lies(name: str, tmp_path: Path) -> None:
     file = tmp_path / "w.safetensors"
     file.write_bytes(HEADERS[name])
-    assert code_of(read_state_dict, file) in ("VLX0104", "VLX0105")
+    assert code_of(read_weights, file) in ("VLX0104", "VLX0105")
 
 
 def test_safetensors_are_read_when_they_are_good(tmp_path: Path) -> None:
     file = tmp_path / "w.safetensors"
     file.write_bytes(safetensors_bytes({"a": torch.arange(4.0), "b": torch.zeros(0, 2)}))
-    found = read_state_dict(file)
+    found = read_weights(file).tensors
     assert torch.equal(found["a"], torch.arange(4.0))
     assert found["b"].shape == (0, 2)
 
@@ -279,4 +279,4 @@ def test_environment_gives_no_consent_when_it_is_set(tmp_path: Path, monkeypatch
     for name in ("vlexport.toml", ".vlexport.toml", "pyproject.toml"):
         Path(name).write_text("[tool.vlexport]\nallow_code = true\nallow-code = true\n")
     torch.save(nn.Linear(2, 2), tmp_path / "m.pt")
-    assert code_of(read_state_dict, tmp_path / "m.pt") == "VLX0108"
+    assert code_of(read_weights, tmp_path / "m.pt") == "VLX0108"

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save as safetensors_bytes
 
+from tests import pickle_mutator
 from tests.fuzz import mutate
 from tests.fuzz.mutate import Mutator
 from vlexport.core.artifact import TensorSpec
@@ -28,8 +29,10 @@ from vlexport.core.photo_samples import read_photo
 from vlexport.core.preprocess import preprocess_from_spec
 from vlexport.core.samples import open_data
 from vlexport.frontends.archive import read_archive
-from vlexport.frontends.checkpoint import read_state_dict
+from vlexport.frontends.checkpoint import read_weights
 from vlexport.frontends.components import read_components
+from vlexport.frontends.exported_file import open_exported_file
+from vlexport.frontends.transformers_folder import config_in, labels_in, preprocess_in
 from vlexport.stages.golden import read_golden
 
 CANARY = "canary"
@@ -83,9 +86,13 @@ def doors_of(model: Path, bundle: Path) -> dict[str, Door]:
     found = (
         Door("archive", "model.pt", (archive,), (*blind, zipped, zipped, zipped), _open_archive),
         Door("checkpoint", "weights.pt", checkpoints,
-             (*blind, zipped, zipped, mutate.splice_with(checkpoints)), read_state_dict),
+             (*blind, zipped, zipped, _pickled, _pickled, _pickled, mutate.splice_with(checkpoints)), read_weights),
+        Door("exported", "model.pt2", (_exported(),), (*blind, zipped, zipped, zipped), _open_exported),
+        Door("shards", "model.safetensors.index.json", (_INDEX,), (*blind, *(mutate.edit_json,) * 4), read_weights),
+        Door("preprocessor", "preprocessor_config.json", (_PROCESSOR,), (*blind, *(mutate.edit_json,) * 4),
+             _open_processor),
         Door("safetensors", "weights.safetensors", (weights,), (*blind, *(mutate.edit_safetensors,) * 4),
-             read_state_dict),
+             read_weights),
         Door("onnx", "main.onnx", ((bundle / "artifact/main.onnx").read_bytes(),), blind, _open_onnx, native=True),
         Door("bundle", "bundle.json", ((bundle / "bundle.json").read_bytes(),),
              (*blind, *(mutate.edit_json,) * 4, _redigested), _open_bundle),
@@ -102,6 +109,17 @@ def doors_of(model: Path, bundle: Path) -> dict[str, Door]:
     return {each.name: each for each in found}
 
 
+_INDEX = json.dumps({"metadata": {}, "weight_map": {"a": "one.safetensors", "b": "one.safetensors"}}).encode()
+_SHARD = safetensors_bytes({"a": torch.ones(2, 3), "b": torch.arange(4)})
+_PROCESSOR = json.dumps(
+    {
+        "image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": 8, "width": 8},
+        "resample": 2, "do_center_crop": True, "crop_size": {"height": 8, "width": 8}, "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
+        "id2label": {"0": "red", "1": "green"},
+    }
+).encode()  # fmt: skip
 _RECIPE = b"""vlexport_recipe = 1
 target = "onnxruntime"
 precision = "fp32"
@@ -133,6 +151,25 @@ def _checkpoints() -> tuple[bytes, ...]:
         torch.save(content, file, _use_new_zipfile_serialization=zipped)
         made.append(file.getvalue())
     return (*made, pickle.dumps(Payload(), 2), pickle.dumps({"model": Payload()}, 4))
+
+
+def _exported() -> bytes:
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(torch.nn.Linear(4, 2).eval(), (torch.ones(2, 4),)), file)
+    return file.getvalue()
+
+
+def _pickled(data: bytes, chance: random.Random) -> bytes:
+    """A pickle's steps or bytes changed, payloads put in; of a zip, the pickle in it."""
+    seed = chance.randrange(2**32)
+    try:
+        if not data.startswith(b"PK"):
+            return next(pickle_mutator.mutated(data, count=1, seed=seed, canary=Path(CANARY)))
+        members = pickle_mutator.members_of(data)
+        (made,) = pickle_mutator.mutated(members["data.pkl"], count=1, seed=seed, canary=Path(CANARY))
+        return pickle_mutator.zipped({**members, "data.pkl": made})
+    except (ValueError, LookupError, OSError, RuntimeError, NotImplementedError, *mutate.UNPACKABLE):
+        return mutate.blind(data, chance)
 
 
 def _npz_seeds() -> tuple[bytes, ...]:
@@ -183,6 +220,10 @@ def prepare(door: Door, folder: Path, bundle: Path) -> Path:
     elif door.name == "golden":
         shutil.copytree(bundle, folder, dirs_exist_ok=True)
         return folder / "golden/main/inputs.npz"
+    elif door.name == "preprocessor":
+        (folder / "config.json").symlink_to(folder / door.file)
+    elif door.name == "shards":
+        (folder / "one.safetensors").write_bytes(_SHARD)
     elif door.name == "jsonl":
         Image.new("RGB", (9, 9)).save(folder / "a.png")
     elif door.name == "cache":
@@ -197,6 +238,15 @@ def prepare(door: Door, folder: Path, bundle: Path) -> Path:
 
 def _open_archive(path: Path) -> object:
     return read_archive(path).exported_program()
+
+
+def _open_exported(path: Path) -> object:
+    return open_exported_file(path, allow_code=False).program
+
+
+def _open_processor(path: Path) -> object:
+    steps = preprocess_in(path.parent)
+    return labels_in(config_in(path.parent)), steps.to_spec() if steps is not None else ""
 
 
 def _open_onnx(path: Path) -> object:

@@ -217,7 +217,7 @@ def edit_lines(data: bytes, chance: random.Random) -> bytes:
 
 # -- containers --------------------------------------------------------------------------------------------------------
 
-_UNPACKABLE = (
+UNPACKABLE = (
     zipfile.BadZipFile,
     zlib.error,
     lzma.LZMAError,
@@ -237,7 +237,7 @@ def edit_zip(inner: Mutator) -> Mutator:
         try:
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
                 members = [(each.filename, archive.read(each)) for each in archive.infolist()]
-        except _UNPACKABLE:
+        except UNPACKABLE:
             return blind(data, chance)
         if not members:
             return blind(data, chance)
