@@ -103,6 +103,15 @@ def test_bundle_is_refused_when_a_key_is_repeated(tmp_path: Path) -> None:
     assert (caught.value.code, "repeated" in caught.value.message) == ("VLX0601", True)
 
 
+def test_bundle_is_refused_when_its_json_is_a_link(tmp_path: Path) -> None:
+    make_bundle(tmp_path / "bundle")
+    (tmp_path / "bundle" / "bundle.json").rename(tmp_path / "away.json")
+    (tmp_path / "bundle" / "bundle.json").symlink_to(tmp_path / "away.json")
+    with pytest.raises(BundleError) as caught:
+        read_bundle(tmp_path / "bundle")
+    assert caught.value.code == "VLX0605"
+
+
 @pytest.mark.parametrize("linked", ["file", "folder", "dangling"])
 def test_path_is_refused_when_a_link_lies_on_it(tmp_path: Path, linked: str) -> None:
     bundle, other = tmp_path / "bundle", tmp_path / "other"

@@ -52,6 +52,7 @@ def read_bundle(folder: Path) -> Bundle:
             where=str(folder),
             hint="name " + (f"one of {', '.join(below)}" if below else "the folder that `vlexport build` wrote"),
         )
+    inside(folder, BUNDLE_FILE)
     if file.stat().st_size > _MAX_BUNDLE_FILE:
         raise BundleError("VLX0601", "bundle.json is too large to be one", where=str(folder))
     try:
