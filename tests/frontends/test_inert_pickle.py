@@ -248,6 +248,7 @@ CONTAINERS: dict[str, tuple[Any, str]] = {
     "no storage": (lambda m: zipped({k: v for k, v in m.items() if k != "data/0"}), "does not hold the 32 bytes"),
     "short storage": (lambda m: zipped({**m, "data/0": b"abc"}), "does not hold the 32 bytes"),
     "no pickle": (lambda m: zipped({k: v for k, v in m.items() if k != DATA}), "no data.pkl"),
+    "other in front": (lambda m: b"PK\x03\x04" + bytes(99) + zipped(m), "bytes precede it"),
     "other byte order": (lambda m: zipped({**m, "byteorder": b"big"}), "highest byte first"),
 }
 
