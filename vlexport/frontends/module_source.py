@@ -23,6 +23,7 @@ from vlexport.frontends.checkpoint import read_weights
 from vlexport.frontends.example_inputs import input_specs
 from vlexport.frontends.fit_weights import fit_state_dict
 from vlexport.frontends.input_preprocess import mismatch
+from vlexport.frontends.model_file import kind_of
 from vlexport.frontends.safetensors_file import weight_files
 from vlexport.frontends.transformers_folder import weights_in
 from vlexport.frontends.transformers_model import transformers_identity, transformers_model
@@ -67,7 +68,7 @@ def from_architecture(path: Path, arch: str, config: BuildConfig) -> Opened:
         return _from_transformers(path, Path(arch.removeprefix(TRANSFORMERS)), config)
     file = weights_in(path) if path.is_dir() else path
     arguments = arguments_from_text(config.arch_arg)
-    read_weights(file, weights_key=config.weights_key)  # a damaged file is told before anybody's code runs
+    kind_of(file)  # what is no file is told before anybody's code runs
     made = factory_from_text(arch, arguments)
     expected = made.module.state_dict()
     weights = read_weights(file, weights_key=config.weights_key, expected=expected)
