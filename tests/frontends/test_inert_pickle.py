@@ -8,6 +8,7 @@ import io
 import pickle
 import struct
 import sys
+import types
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,25 @@ def test_honest_weights_come_out_when_a_reducer_lies_beside_them(tmp_path: Path,
     assert canary.exists(), "the reducer must be hostile, or the test shows nothing"
 
 
+def test_settings_of_a_package_do_no_harm_when_it_is_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As OmegaConf's are stored: objects that refer to each other, with a state and metadata."""
+    module = types.ModuleType("omegaconf.dictconfig")
+    kind = type("DictConfig", (), {"__module__": module.__name__})
+    module.DictConfig = kind  # type: ignore[attr-defined]
+    settings, inner = kind(), kind()
+    settings.__dict__ = {"_content": {"lr": 0.1, "model": inner}, "_parent": None}
+    inner.__dict__ = {"_content": [1, 2], "_parent": settings}
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "omegaconf", types.ModuleType("omegaconf"))
+        patch.setitem(sys.modules, module.__name__, module)
+        (tmp_path / "w.pth").write_bytes(saved({"cfg": settings, "state_dict": WEIGHTS}))
+    found = read_weights(tmp_path / "w.pth")
+    assert found.tensors.keys() == WEIGHTS.keys()
+    assert "omegaconf.dictconfig" not in sys.modules
+
+
 @pytest.mark.filterwarnings("ignore:invalid escape sequence")
 def test_mutated_pickles_run_nothing_when_read(canary: Path) -> None:
     """3,000 pickles: each gives a value, or is refused; what tensors come out lie inside their storage."""
@@ -248,6 +268,7 @@ CONTAINERS: dict[str, tuple[Any, str]] = {
     "no storage": (lambda m: zipped({k: v for k, v in m.items() if k != "data/0"}), "does not hold the 32 bytes"),
     "short storage": (lambda m: zipped({**m, "data/0": b"abc"}), "does not hold the 32 bytes"),
     "no pickle": (lambda m: zipped({k: v for k, v in m.items() if k != DATA}), "no data.pkl"),
+    "other in front": (lambda m: b"PK\x03\x04" + bytes(99) + zipped(m), "bytes precede it"),
     "other byte order": (lambda m: zipped({**m, "byteorder": b"big"}), "highest byte first"),
 }
 

@@ -208,6 +208,18 @@ def test_nothing_is_fetched_when_a_config_asks_for_it(folder: Path, vit: Any) ->
     assert "ViTForImageClassification has no place for 1 of the weights: 'more.weight'" in source.notes
 
 
+def test_hub_is_not_asked_when_a_config_names_another_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("socket.getaddrinfo", lambda *names, **_: asked.append(names) or [])
+    monkeypatch.setattr("socket.socket.connect", lambda *names, **_: asked.append(names))
+    detr = {"model_type": "detr", "architectures": ["DetrForObjectDetection"], "use_timm_backbone": False}
+    changed(folder, **detr, backbone="own/resnet", use_pretrained_backbone=True)
+    with pytest.raises(ModelFileError) as caught:
+        opened(folder)
+    assert caught.value.code in ("VLX0109", "VLX0110")
+    assert asked == []
+
+
 def test_folder_is_refused_when_a_part_is_missing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="--arch-arg goes with a factory"):
         opened(folder, arch_arg=("depth=1",))

@@ -6,7 +6,6 @@ This is the only place where a model file may run what it holds.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from vlexport.frontends.architecture import Architecture
 from vlexport.frontends.capture import TOLERANCE
 from vlexport.frontends.checkpoint_entries import WEIGHT_KEYS
 from vlexport.frontends.example_inputs import input_specs
-from vlexport.frontends.module_source import Opened, captured_module
+from vlexport.frontends.module_source import Opened, captured_module, digest_of
 
 _NOTE = "the file's own code was run (--allow-code)"
 
@@ -54,7 +53,7 @@ def open_pickled_module(path: Path, config: BuildConfig) -> Opened | None:
     else:
         module.eval()
     made = Architecture(module, getattr(module, "example_inputs", None))
-    return captured_module(made, config, _hash(path), (_NOTE,), own=True)
+    return captured_module(made, config, digest_of(b"", path), (_NOTE,), own=True)
 
 
 def open_torchscript(path: Path, config: BuildConfig) -> Opened:
@@ -88,7 +87,7 @@ def _converted(
     for each in module.modules():
         each.training = False
     opened = captured_module(
-        Architecture(module, values), config.model_copy(update={"input": ()}), _hash(path), (_NOTE,), own=True
+        Architecture(module, values), config.model_copy(update={"input": ()}), digest_of(b"", path), (_NOTE,), own=True
     )
     program = opened.captured.program
     with torch.no_grad():
@@ -125,7 +124,3 @@ def _ran(load: Callable[[], Any], path: Path) -> Any:
             "VLX0108", f"the file cannot be opened even with its code: {type(error).__name__}: {reason}",
             where=str(path), hint="run where its modules can be imported, or save the model with vlexport.save",
         ) from error  # fmt: skip
-
-
-def _hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

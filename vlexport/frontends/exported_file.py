@@ -6,7 +6,6 @@ can do without (stack traces, guards). What is refused then opens only with the 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from vlexport.frontends.clean import functional
 from vlexport.frontends.consented import load_exported
 from vlexport.frontends.inline import inline_regions
 from vlexport.frontends.model_file import METADATA_MEMBER
+from vlexport.frontends.module_source import digest_of
 from vlexport.ir.draw import draw
 from vlexport.ir.program import Program
 
@@ -64,7 +64,7 @@ def open_exported_file(path: Path, *, allow_code: bool) -> ExportedFile:
         exported = load_exported(path)
         notes = ("the file's own code was run (--allow-code)",)
     program = _program(exported)
-    return ExportedFile(program, hashlib.sha256(path.read_bytes()).hexdigest(), notes)
+    return ExportedFile(program, digest_of(b"", path), notes)
 
 
 def _guarded(path: Path) -> ExportedProgram:

@@ -148,6 +148,8 @@ def _members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
         if name in found:
             raise InertError("two members have the same name")
         found[name] = info
+    if min((info.header_offset for info in found.values()), default=0):
+        raise InertError("it is truncated, or bytes precede it")
     if sum(info.file_size for info in found.values()) > size:
         raise InertError("its members claim more bytes than the file has")
     if "data.pkl" not in found:

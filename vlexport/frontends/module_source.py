@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from vlexport.frontends.checkpoint import read_weights
 from vlexport.frontends.example_inputs import input_specs
 from vlexport.frontends.fit_weights import fit_state_dict
 from vlexport.frontends.input_preprocess import mismatch
+from vlexport.frontends.model_file import kind_of
+from vlexport.frontends.model_place import place_of
 from vlexport.frontends.safetensors_file import weight_files
 from vlexport.frontends.transformers_folder import weights_in
 from vlexport.frontends.transformers_model import transformers_identity, transformers_model
@@ -64,10 +66,12 @@ def from_architecture(path: Path, arch: str, config: BuildConfig) -> Opened:
         UsageError: VLX0703 for an option that does not fit.
     """
     if arch.startswith(TRANSFORMERS):
-        return _from_transformers(path, Path(arch.removeprefix(TRANSFORMERS)), config)
+        place = place_of(arch.removeprefix(TRANSFORMERS))
+        opened = _from_transformers(path, place.path, config)
+        return replace(opened, notes=(*place.notes, *opened.notes))
     file = weights_in(path) if path.is_dir() else path
     arguments = arguments_from_text(config.arch_arg)
-    read_weights(file, weights_key=config.weights_key)  # a damaged file is told before anybody's code runs
+    kind_of(file)  # what is no file is told before anybody's code runs
     made = factory_from_text(arch, arguments)
     expected = made.module.state_dict()
     weights = read_weights(file, weights_key=config.weights_key, expected=expected)
@@ -79,7 +83,7 @@ def from_architecture(path: Path, arch: str, config: BuildConfig) -> Opened:
     made.module.float().load_state_dict(fitted)
     made.module.eval()
     del fitted  # the module has copies
-    digest = _digest(architecture_identity(arch, config.arch_arg), file)
+    digest = digest_of(architecture_identity(arch, config.arch_arg), file)
     return captured_module(made, config, digest, notes, own=False)
 
 
@@ -92,7 +96,7 @@ def _from_transformers(path: Path, folder: Path, config: BuildConfig) -> Opened:
     file = weights_in(path) if path.is_dir() else path
     weights = read_weights(file, weights_key=config.weights_key)
     made, notes = transformers_model(folder, weights.tensors, allow_code=config.allow_code)
-    digest = _digest(transformers_identity(folder), file)
+    digest = digest_of(transformers_identity(folder), file)
     return captured_module(made, config, digest, (*weights.notes, *notes), own=True)
 
 
@@ -136,7 +140,8 @@ def captured_module(
     return Opened(captured, preprocess, labels, source_hash, (*notes, *captured.notes))
 
 
-def _digest(identity: bytes, file: Path) -> str:
+def digest_of(identity: bytes, file: Path) -> str:
+    """SHA-256 over what is known of the architecture and the content of a weights file and its shards."""
     digest = hashlib.sha256(identity)
     for each in weight_files(file):
         with each.open("rb") as content:

@@ -57,8 +57,9 @@ def transformers_model(
             hint="take the model from before quantization, and choose a precision with --precision",
         )  # fmt: skip
     transformers = _transformers()
-    config, kind = _classes(transformers, folder, _cleaned(values), values, allow_code=allow_code)
-    module, notes = _loaded(transformers, kind, config, weights, folder)
+    with _offline(transformers):
+        config, kind = _classes(transformers, folder, _cleaned(values), values, allow_code=allow_code)
+        module, notes = _loaded(kind, config, weights, folder)
     steps, said = _preprocess(folder)
     inputs = example_inputs(module, config, steps)
     return Architecture(module, inputs, steps, labels_in(values)), (*notes, *said)
@@ -178,20 +179,17 @@ def _brought(transformers: Any, folder: Path, values: dict[str, Any], auto_map: 
     return found
 
 
-def _loaded(
-    transformers: Any, kind: Any, config: Any, weights: Mapping[str, Tensor], folder: Path
-) -> tuple[nn.Module, tuple[str, ...]]:
+def _loaded(kind: Any, config: Any, weights: Mapping[str, Tensor], folder: Path) -> tuple[nn.Module, tuple[str, ...]]:
     for flag in ("use_cache", "output_attentions", "output_hidden_states"):
         if getattr(config, flag, False):
             setattr(config, flag, False)
-    with _quiet(transformers):
-        module, info = _made(
-            lambda: kind.from_pretrained(
-                None, config=config, state_dict=dict(weights), output_loading_info=True, dtype=torch.float32,
-                local_files_only=True, trust_remote_code=False, ignore_mismatched_sizes=True,
-            ),
-            str(folder),
-        )  # fmt: skip
+    module, info = _made(
+        lambda: kind.from_pretrained(
+            None, config=config, state_dict=dict(weights), output_loading_info=True, dtype=torch.float32,
+            local_files_only=True, trust_remote_code=False, ignore_mismatched_sizes=True,
+        ),
+        str(folder),
+    )  # fmt: skip
     if missing := sorted(info["missing_keys"]):
         raise ModelFileError(
             "VLX0109", f"the weights do not fit {kind.__name__}: {len(missing)} missing: {listed(missing)}",
@@ -230,15 +228,17 @@ def _preprocess(folder: Path) -> tuple[Preprocess | None, tuple[str, ...]]:
 
 
 @contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Without transformers' progress bars and advice, which are about its own command lines."""
-    log = transformers.utils.logging
-    bars, level = log.is_progress_bar_enabled(), log.get_verbosity()
+def _offline(transformers: Any) -> Iterator[None]:
+    """Without the hub, which a config may name, and without transformers' progress bars and advice."""
+    log, hub = transformers.utils.logging, importlib.import_module("huggingface_hub.constants")
+    bars, level, online = log.is_progress_bar_enabled(), log.get_verbosity(), hub.HF_HUB_OFFLINE
     log.disable_progress_bar()
     log.set_verbosity_error()
+    hub.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
     try:
         yield
     finally:
+        hub.HF_HUB_OFFLINE = online  # type: ignore[attr-defined]
         log.set_verbosity(level)
         if bars:
             log.enable_progress_bar()

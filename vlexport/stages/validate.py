@@ -100,7 +100,7 @@ def validate(config: ValidateConfig, *, reporter: Reporter | None = None) -> Rep
     require_measured(config.gates, dataset, referenced=bool(config.reference))
     place = config.bundle / ARTIFACT_FOLDER
     opened = target.open(place, component.artifact, threads=config.threads, timeout_s=config.timeout_s)
-    recipe = read_recipe(config.bundle / RECIPE_FILE)
+    recipe = read_recipe(config.bundle / RECIPE_FILE) if config.reference else None
     with opened as session, open_reference(config.reference, bundle, arch=config.arch, recipe=recipe) as reference:
         found = measure_accuracy(session, dataset, component, reference=reference, metrics=metrics, reporter=reporter)
         emulator = target.probe().emulator if session.timing == "emulated" else ""
