@@ -333,10 +333,10 @@ def _check_payloads(members: Mapping[str, memoryview], config_name: str, prefix:
         sizes, strides, offset = numbers[:rank], numbers[rank:-1], numbers[-1]
         reach = offset + 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
         needed = 0 if 0 in sizes else reach * DTYPE_BYTES[meta["dtype"]]
-        if math.prod(sizes) * DTYPE_BYTES[meta["dtype"]] > len(members[member]) + MAX_EXPANDED_BYTES:
-            raise refused("a stored tensor's strides make it far larger than what is stored", where)
         if needed > len(members[member]) or len(members[member]) % DTYPE_BYTES[meta["dtype"]]:
             raise damaged(f"the tensor needs {needed} bytes of a member of {len(members[member])}", where)
+        if math.prod(sizes) * DTYPE_BYTES[meta["dtype"]] > len(members[member]) + MAX_EXPANDED_BYTES:
+            raise refused("a stored tensor's strides make it far larger than what is stored", where)
     return set(dtypes)
 
 

@@ -82,7 +82,6 @@ def _kind_of_zip(path: Path) -> Kind:
             where=str(path),
             hint="copy or download the file again",
         ) from error
-    _require_stored(path, infos)
     names = {info.filename.partition("/")[2] for info in infos} | {info.filename for info in infos}
     if "archive_format" in names:
         return "vlexport-archive" if METADATA_MEMBER in names else "foreign-pt2"
@@ -90,26 +89,29 @@ def _kind_of_zip(path: Path) -> Kind:
         return "foreign-pt2"
     if "constants.pkl" in names:
         return "torchscript"
-    return "checkpoint" if "data.pkl" in names else "unknown"
+    if "data.pkl" not in names:
+        return "unknown"
+    _require_stored(path, infos)
+    return "checkpoint"
 
 
 def _require_stored(path: Path, infos: list[zipfile.ZipInfo]) -> None:
     """Refuse a bomb: torch stores its members as they are, so that together they are no larger than the file.
 
     Raises:
-        ModelFileError: VLX0106.
+        ModelFileError: VLX0105.
     """
     unpacked = sum(info.file_size for info in infos)
     packed = next((info.filename for info in infos if info.compress_type != zipfile.ZIP_STORED), None)
     if packed is None and unpacked <= path.stat().st_size:
         return
     raise ModelFileError(
-        "VLX0106",
+        "VLX0105",
         f"the file unpacks to {unpacked} bytes, and files that torch writes do not unpack"
         if packed is None
-        else f"the member {packed!r} is compressed, which torch never does",
+        else f"the member {packed!r} is compressed, and torch stores weights as they are",
         where=str(path),
-        hint="do not open this file; ask its author for one written by torch.save or vlexport.save",
+        hint="ask its author for one written by torch.save or vlexport.save",
     )
 
 
