@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vlexport.core.bundle import inside
-from vlexport.core.errors import BundleError, CapabilityError
+from vlexport.core.errors import CapabilityError
 
 _MAX_DEPTH = 32
 _COMPILED = frozenset({b"EPContext"})
@@ -44,8 +44,8 @@ def require_contained(folder: Path, path: str) -> None:
         path: The file, relative to it.
 
     Raises:
-        BundleError: VLX0605 when its external data leaves the folder, is a link or no file.
-        CapabilityError: VLX0505 when it is no ONNX, VLX0509 when it holds compiled code.
+        BundleError: VLX0605 when its external data leaves the folder or is a link.
+        CapabilityError: VLX0505 when it is no ONNX or its external data is not there, VLX0509 when it holds compiled code.
     """
     file = inside(folder, path)
     try:
@@ -66,9 +66,9 @@ def _require_data(folder: Path, path: str, location: bytes) -> None:
     name = location.decode("utf-8", "backslashreplace")
     beside = (PurePosixPath(path).parent / name).as_posix() if name else ""
     if not inside(folder, beside).is_file():
-        raise BundleError(
-            "VLX0605", f"{path} keeps weights in {name!r}, which is no file of its folder", where=path,
-            hint="do not use this bundle",
+        raise CapabilityError(
+            "VLX0505", f"{path} keeps weights in {name!r}, which is no file beside it", where=path,
+            hint="see `vlexport verify` for whether the bundle is whole",
         )  # fmt: skip
 
 
