@@ -45,7 +45,7 @@ def require_contained(folder: Path, path: str) -> None:
 
     Raises:
         BundleError: VLX0605 when its external data leaves the folder or is a link.
-        CapabilityError: VLX0505 when it is no ONNX or its external data is missing, VLX0509 when it holds compiled code.
+        CapabilityError: VLX0505 when it is no ONNX or lacks its external data, VLX0509 when it holds compiled code.
     """
     file = inside(folder, path)
     try:
