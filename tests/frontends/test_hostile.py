@@ -26,7 +26,7 @@ import torch
 from vlexport.core.errors import ModelFileError, VlexportError
 from vlexport.frontends.archive import check_archive, read_archive, strip_paths
 from vlexport.frontends.archive_zip import read_members, write_members
-from vlexport.frontends.checkpoint import read_state_dict
+from vlexport.frontends.checkpoint import read_weights
 
 PROGRAM, SAMPLES = "models/model.json", "data/sample_inputs/model.pt"
 WEIGHTS, CONSTANTS = "data/weights/model_weights_config.json", "data/constants/model_constants_config.json"
@@ -279,7 +279,7 @@ def test_pickled_module_is_refused_when_vlexport_opens_it(victim: tuple[Path, st
         read_archive(path)
     assert caught.value.code == "VLX0104"
     with pytest.raises(ModelFileError) as caught:
-        read_state_dict(path)
+        read_weights(path)
     assert caught.value.code == "VLX0108"
     assert not canary.exists()
 

@@ -14,8 +14,9 @@ from vlexport.core.config import BuildConfig
 from vlexport.core.errors import CaptureError, DataError, ModelFileError, UsageError
 from vlexport.core.preprocess import preprocess_from_spec
 from vlexport.frontends.architecture import factory_from_text, preprocess_from_timm
+from vlexport.frontends.example_inputs import input_specs
 from vlexport.frontends.save import save
-from vlexport.frontends.source import input_specs, open_source
+from vlexport.frontends.source import open_source
 
 ARCH = "timm:resnet18"
 SMALL = ("x=1x3x32x32",)

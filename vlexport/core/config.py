@@ -22,6 +22,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+_BUNDLE_FILE = "bundle.json"
+
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "auto"]
 
 
@@ -37,17 +39,28 @@ def _texts(values: object) -> object:
     return {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in values.items()}
 
 
+def _split(values: object) -> object:
+    """Names may be given one by one or joined by commas."""
+    if isinstance(values, str):
+        values = [values]
+    if not isinstance(values, list | tuple) or not all(isinstance(each, str) for each in values):
+        return values
+    return tuple(name.strip() for each in values for name in each.split(",") if name.strip())
+
+
 class BuildConfig(BaseModel):
     """All that decides a build. Immutable; unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = _option(
-        ..., "Archive of vlexport.save, weights with --arch, or folder with components.toml.", recipe=False
+        ...,
+        "Archive of vlexport.save, transformers folder, weights with --arch, or folder with components.toml.",
+        recipe=False,
     )
     target: str = _option("onnxruntime", "Runtimes to build for: one, several as A,B, or all.", "--target", "-t")
     output: str | None = _option(
-        None, "Bundle folder to write. Default: MODEL's name + .bundle.", "--output", "-o", recipe=False
+        None, "Bundle folder to write. Default: MODEL's name + .bundle.", "-o", "--out", recipe=False
     )
     device_profile: str | None = _option(None, "Device profile to build for; the target has a default.", "--for")
     precision: Precision | None = _option(
@@ -77,8 +90,22 @@ class BuildConfig(BaseModel):
     preprocess: str | None = _option(
         None, "How an image becomes the input: timm:NAME or resize=…,crop=….", "--preprocess"
     )
-    arch: str | None = _option(None, "Architecture for weights: timm:NAME or FILE.py:FACTORY.", "--arch")
-    weights_key: str | None = _option(None, "Entry of a training checkpoint that holds the weights.", "--weights-key")
+    outputs: Annotated[tuple[str, ...], BeforeValidator(_split)] = _option(
+        (), "NAME[,NAME]: outputs to keep, in this order; by default all.", "--output"
+    )
+    arch: str | None = _option(
+        None,
+        "Architecture for weights: timm:NAME, transformers:DIR, FILE.py:FACTORY or package.module:FACTORY.",
+        "--arch",
+    )
+    arch_arg: tuple[str, ...] = _option((), "Repeatable K=V: arguments of the architecture's factory.", "--arch-arg")
+    weights_key: str | None = _option(
+        None, "Entry of a training checkpoint that holds the weights, as teacher or ema.state_dict.", "--weights-key"
+    )
+    allow_code: bool = _option(
+        False, "Run the code that MODEL or the recipe brings. Only for files that you trust.", "--allow-code",
+        recipe=False,
+    )  # fmt: skip
     passes: tuple[str, ...] = _option(
         (), "Repeatable: a plugin's pass to run too, where its stage belongs; ours always run.", "--pass"
     )
@@ -121,7 +148,7 @@ class BuildConfig(BaseModel):
             for name, field in type(self).model_fields.items()
             if _extra(field)["recipe"] and getattr(self, name) is not None
         }
-        if names_code(kept.get("arch")):
+        if not str(kept.get("arch", "timm:")).startswith("timm:"):  # code, or a folder of this machine
             del kept["arch"]
         kept = {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
         return tomli_w.dumps({"vlexport_recipe": 1, **kept})
@@ -133,8 +160,8 @@ class BuildConfig(BaseModel):
 
 
 def names_code(arch: object) -> bool:
-    """Whether an architecture is a file of the user's: consent to run it is given on the command line only."""
-    return isinstance(arch, str) and not arch.startswith("timm:")
+    """Whether an architecture is the user's own code: consent to run it is given on the command line only."""
+    return isinstance(arch, str) and not arch.startswith(("timm:", "transformers:"))
 
 
 def _extra(field: Any) -> dict[str, Any]:
@@ -156,7 +183,7 @@ def config_from(values: Mapping[str, Any], *, recipe: Path | None = None) -> Bui
     Raises:
         UsageError: VLX0705 for a recipe that is not understood, VLX0703 for a value that is.
     """
-    base = read_recipe(recipe) if recipe is not None else {}
+    base = read_recipe(recipe, allow_code=values.get("allow_code") is True) if recipe is not None else {}
     merged = {**base, **{k: v for k, v in values.items() if v not in (None, (), {})}}
     for key in merged:
         if key not in BuildConfig.model_fields:
@@ -174,8 +201,12 @@ def config_from(values: Mapping[str, Any], *, recipe: Path | None = None) -> Bui
         ) from error
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
+def read_recipe(path: Path, *, allow_code: bool = False) -> dict[str, Any]:
     """Values of a recipe file.
+
+    Args:
+        path: The file.
+        allow_code: The user consents to an architecture that is code; never to one that a bundle names.
 
     Raises:
         UsageError: VLX0705 naming the key and the nearest known one.
@@ -190,6 +221,11 @@ def read_recipe(path: Path) -> dict[str, Any]:
         )
     allowed = [n for n, f in BuildConfig.model_fields.items() if _extra(f)["recipe"]]
     for key in values:
+        if key == "allow_code":
+            raise UsageError(
+                "VLX0705", "a recipe may not consent to running code", where=str(path),
+                hint="give --allow-code on the command line",
+            )  # fmt: skip
         if key == "metric":
             raise UsageError(
                 "VLX0705", "a recipe may not name code", where=str(path),
@@ -200,12 +236,12 @@ def read_recipe(path: Path) -> dict[str, Any]:
                 "VLX0705", f"a recipe has no key '{key}'{nearest(key, allowed)}", where=str(path),
                 hint=f"known: {', '.join(allowed)}",
             )  # fmt: skip
-    if names_code(values.get("arch")):
+    if names_code(values.get("arch")) and (not allow_code or (path.parent / _BUNDLE_FILE).is_file()):
         raise UsageError(
             "VLX0705",
             "a recipe may not name code",
             where=str(path),
-            hint="give --arch FILE.py:FACTORY on the command line",
+            hint="give --arch FILE.py:FACTORY on the command line, or --allow-code for a recipe outside of a bundle",
         )
     return values
 

@@ -46,6 +46,9 @@ CODES: dict[str, str] = {
     "VLX0110": "the architecture cannot be made",
     "VLX0111": "the model archive was written by a later version",
     "VLX0112": "the model archive was not written by vlexport.save",
+    "VLX0113": "the model is quantized already",
+    "VLX0114": "the model is a name on a hub, and nothing is fetched",
+    "VLX0115": "the model directory is not understood",
     # 02: samples, labels and preprocessing
     "VLX0201": "the data does not exist or is of no known kind",
     "VLX0202": "the data is empty",
@@ -66,6 +69,7 @@ CODES: dict[str, str] = {
     "VLX0304": "the captured graph does not agree with the model",
     "VLX0305": "the model changes its own buffers or inputs",
     "VLX0306": "the model's outputs are not tensors",
+    "VLX0307": "the captured model is quantized already",
     # 04: passes and the numeric gate
     "VLX0401": "a pass changed what the model computes",
     "VLX0402": "the gate's probes are blind",

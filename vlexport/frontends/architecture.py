@@ -1,21 +1,28 @@
-"""Architectures by name: ``timm:NAME``, or a factory in the user's own file (``FILE.py:FACTORY``)."""
+"""Architectures by name: timm's, or a factory of the user's own, in a file or in an importable package."""
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.util
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
+from vlexport.core.code_identity import code_digest
 from vlexport.core.errors import CapabilityError, ModelFileError, UsageError, nearest
 from vlexport.core.preprocess import Preprocess
 from vlexport.core.preprocess_configs import preprocess_from_timm_config
-from vlexport.core.user_code import import_user_file
+from vlexport.core.user_code import code_folders, import_user_file, import_user_module, on_path
 from vlexport.frontends import compat
+
+_DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
 
 
 @dataclass(frozen=True)
@@ -35,8 +42,12 @@ class Architecture:
     labels: tuple[str, ...] = ()
 
 
-def factory_from_text(text: str) -> Architecture:
-    """Make the architecture that ``--arch`` names.
+def factory_from_text(text: str, arguments: Mapping[str, Any] | None = None) -> Architecture:
+    """Make the architecture that ``--arch`` names: ``timm:NAME``, ``FILE.py:FACTORY`` or ``package.module:FACTORY``.
+
+    Args:
+        text: What to make.
+        arguments: Keyword arguments of the factory.
 
     Raises:
         UsageError: VLX0703 when the text is no known form.
@@ -44,22 +55,77 @@ def factory_from_text(text: str) -> Architecture:
         CapabilityError: VLX0501 when timm is not installed.
     """
     if text.startswith("timm:"):
-        return _from_timm(text.removeprefix("timm:"))
-    file, separator, factory = text.rpartition(":")
-    if separator and file.endswith(".py"):
-        return _from_file(Path(file), factory)
+        return _from_timm(text.removeprefix("timm:"), arguments or {})
+    place, separator, factory = text.rpartition(":")
+    if separator and place.endswith(".py"):
+        file = Path(place)
+        if not file.is_file():
+            raise ModelFileError(
+                "VLX0110", "the architecture's file does not exist", where=f"--arch {text}", hint="check the path"
+            )
+        return _from_code(lambda: import_user_file(file), code_folders(file), file.name, factory, arguments or {}, text)
+    if separator and _DOTTED.fullmatch(place):
+        here = Path.cwd()
+        return _from_code(lambda: import_user_module(place, here), (here,), place, factory, arguments or {}, text)
     raise UsageError(
-        "VLX0703", f"--arch {text} is neither timm:NAME nor FILE.py:FACTORY", where="--arch",
-        hint="as --arch timm:deit_small_patch16_224",
+        "VLX0703", f"--arch {text} is none of timm:NAME, transformers:DIR, FILE.py:FACTORY, package.module:FACTORY",
+        where="--arch", hint="as --arch timm:deit_small_patch16_224",
     )  # fmt: skip
 
 
-def architecture_identity(text: str) -> bytes:
-    """What ``--arch`` names, for a content hash: timm's name, or the factory's name and its file's content."""
-    file, separator, factory = text.rpartition(":")
-    if separator and file.endswith(".py"):
-        return factory.encode() + b"\0" + hashlib.sha256(Path(file).read_bytes()).digest()
-    return text.encode() + b"\0"
+def architecture_identity(text: str, arguments: Sequence[str] = ()) -> bytes:
+    """What ``--arch`` and its arguments name, for a content hash: a name, and the content of the code behind it.
+
+    Call it once the architecture was made: what lies in a package of the current directory is known by then.
+    """
+    given = b"\0".join(each.encode() for each in sorted(arguments))
+    place, separator, factory = text.rpartition(":")
+    if text.startswith("timm:") or not separator:
+        return text.encode() + b"\0" + given
+    return factory.encode() + b"\0" + _code_content(place) + given
+
+
+def _code_content(place: str) -> bytes:
+    """A digest of the file, or of all Python files of the package that it is part of."""
+    if not place.endswith(".py"):
+        code_digest.cache_clear()
+        with on_path(Path.cwd()):
+            return (code_digest(place.partition(".")[0]) or place).encode()
+    root, *inner = code_folders(Path(place))
+    if not inner:
+        return hashlib.sha256(Path(place).read_bytes()).digest()
+    whole = hashlib.sha256()
+    package = root / Path(place).resolve().relative_to(root).parts[0]
+    for file in sorted(package.rglob("*.py")):
+        whole.update(file.relative_to(root).as_posix().encode() + b"\0")
+        whole.update(hashlib.sha256(file.read_bytes()).digest())
+    return whole.digest() + Path(place).name.encode()
+
+
+def arguments_from_text(pairs: Sequence[str]) -> dict[str, Any]:
+    """``K=V`` texts as keyword arguments: a Python literal where V is one, else text.
+
+    Raises:
+        UsageError: VLX0703.
+    """
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator or not key.isidentifier():
+            raise UsageError(
+                "VLX0703", f"--arch-arg {pair} is not NAME=VALUE", where="--arch-arg", hint="as --arch-arg depth=12"
+            )
+        if key in found:
+            raise UsageError("VLX0703", f"--arch-arg {key} is given twice", where="--arch-arg", hint="give each once")
+        found[key] = _literal(value)
+    return found
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
 
 
 def preprocess_from_timm(name: str) -> Preprocess:
@@ -100,47 +166,63 @@ def _pretrained_config(timm: Any, name: str) -> dict[str, Any]:
     return dict(found.to_dict()) if found is not None else {}
 
 
-def _from_timm(name: str) -> Architecture:
+def _from_timm(name: str, arguments: Mapping[str, Any]) -> Architecture:
     timm = _timm()
     _known(timm, name)
     recorded = _pretrained_config(timm, name)
-    module = timm.create_model(name, pretrained=False)
+    if "pretrained" in arguments:
+        raise UsageError(
+            "VLX0703", "--arch-arg pretrained would fetch weights", where="--arch-arg", hint="leave it out"
+        )
+    try:
+        module = timm.create_model(name, pretrained=False, **arguments)
+    except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelFileError(
+            "VLX0110", f"timm cannot make '{name}' so: {type(error).__name__}: {error}", where=f"--arch timm:{name}",
+            hint="check --arch-arg" if arguments else "",
+        ) from error  # fmt: skip
     config = {**recorded, **getattr(module, "pretrained_cfg", {})}
     size = tuple(config.get("input_size") or (3, 224, 224))
     example = torch.randn((1, *size), generator=torch.Generator().manual_seed(0))
     return Architecture(module, example, preprocess_from_timm_config(config))
 
 
-def _from_file(file: Path, factory: str) -> Architecture:
-    """Runs the user's own file, named on the command line."""
-    where = f"--arch {file}:{factory}"
-    if not file.is_file():
-        raise ModelFileError("VLX0110", "the architecture's file does not exist", where=where, hint="check the path")
-    compat.declare_torchvision_operators()  # the file may import timm
+def _from_code(
+    imported: Callable[[], ModuleType],
+    folders: tuple[Path, ...],
+    what: str,
+    factory: str,
+    arguments: Mapping[str, Any],
+    text: str,
+) -> Architecture:
+    """Runs the user's own code, named on the command line."""
+    where = f"--arch {text}"
+    compat.declare_torchvision_operators()  # the code may import timm
     try:
-        module = import_user_file(file)
+        module = imported()
     except (Exception, SystemExit) as error:  # the user's own code may raise anything
         raise ModelFileError(
-            "VLX0110", f"importing {file.name} fails: {type(error).__name__}: {error}", where=where,
-            hint="the file is imported as a script is: modules beside it can be imported by it",
+            "VLX0110", f"importing {what} fails: {type(error).__name__}: {error}", where=where,
+            hint="a file is imported as a script is, or as part of its package; a package from the current directory "
+            "or from what is installed",
         ) from error  # fmt: skip
     found = getattr(module, factory, None)
     if not callable(found):
         names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
         raise ModelFileError(
-            "VLX0110", f"{file.name} has no function '{factory}'{nearest(factory, names)}", where=where,
+            "VLX0110", f"{what} has no function '{factory}'{nearest(factory, names)}", where=where,
             hint=f"functions: {', '.join(names) or 'none'}",
         )  # fmt: skip
+    hint = "the factory is called with the arguments of --arch-arg alone and returns an nn.Module"
     try:
-        made = found()
+        with on_path(*folders):
+            made = found(**arguments)
     except (Exception, SystemExit) as error:  # the user's own code may raise anything
         raise ModelFileError(
-            "VLX0110", f"{factory} fails: {type(error).__name__}: {error}", where=where,
-            hint="the factory is called without arguments and returns an nn.Module",
-        ) from error  # fmt: skip
+            "VLX0110", f"{factory} fails: {type(error).__name__}: {error}", where=where, hint=hint
+        ) from error
     if not isinstance(made, nn.Module):
         raise ModelFileError(
-            "VLX0110", f"{factory} returns a {type(made).__name__}, not an nn.Module", where=where,
-            hint="the factory is called without arguments and returns an nn.Module",
-        )  # fmt: skip
+            "VLX0110", f"{factory} returns a {type(made).__name__}, not an nn.Module", where=where, hint=hint
+        )
     return Architecture(made, getattr(made, "example_inputs", None))

@@ -137,6 +137,15 @@ def check_archive(data: bytes | BinaryIO) -> GuardedArchive:
             "the file is a .pt2 that vlexport.save did not write",
             hint="only files written by vlexport.save open without consent; save the model with it",
         )
+    return check_members(members)
+
+
+def check_members(members: Mapping[str, memoryview]) -> GuardedArchive:
+    """:func:`read_archive` for members that were read already.
+
+    Raises:
+        ModelFileError: VLX0105, VLX0106, VLX0111.
+    """
     metadata = _metadata(members[METADATA_MEMBER])
     _check_names(members)
     program = strict_json(members[PROGRAM], PROGRAM, MAX_PROGRAM_BYTES)
@@ -166,7 +175,7 @@ def write_archive(ep: ExportedProgram, metadata: Mapping[str, Any], path: Path) 
     text = json.dumps({**metadata, "schema": ARCHIVE_SCHEMA}, sort_keys=True, allow_nan=False, indent=1)
     buffer = io.BytesIO()
     torch.export.save(ep, buffer, extra_files={METADATA_MEMBER.removeprefix("extra/"): text})
-    members = _stripped(buffer.getvalue())
+    members = stripped_members(read_members(buffer.getvalue()))
     try:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
@@ -188,11 +197,12 @@ def write_archive(ep: ExportedProgram, metadata: Mapping[str, Any], path: Path) 
 
 def strip_paths(data: bytes) -> bytes:
     """Rewrite what ``torch.export.save`` wrote: no absolute paths, no guards, no random id, fixed order and dates."""
-    return write_members(_stripped(data))
+    return write_members(stripped_members(read_members(data)))
 
 
-def _stripped(data: bytes) -> dict[str, bytes | memoryview]:
-    members: dict[str, bytes | memoryview] = dict(read_members(data))
+def stripped_members(members: Mapping[str, bytes | memoryview]) -> dict[str, bytes | memoryview]:
+    """The members without what names a machine or would run; of a stranger's file, not a check of what is left."""
+    members = dict(members)
     program = json.loads(bytes(members[PROGRAM]))
     program["guards_code"] = []
     _strip_graph(program["graph_module"]["graph"])

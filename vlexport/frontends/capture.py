@@ -23,6 +23,8 @@ from vlexport.core.errors import CODES, CaptureError, VlexportError, nearest
 from vlexport.core.numerics import relative_error
 from vlexport.frontends.clean import clean, functional
 from vlexport.frontends.inline import inline_regions
+from vlexport.frontends.output_types import register_output_types
+from vlexport.frontends.quantized import require_float_module, require_not_quantized
 from vlexport.frontends.user_lines import parting_line, user_line, watch_guards
 from vlexport.ir import compat, provenance
 from vlexport.ir.exported import program_from_exported, require_no_mutation
@@ -79,9 +81,11 @@ def capture(model: nn.Module, inputs: Inputs, *, dynamic: Dynamic = "auto", own:
 
     Raises:
         CaptureError: VLX0301 train mode, VLX0302 inputs that do not fit, VLX0303 not exportable, VLX0304 the graph
-            disagrees with the eager model, VLX0305 mutation, VLX0306 outputs that are no tensors.
+            disagrees with the eager model, VLX0305 mutation, VLX0306 outputs that are no tensors, VLX0307 it is
+            quantized already.
     """
     _require_eval(model)
+    require_float_module(model)
     twin = model if own else copied(model)
     notes: list[str] = []
     if any(t.is_floating_point() and t.dtype is not torch.float32 for t in twin.state_dict().values()):
@@ -92,6 +96,7 @@ def capture(model: nn.Module, inputs: Inputs, *, dynamic: Dynamic = "auto", own:
     if isinstance(dynamic, Mapping):
         _require_axes(dynamic, arguments)
     before = _eager(reference, arguments, arguments.flat)
+    register_output_types(before)
 
     program: Program | None = None
     batch = None if dynamic is False or isinstance(dynamic, Mapping) else _auto_batch(arguments)
@@ -238,7 +243,7 @@ def _checked(
     twin: nn.Module, reference: nn.Module, arguments: _Arguments, chosen: Mapping[str, Mapping[int, DimChoice]]
 ) -> Program:
     """Export with these dynamic dims and compare with the eager model."""
-    program = _program(_export(twin, arguments, chosen), arguments, chosen)
+    program = program_of(_export(twin, arguments, chosen), arguments.names, arguments.flat, chosen)
     _agree(program, reference, arguments, _variants(arguments, chosen))
     return program
 
@@ -309,15 +314,30 @@ def _variants(arguments: _Arguments, chosen: Mapping[str, Mapping[int, DimChoice
     return variants
 
 
-def _program(
-    exported: ExportedProgram, arguments: _Arguments, chosen: Mapping[str, Mapping[int, DimChoice]]
+def program_of(
+    exported: ExportedProgram,
+    input_names: Sequence[str],
+    example: Sequence[Tensor],
+    chosen: Mapping[str, Mapping[int, DimChoice]],
 ) -> Program:
+    """The Program of a functional exported graph.
+
+    Args:
+        exported: The graph; owned by the Program from here on.
+        input_names: One a user input, in order.
+        example: One tensor an input.
+        chosen: Input → axis → its dynamic dim.
+
+    Raises:
+        CaptureError: VLX0303, VLX0305, VLX0306, VLX0307.
+    """
     require_no_mutation(exported)
+    require_not_quantized(exported)
     symbols: dict[Any, str] = {}
     dims: dict[str, DimRange] = {}
     by_name = {n.name: n for n in exported.graph.nodes if n.op == "placeholder"}
     inputs = []
-    for name, user_input in zip(arguments.names, exported.graph_signature.user_inputs, strict=True):
+    for name, user_input in zip(input_names, exported.graph_signature.user_inputs, strict=True):
         fake = by_name[str(user_input)].meta["val"]
         shape: list[int | str] = []
         for axis, size in enumerate(fake.shape):
@@ -334,7 +354,7 @@ def _program(
     program = program_from_exported(exported, Signature(inputs=tuple(inputs), outputs=outputs, dims=dims))
     clean(program)
     provenance.stamp(program.graph)
-    program.example = tuple(arguments.flat)
+    program.example = tuple(example)
     return program
 
 

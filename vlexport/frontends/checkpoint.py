@@ -1,11 +1,14 @@
-"""State dicts from checkpoints, without running code that a checkpoint may hold."""
+"""Weights from checkpoints, without running code that a checkpoint may hold.
+
+``torch.load(weights_only=True)`` comes first; a file that asks for more is read by
+:mod:`vlexport.frontends.inert_checkpoint`, which gives tensors and leaves the rest.
+"""
 
 from __future__ import annotations
 
-import itertools
-import pickle
-import re
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +16,63 @@ import torch
 from torch import Tensor
 
 from vlexport.core.errors import ModelFileError, nearest
+from vlexport.frontends.checkpoint_entries import (
+    WEIGHT_KEYS,
+    Entry,
+    entries_of,
+    entry_at,
+    paths_in,
+    stub_in,
+)
 from vlexport.frontends.compat import LOAD_ERRORS
+from vlexport.frontends.fit_weights import best_fit, listed
+from vlexport.frontends.inert_checkpoint import InertCheckpoint, read_inert
+from vlexport.frontends.inert_values import InertError
 from vlexport.frontends.model_file import kind_of
-
-WEIGHT_KEYS = ("model", "state_dict", "model_ema", "ema", "teacher", "student")
-"""Where training checkpoints keep weights; the first that holds a state dict is taken."""
-
-PREFIXES = ("module.", "_orig_mod.", "backbone.")
-"""What wrappers put in front of every key; stripped only where that makes all keys match."""
-
-_REFUSED_GLOBAL = re.compile(r"Unsupported (?:global|class)\w*:?\s+(?:GLOBAL\s+)?([\w.]+)")
-_REFUSALS = ("Unsupported", "unrecognized", "Can only", "Trying to")
-_PREFIX_DEPTH = 3
-_SHOWN = 4
+from vlexport.frontends.safetensors_file import read_safetensors, shards_of
 
 
-def read_state_dict(path: Path, *, weights_key: str | None = None) -> dict[str, Tensor]:
-    """The weights in a ``.pt``, ``.pth``, ``.bin`` or ``.safetensors`` file, told apart by content.
+@dataclass(frozen=True)
+class Weights:
+    """Tensors by name, as they were stored, and what the user should know about where they came from."""
+
+    tensors: dict[str, Tensor]
+    notes: tuple[str, ...] = ()
+
+
+def read_weights(path: Path, *, weights_key: str | None = None, expected: Iterable[str] = ()) -> Weights:
+    """The weights in a ``.pt``, ``.pth``, ``.bin`` or ``.safetensors`` file, or in the shards that an index names.
+
+    Formats are told apart by content.
 
     Args:
         path: The checkpoint.
-        weights_key: The entry of a training checkpoint that holds the weights; by default the first of
-            :data:`WEIGHT_KEYS` that holds a state dict.
+        weights_key: Dotted path of the entry of a training checkpoint that holds the weights; by default the entry
+            under one of :data:`WEIGHT_KEYS` that fits ``expected`` best, the first of equals.
+        expected: Names that the model expects.
 
     Raises:
         ModelFileError: VLX0101 missing, VLX0102 directory, VLX0103 empty, VLX0104 no checkpoint, VLX0105 damaged,
-            VLX0108 it needs code to be read.
+            VLX0108 it needs code to be read, VLX0113 it is quantized.
     """
     kind = kind_of(path)
+    if kind == "shards":
+        tensors: dict[str, Tensor] = {}
+        notes: dict[str, None] = {}
+        for shard, names in shards_of(path).items():
+            if kind_of(shard) == "shards":
+                raise _damaged(shard, "a shard is an index itself")
+            part = read_weights(shard)
+            if lost := sorted(names - part.tensors.keys()):
+                raise _damaged(shard, f"the index promises '{lost[0]}', which the shard does not hold")
+            tensors |= {name: part.tensors[name] for name in part.tensors if name in names}
+            notes |= dict.fromkeys(part.notes)
+        return Weights(tensors, tuple(notes))
     if kind == "safetensors":
-        return _read_safetensors(path)
+        try:
+            return Weights(read_safetensors(path))
+        except ValueError as error:
+            raise _damaged(path, error) from error
     if kind == "torchscript":
         raise ModelFileError(
             "VLX0108",
@@ -55,30 +85,27 @@ def read_state_dict(path: Path, *, weights_key: str | None = None) -> dict[str, 
         raise ModelFileError(
             "VLX0104", f"the file is {what}", where=str(path), hint="name a .pt, .pth, .bin or .safetensors checkpoint"
         )
-    return _weights_in(_unpickled(path), path, weights_key)
+    return _chosen(_opened(path), path, weights_key, list(expected))
 
 
-def _unpickled(path: Path) -> Any:
+def _opened(path: Path) -> InertCheckpoint:
     try:
-        return torch.load(path, weights_only=True, map_location="cpu")
-    except pickle.UnpicklingError as error:
-        reason = str(error).rpartition("WeightsUnpickler error:")[2]
-        if not any(word in reason for word in _REFUSALS):
-            raise _damaged(path, error) from error
-        found = _REFUSED_GLOBAL.search(reason)
-        raise ModelFileError(
-            "VLX0108",
-            f"the file holds pickled code: it asks for '{found.group(1)}'"
-            if found
-            else "the file holds pickled objects that are neither tensors nor plain containers",
-            where=str(path),
-            hint="save model.state_dict() instead of the model, or the model with vlexport.save",
-        ) from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols that this reader may not know: then ours reads on
+            content = torch.load(path, weights_only=True, map_location="cpu")
     except LOAD_ERRORS as error:
-        raise _damaged(path, error) from error
+        try:
+            return read_inert(path)
+        except InertError as inner:
+            raise _damaged(path, inner) from error
+    return InertCheckpoint(content, (), _read_already)
 
 
-def _damaged(path: Path, error: Exception) -> ModelFileError:
+def _read_already(_: Any) -> Tensor:
+    raise InertError("a storage was not read")
+
+
+def _damaged(path: Path, error: Exception | str) -> ModelFileError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return ModelFileError(
         "VLX0105",
@@ -88,123 +115,66 @@ def _damaged(path: Path, error: Exception) -> ModelFileError:
     )
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _chosen(opened: InertCheckpoint, path: Path, weights_key: str | None, expected: list[str]) -> Weights:
+    if weights_key is not None:
+        named = entry_at(opened.content, weights_key)
+        entries = [] if named is None else [named]
+    else:
+        entries = entries_of(opened.content)
+    if not entries:
+        raise _no_weights(opened, path, weights_key)
+    entry = min(entries, key=lambda each: best_fit(each.weights, expected).misses) if expected else entries[0]
+    _require_float(entry, path)
     try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise ModelFileError(
-            "VLX0104",
-            "the file is a safetensors checkpoint, and the package safetensors is not installed",
-            where=str(path),
-            hint="pip install safetensors",
-        ) from error
-    try:
-        return dict(load_file(path))
-    except (SafetensorError, KeyError, OSError, RuntimeError, ValueError) as error:
+        tensors = {name: opened.tensor(each) for name, each in entry.weights.items()}
+    except InertError as error:
         raise _damaged(path, error) from error
+    return Weights(tensors, _notes(entry, entries, opened.asked))
 
 
-def _is_state_dict(value: Any) -> bool:
-    return (
-        isinstance(value, Mapping)
-        and bool(value)
-        and all(isinstance(key, str) and isinstance(item, Tensor) for key, item in value.items())
+def _require_float(entry: Entry, path: Path) -> None:
+    if entry.quantized:
+        raise ModelFileError(
+            "VLX0113",
+            f"the checkpoint is quantized already: '{entry.quantized}' is no plain tensor",
+            where=str(path),
+            hint="give the checkpoint from before quantization, and choose a precision with --precision",
+        )
+
+
+def _notes(entry: Entry, entries: list[Entry], asked: tuple[str, ...]) -> tuple[str, ...]:
+    notes = []
+    if entry.path:
+        others = [each.path for each in entries if each is not entry]
+        also = f"; there are also {listed(others)} (--weights-key)" if others else ""
+        notes.append(f"the weights are the checkpoint's entry '{entry.path}'{also}")
+    if entry.left_out:
+        notes.append(f"left out of the weights, being no tensors: {listed(entry.left_out)}")
+    if asked:
+        notes.append(f"the checkpoint asks for code, which was not run: {listed(asked)}")
+    return tuple(notes)
+
+
+def _no_weights(opened: InertCheckpoint, path: Path, weights_key: str | None) -> ModelFileError:
+    content = opened.content
+    if found := stub_in(content):
+        return ModelFileError(
+            "VLX0108",
+            f"the file holds pickled code in place of weights: it asks for '{found}'",
+            where=str(path),
+            hint="save model.state_dict() instead of the model, or the model with vlexport.save; "
+            "--allow-code runs a file that you trust",
+        )
+    keys = [key for key in content if isinstance(key, str)] if isinstance(content, dict) else []
+    paths = paths_in(content)
+    holds = f"a dictionary of {listed(sorted(keys))}" if keys else f"a {type(content).__name__}"
+    wanted = (
+        f"'{weights_key}'{nearest(weights_key, paths or keys)}" if weights_key else "any of " + ", ".join(WEIGHT_KEYS)
     )
-
-
-def _weights_in(content: Any, path: Path, weights_key: str | None) -> dict[str, Tensor]:
-    if weights_key is None and _is_state_dict(content):
-        return dict(content)
-    keys = [key for key in content if isinstance(key, str)] if isinstance(content, Mapping) else []
-    for key in WEIGHT_KEYS if weights_key is None else (weights_key,):
-        if key in keys and _is_state_dict(content[key]):
-            return dict(content[key])
-    holds = f"a dictionary of {_listed(sorted(keys))}" if keys else f"a {type(content).__name__}"
-    wanted = f"'{weights_key}'{nearest(weights_key, keys)}" if weights_key else "any of " + ", ".join(WEIGHT_KEYS)
-    raise ModelFileError(
+    there = f"it holds state dicts under {listed(paths)}: " if paths else ""
+    return ModelFileError(
         "VLX0104",
         f"the checkpoint holds no state dict under {wanted}: it is {holds}",
         where=str(path),
-        hint="name the entry that holds the weights with --weights-key",
+        hint=f"{there}name the entry that holds the weights with --weights-key",
     )
-
-
-def fit_state_dict(
-    state: Mapping[str, Tensor], expected: Mapping[str, Tensor] | Iterable[str]
-) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The state dict under the keys that a model expects, and notes for the user about what was stripped.
-
-    Args:
-        state: The weights as they were stored.
-        expected: The model's own ``state_dict()``, or its keys alone (then shapes are not compared).
-
-    Raises:
-        ModelFileError: VLX0109, no prefix makes the keys match, or a shape differs.
-    """
-    wanted = dict.fromkeys(expected)
-    best: tuple[int, dict[str, Tensor], tuple[str, ...]] | None = None
-    for length in range(_PREFIX_DEPTH + 1):
-        for prefixes in itertools.product(PREFIXES, repeat=length):
-            renamed = _stripped(state, prefixes)
-            if renamed is None:
-                continue
-            misses = len(renamed.keys() ^ wanted.keys())
-            if best is None or misses < best[0]:
-                best = (misses, renamed, prefixes)
-    _, renamed, prefixes = best if best is not None else (0, dict(state), ())
-    if problems := _key_problems(renamed, list(wanted)):
-        raise ModelFileError(
-            "VLX0109",
-            "the weights do not fit the architecture: " + "; ".join(problems),
-            hint="check --arch and its arguments, or choose another entry with --weights-key",
-        )
-    if isinstance(expected, Mapping):
-        _require_shapes(renamed, expected)
-    return renamed, tuple(f"stripped the prefix '{prefix}' from the checkpoint's keys" for prefix in prefixes)
-
-
-def _stripped(state: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> dict[str, Tensor] | None:
-    """The state with the prefixes taken off, or None where one is not there or two keys would become one."""
-    renamed = dict(state)
-    for prefix in prefixes:
-        if not any(key.startswith(prefix) for key in renamed):
-            return None
-        shorter = {key.removeprefix(prefix): value for key, value in renamed.items()}
-        if len(shorter) != len(renamed):
-            return None
-        renamed = shorter
-    return renamed
-
-
-def _key_problems(state: Mapping[str, Tensor], wanted: list[str]) -> list[str]:
-    missing = [key for key in wanted if key not in state]
-    unexpected = [key for key in state if key not in set(wanted)]
-    problems = []
-    if missing:
-        near = nearest(missing[0], unexpected).removeprefix("; did you mean ")
-        hint = f" (nearest to the first in the file: {near.removesuffix('?')})" if near else ""
-        problems.append(f"{len(missing)} missing: {_listed(missing)}{hint}")
-    if unexpected:
-        problems.append(f"{len(unexpected)} unexpected: {_listed(unexpected)}")
-    return problems
-
-
-def _require_shapes(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    wrong = [
-        f"'{key}' is {tuple(state[key].shape)}, not {tuple(tensor.shape)}"
-        for key, tensor in expected.items()
-        if state[key].shape != tensor.shape
-    ]
-    if wrong:
-        more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
-        raise ModelFileError(
-            "VLX0109",
-            f"the weights do not fit the architecture: {', '.join(wrong[:_SHOWN])}{more}",
-            hint="check --arch and its arguments, the number of classes and the image size among them",
-        )
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(f"'{name}'" for name in names[:_SHOWN]) + more

@@ -55,9 +55,8 @@ def clean(program: Program) -> None:
             node.target = torch.ops.aten.reshape.default
         elif name == "aten._native_batch_norm_legit_no_training.default":
             _single_output_batch_norm(node)
-    for node in reversed(program.calls()):
-        if not node.users and not node.is_impure():
-            program.erase_dead(node)
+    for node in [n for n in program.calls() if not n.users and not n.is_impure()]:
+        program.erase_dead(node)  # and what only it read
 
 
 def _cast(program: Program, node: Node) -> None:

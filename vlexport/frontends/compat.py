@@ -6,14 +6,24 @@ import importlib
 import io
 import pickle
 import struct
+from typing import Any
 
 import torch
 from torch._export.verifier import SpecViolationError
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.export.pt2_archive._package import load_pt2
+from torch.utils import _pytree as pytree
 
-__all__ = ["LOAD_ERRORS", "declare_torchvision_operators", "find_signature", "load_program"]
+__all__ = [
+    "LOAD_ERRORS",
+    "bounds_of",
+    "declare_torchvision_operators",
+    "find_signature",
+    "load_program",
+    "module_from_torchscript",
+    "tensor_leaves",
+]
 
 LOAD_ERRORS: tuple[type[Exception], ...] = (
     ArithmeticError,
@@ -59,6 +69,27 @@ def load_program(archive: bytes) -> ExportedProgram:
     """
     programs: dict[str, ExportedProgram] = load_pt2(io.BytesIO(archive)).exported_programs
     return programs["model"]
+
+
+def module_from_torchscript(script: Any, inputs: tuple[torch.Tensor, ...]) -> torch.nn.Module:
+    """What a TorchScript program computes, as a module of ATen calls; torch's converter is private and deprecated."""
+    from torch._export.converter import TS2EPConverter
+
+    converted: torch.nn.Module = TS2EPConverter(script, inputs).convert().module()
+    return converted
+
+
+def bounds_of(value_range: Any) -> tuple[int, int | None]:
+    """Smallest (at least 1) and largest size of a symbol's range; None where it has no end."""
+    if value_range is None:
+        return 1, None
+    low, high = value_range.lower, value_range.upper
+    return (max(1, int(low)) if low.is_number and low.is_finite else 1), (int(high) if high.is_finite else None)
+
+
+def tensor_leaves(value: Any) -> list[torch.Tensor]:
+    """The tensors in nested tuples, lists and dicts, in order."""
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def declare_torchvision_operators() -> None:

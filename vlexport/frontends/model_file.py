@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 from vlexport.core.errors import ModelFileError
+from vlexport.frontends.safetensors_file import index_in
 
-Kind = Literal["vlexport-archive", "foreign-pt2", "checkpoint", "torchscript", "safetensors", "unknown"]
+Kind = Literal["vlexport-archive", "foreign-pt2", "checkpoint", "torchscript", "safetensors", "shards", "unknown"]
 
 METADATA_MEMBER = "extra/vlexport.json"
 """The member that only files written by ``vlexport.save`` have."""
@@ -53,7 +54,9 @@ def kind_of(path: Path) -> Kind:
         return _kind_of_zip(path)
     if head == _LEGACY_CHECKPOINT or _PICKLE.match(head):
         return "checkpoint"
-    return "safetensors" if _is_safetensors(path) else "unknown"
+    if _is_safetensors(path):
+        return "safetensors"
+    return "unknown" if index_in(path) is None else "shards"
 
 
 def _kind_of_zip(path: Path) -> Kind:

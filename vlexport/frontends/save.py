@@ -12,7 +12,7 @@ from vlexport.core.errors import BundleError, DataError
 from vlexport.core.preprocess import Preprocess
 from vlexport.frontends.archive import write_archive
 from vlexport.frontends.capture import Captured, Dynamic, Inputs, capture
-from vlexport.frontends.source import preprocess_of
+from vlexport.frontends.input_preprocess import preprocess_of
 from vlexport.ir.draw import draw
 from vlexport.ir.exported import exported_from_program
 from vlexport.ir.program import Program

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from vlexport.frontends.components import COMPONENTS_FILE, find_components, read
 from vlexport.frontends.source import Source, open_source
 from vlexport.ir.narrow import narrowed
 
-_OF_ONE_MODEL = ("arch", "weights_key", "input", "preprocess")
+_OF_ONE_MODEL = ("arch", "arch_arg", "weights_key", "input", "outputs", "preprocess", "allow_code")
 """Options that say how to open a single model."""
 
 
@@ -101,6 +101,16 @@ class Sources:
             if own := self.wiring.dims.own(name, dims):
                 made[name] = replace(each, program=narrowed(each.program, own))
         return _sources(made, self.edges)
+
+    def with_outputs(self, names: Sequence[str]) -> Sources:
+        """A single model with these outputs alone; the same where it has no others, or is several.
+
+        Raises:
+            UsageError: VLX0703 for an output that it does not have.
+        """
+        if self.only is None or list(names) == [spec.name for spec in self.signature.outputs]:
+            return self
+        return _sources({name: each.with_outputs(names) for name, each in self.components.items()}, self.edges)
 
     @contextlib.contextmanager
     def named(self, name: str) -> Iterator[None]:

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vlexport.core.artifact import Artifact
-from vlexport.core.bundle import read_bundle
+from vlexport.core.bundle import RECIPE_FILE, read_bundle
 from vlexport.core.cache import Cache, open_cache
+from vlexport.core.config import read_recipe
 from vlexport.core.errors import UsageError
 from vlexport.core.pipeline import pipeline_of
 from vlexport.core.progress import Reporter
@@ -17,7 +18,7 @@ from vlexport.frontends.sources import Sources, open_sources
 from vlexport.ir.program import Program
 from vlexport.stages.lowering_cache import Made, lowering_key, made_once
 from vlexport.stages.profile import Measurable
-from vlexport.stages.reference import reference_config
+from vlexport.stages.reference import reference_config, with_outputs_of
 from vlexport.targets import open_target
 from vlexport.targets.base import Target
 
@@ -58,7 +59,8 @@ def naive_baseline(bundle: Path, reference: str, arch: str | None, reporter: Rep
     recorded = read_bundle(bundle)
     with tempfile.TemporaryDirectory(prefix="vlexport-") as scratch:
         with reporter.stage("plain export"):
-            sources = open_sources(reference_config(reference, arch, recorded))
+            recipe = read_recipe(bundle / RECIPE_FILE)
+            sources = with_outputs_of(open_sources(reference_config(reference, arch, recorded, recipe)), recorded)
             if sources.source_hash != recorded.source_hash:
                 raise UsageError("VLX0804", "this is not the model that the bundle was built from", where="--reference")
             target, cache = open_target(recorded.target), open_cache(reporter)

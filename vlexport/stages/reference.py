@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vlexport.core.artifact import Array
 from vlexport.core.bundle import ARTIFACT_FOLDER, BUNDLE_FILE, check_files, read_bundle
@@ -13,6 +14,10 @@ from vlexport.core.bundle_schema import Bundle
 from vlexport.core.config import BuildConfig
 from vlexport.core.errors import InputError, ModelFileError
 
+if TYPE_CHECKING:
+    from vlexport.frontends.sources import Sources
+
+_OF_WEIGHTS = ("arch_arg", "weights_key")
 _OTHER_PREPROCESSING = "the reference records another preprocessing; both were measured on this bundle's"
 
 
@@ -30,8 +35,10 @@ class Reference:
 
 
 @contextlib.contextmanager
-def open_reference(path: str, bundle: Bundle, *, arch: str | None = None) -> Iterator[Reference | None]:
-    """Open what ``--reference`` names; None for an empty path.
+def open_reference(
+    path: str, bundle: Bundle, *, arch: str | None = None, recipe: Mapping[str, Any] | None = None
+) -> Iterator[Reference | None]:
+    """Open what ``--reference`` names; None for an empty path. ``recipe`` is the bundle's.
 
     Raises:
         InputError: VLX0507 when its inputs or outputs have other names than the bundle's.
@@ -56,21 +63,31 @@ def open_reference(path: str, bundle: Bundle, *, arch: str | None = None) -> Ite
             "VLX0104", "a model file as reference needs torch, which is not installed", where="--reference",
             hint="pip install 'vlexport[build]', or give a bundle as reference",
         ) from error  # fmt: skip
-    sources = open_sources(reference_config(path, arch, bundle))
+    sources = with_outputs_of(open_sources(reference_config(path, arch, bundle, recipe)), bundle)
     signature = sources.signature
     _require_same(path, wanted_names(bundle), ([s.name for s in signature.inputs], [s.name for s in signature.outputs]))
     yield Reference("model", sources.run)
 
 
-def reference_config(path: str, arch: str | None, bundle: Bundle) -> BuildConfig:
-    """How to open a reference: weights get the inputs that the bundle records."""
+def reference_config(
+    path: str, arch: str | None, bundle: Bundle, recipe: Mapping[str, Any] | None = None
+) -> BuildConfig:
+    """How to open a reference: weights get the inputs that the bundle records, and what its recipe says of them."""
+    given = {key: value for key, value in (recipe or {}).items() if key in _OF_WEIGHTS}
     if not arch:
         return BuildConfig(model=path)
     texts = []
     for spec in bundle.main.artifact.inputs:
         sizes = [bundle.main.dims[d].opt if isinstance(d, str) else d for d in spec.shape]
         texts.append(f"{spec.name}={'x'.join(map(str, sizes))}:{spec.dtype}")
-    return BuildConfig(model=path, arch=arch, input=tuple(texts))
+    return BuildConfig(model=path, arch=arch, input=tuple(texts), **given)
+
+
+def with_outputs_of(sources: Sources, bundle: Bundle) -> Sources:
+    """The reference with the outputs that a bundle was built with, where it has them."""
+    wanted = wanted_names(bundle)[1]
+    there = {spec.name for spec in sources.signature.outputs}
+    return sources.with_outputs(wanted) if set(wanted) <= there else sources
 
 
 def wanted_names(bundle: Bundle) -> tuple[list[str], list[str]]:

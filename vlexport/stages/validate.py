@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from vlexport.core.artifact import Array, Session, TensorSpec
-from vlexport.core.bundle import ARTIFACT_FOLDER, check_files, read_bundle
+from vlexport.core.bundle import ARTIFACT_FOLDER, RECIPE_FILE, check_files, read_bundle
 from vlexport.core.bundle_schema import (
     AccuracyResult,
     BadSample,
@@ -25,6 +25,7 @@ from vlexport.core.bundle_schema import (
     MetricResult,
     Report,
 )
+from vlexport.core.config import read_recipe
 from vlexport.core.dataset import Dataset, Sample
 from vlexport.core.errors import DataError, UsageError
 from vlexport.core.intervals import clopper_pearson
@@ -99,7 +100,8 @@ def validate(config: ValidateConfig, *, reporter: Reporter | None = None) -> Rep
     require_measured(config.gates, dataset, referenced=bool(config.reference))
     place = config.bundle / ARTIFACT_FOLDER
     opened = target.open(place, component.artifact, threads=config.threads, timeout_s=config.timeout_s)
-    with opened as session, open_reference(config.reference, bundle, arch=config.arch) as reference:
+    recipe = read_recipe(config.bundle / RECIPE_FILE) if config.reference else None
+    with opened as session, open_reference(config.reference, bundle, arch=config.arch, recipe=recipe) as reference:
         found = measure_accuracy(session, dataset, component, reference=reference, metrics=metrics, reporter=reporter)
         emulator = target.probe().emulator if session.timing == "emulated" else ""
     report = new_report(bundle).model_copy(update={**found, "emulator": emulator})

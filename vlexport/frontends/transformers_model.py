@@ -1,0 +1,244 @@
+"""A transformers model from its folder: the config says which class, our own readers open the weights.
+
+Nothing is fetched, and no code of the folder runs unless the user consents. What a config could fetch (kernels,
+pretrained backbones) is taken out of it before transformers sees it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import inspect
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlexport.core.errors import CapabilityError, DataError, ModelFileError
+from vlexport.core.preprocess import Preprocess
+from vlexport.frontends import compat
+from vlexport.frontends.architecture import Architecture
+from vlexport.frontends.fit_weights import listed
+from vlexport.frontends.transformers_folder import CONFIG_FILE, config_in, labels_in, preprocess_in
+
+_FETCHING = frozenset(
+    {"_attn_implementation", "attn_implementation", "_attn_implementation_internal", "_experts_implementation"}
+    | {"experts_implementation", "kernel_config", "use_kernels", "use_pretrained_backbone", "name_or_path"}
+    | {"_name_or_path", "transformers_weights", "fusion_config"}
+)
+"""Keys of a config that choose how or with what else a model is loaded; none says what it computes."""
+
+_DEFAULT_WORDS = 16
+
+
+def transformers_identity(folder: Path) -> bytes:
+    """What the folder says about the architecture, for a content hash."""
+    return b"transformers\0" + hashlib.sha256((folder / CONFIG_FILE).read_bytes()).digest()
+
+
+def transformers_model(
+    folder: Path, weights: Mapping[str, Tensor], *, allow_code: bool
+) -> tuple[Architecture, tuple[str, ...]]:
+    """The model of a folder with these weights, and notes.
+
+    Raises:
+        ModelFileError: VLX0108 the folder brings code, VLX0109 the weights do not fit, VLX0110 the model cannot be
+            made, VLX0113 it is quantized, VLX0115 the folder is not understood.
+        CapabilityError: VLX0501 when transformers is not installed.
+    """
+    values = config_in(folder)
+    if "quantization_config" in values:
+        method = str((values["quantization_config"] or {}).get("quant_method", "some method"))
+        raise ModelFileError(
+            "VLX0113", f"the model is quantized already, by {method}", where=f"{folder}/{CONFIG_FILE}",
+            hint="take the model from before quantization, and choose a precision with --precision",
+        )  # fmt: skip
+    transformers = _transformers()
+    with _offline(transformers):
+        config, kind = _classes(transformers, folder, _cleaned(values), values, allow_code=allow_code)
+        module, notes = _loaded(kind, config, weights, folder)
+    steps, said = _preprocess(folder)
+    inputs = example_inputs(module, config, steps)
+    return Architecture(module, inputs, steps, labels_in(values)), (*notes, *said)
+
+
+def example_inputs(module: nn.Module, config: Any, steps: Preprocess | None) -> dict[str, Tensor] | None:
+    """Seeded inputs by the names of ``forward``: an image of the config's size, words, or both; None when unknown."""
+    taken = inspect.signature(module.forward).parameters
+    generator = torch.Generator().manual_seed(0)
+    found: dict[str, Tensor] = {}
+    main = getattr(module, "main_input_name", "")
+    both = hasattr(config, "vision_config") and hasattr(config, "text_config")
+    if "input_ids" in taken and (main == "input_ids" or both):
+        text = getattr(config, "text_config", None) or config
+        length = min(_DEFAULT_WORDS, int(getattr(text, "max_position_embeddings", None) or _DEFAULT_WORDS))
+        words = int(getattr(text, "vocab_size", 2))
+        found["input_ids"] = torch.randint(0, max(words, 2), (1, length), generator=generator)
+        if "attention_mask" in taken and not both:
+            found["attention_mask"] = torch.ones(1, length, dtype=torch.int64)
+    if "pixel_values" in taken and (main == "pixel_values" or both):
+        shape = _image_shape(config, steps)
+        if shape is None:
+            return None
+        found["pixel_values"] = torch.randn((1, *shape), generator=generator)
+    return {name: found[name] for name in taken if name in found} or None
+
+
+def _image_shape(config: Any, steps: Preprocess | None) -> tuple[int, ...] | None:
+    """Frames if it takes a video, channels, height, width."""
+    parts = [config, *(getattr(config, name, None) for name in ("vision_config", "backbone_config"))]
+    held = next((part for part in parts if getattr(part, "image_size", None)), None)
+    size = getattr(held, "image_size", None)
+    if size is None:
+        made = steps.output_shape[1:] if steps is not None else ()
+        size = [edge for edge in made if isinstance(edge, int)]
+    edges = (size, size) if isinstance(size, int) else tuple(map(int, size))
+    if len(edges) != 2:
+        return None
+    channels = next((int(part.num_channels) for part in parts if getattr(part, "num_channels", None)), 3)
+    frames = getattr(held, "num_frames", None)
+    return (channels, *edges) if not isinstance(frames, int) else (frames, channels, *edges)
+
+
+def _transformers() -> Any:
+    compat.declare_torchvision_operators()
+    try:
+        return importlib.import_module("transformers")
+    except ImportError as error:
+        raise CapabilityError(
+            "VLX0501", "transformers is not installed", where="--arch", hint="pip install transformers"
+        ) from error
+
+
+def _cleaned(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {key: _cleaned(each) for key, each in values.items() if key not in _FETCHING}
+    return [_cleaned(each) for each in values] if isinstance(values, list) else values
+
+
+def _classes(
+    transformers: Any, folder: Path, values: dict[str, Any], given: dict[str, Any], *, allow_code: bool
+) -> tuple[Any, Any]:
+    """The config object and the model's class, by transformers' own mapping from model types to classes."""
+    where = f"{folder}/{CONFIG_FILE}"
+    if given.get("auto_map"):
+        if not allow_code:
+            raise ModelFileError(
+                "VLX0108", "the folder brings its own code (auto_map in config.json)", where=where,
+                hint="--allow-code runs it, if you trust it; where transformers itself has the model, delete auto_map",
+            )  # fmt: skip
+        return _brought(transformers, folder, values, given["auto_map"])
+    known = transformers.CONFIG_MAPPING
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind not in known:
+        raise ModelFileError(
+            "VLX0110", f"transformers {transformers.__version__} has no model type {kind!r:.60}", where=where,
+            hint="update transformers, or give the architecture with --arch",
+        )  # fmt: skip
+    config = _made(lambda: known[kind].from_dict(values), where)
+    named = values.get("architectures")
+    name = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
+    found = getattr(transformers, name, None) if name.isidentifier() else None
+    if not name:
+        mapping = transformers.MODEL_MAPPING
+        found = mapping.get(type(config), None)
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    if not is_model or not issubclass(type(config), found.config_class or ()):  # type: ignore[union-attr]
+        raise ModelFileError(
+            "VLX0110", f"transformers {transformers.__version__} has no class {name or kind!r:.60} for this config",
+            where=where, hint="update transformers, or give the architecture with --arch",
+        )  # fmt: skip
+    return config, found
+
+
+def _brought(transformers: Any, folder: Path, values: dict[str, Any], auto_map: Any) -> tuple[Any, Any]:
+    """Config and class from the folder's own code; the user consented to it."""
+    where = f"{folder}/{CONFIG_FILE}"
+    names = auto_map if isinstance(auto_map, dict) else {}
+    references = {key: value for key, value in names.items() if isinstance(value, str)}
+    model = next((references[key] for key in references if key.startswith("AutoModel")), None)
+    if model is None or any("--" in value for value in references.values()):
+        raise ModelFileError(
+            "VLX0110", "auto_map names no model class of this folder", where=where,
+            hint="code of another repository is not fetched: put it into the folder",
+        )  # fmt: skip
+    dynamic = importlib.import_module("transformers.dynamic_module_utils")
+
+    def load() -> tuple[Any, Any]:
+        def held(reference: str) -> Any:
+            return dynamic.get_class_from_dynamic_module(reference, str(folder), local_files_only=True)
+
+        kind = held(references["AutoConfig"]) if "AutoConfig" in references else None
+        kind = kind or transformers.CONFIG_MAPPING[values["model_type"]]
+        return kind.from_dict(values), held(model)
+
+    found: tuple[Any, Any] = _made(load, where)
+    return found
+
+
+def _loaded(kind: Any, config: Any, weights: Mapping[str, Tensor], folder: Path) -> tuple[nn.Module, tuple[str, ...]]:
+    for flag in ("use_cache", "output_attentions", "output_hidden_states"):
+        if getattr(config, flag, False):
+            setattr(config, flag, False)
+    module, info = _made(
+        lambda: kind.from_pretrained(
+            None, config=config, state_dict=dict(weights), output_loading_info=True, dtype=torch.float32,
+            local_files_only=True, trust_remote_code=False, ignore_mismatched_sizes=True,
+        ),
+        str(folder),
+    )  # fmt: skip
+    if missing := sorted(info["missing_keys"]):
+        raise ModelFileError(
+            "VLX0109", f"the weights do not fit {kind.__name__}: {len(missing)} missing: {listed(missing)}",
+            where=str(folder), hint="the folder's architectures and its weights belong to different models",
+        )  # fmt: skip
+    if wrong := sorted(map(str, info["mismatched_keys"])):
+        raise ModelFileError(
+            "VLX0109", f"the weights do not fit {kind.__name__}: {len(wrong)} of another size: {listed(wrong)}",
+            where=str(folder), hint="config.json and the weights belong to different models",
+        )  # fmt: skip
+    notes = []
+    if beside := sorted(info["unexpected_keys"]):
+        notes.append(f"{kind.__name__} has no place for {len(beside)} of the weights: {listed(beside)}")
+    if any(each.is_floating_point() and each.dtype is not torch.float32 for each in weights.values()):
+        notes.append("half- or double-precision weights were loaded as float32")
+    return module.eval(), tuple(notes)
+
+
+def _made(make: Any, where: str) -> Any:
+    """Runs transformers' code on what the folder says."""
+    try:
+        return make()
+    except Exception as error:  # transformers and its validators raise many kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelFileError(
+            "VLX0110", f"transformers cannot make the model: {type(error).__name__}: {reason}", where=where,
+            hint="open the folder with transformers' from_pretrained to see the whole message",
+        ) from error  # fmt: skip
+
+
+def _preprocess(folder: Path) -> tuple[Preprocess | None, tuple[str, ...]]:
+    try:
+        return preprocess_in(folder), ()
+    except DataError as error:
+        return None, (f"{error.where}: {error.message}; no preprocessing is recorded, give --preprocess",)
+
+
+@contextlib.contextmanager
+def _offline(transformers: Any) -> Iterator[None]:
+    """Without the hub, which a config may name, and without transformers' progress bars and advice."""
+    log, hub = transformers.utils.logging, importlib.import_module("huggingface_hub.constants")
+    bars, level, online = log.is_progress_bar_enabled(), log.get_verbosity(), hub.HF_HUB_OFFLINE
+    log.disable_progress_bar()
+    log.set_verbosity_error()
+    hub.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        hub.HF_HUB_OFFLINE = online  # type: ignore[attr-defined]
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()
