@@ -12,7 +12,8 @@ from vlexport.core.cache import Cache
 
 
 @pytest.fixture
-def filled(own_cache: Path, tmp_path: Path) -> Path:
+def filled(own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "made").mkdir()
     (tmp_path / "made/file.bin").write_bytes(bytes(2_000_000))
     Cache().keep({"n": 1}, tmp_path / "made", {})
