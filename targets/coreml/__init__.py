@@ -12,6 +12,7 @@ from pydantic import Field, field_validator
 
 from vlexport.core.artifact import Artifact, Frozen, Signature, TensorSpec
 from vlexport.core.devices import this_machine
+from vlexport.core.errors import VlexportError
 from vlexport.targets.base import Brief, Probe, Target
 from vlexport.targets.coreml.names import is_swift_identifier, swift_class_name, swift_identifier
 from vlexport.targets.coreml.session import why_not_here
@@ -134,6 +135,12 @@ class CoreMLTarget(Target):
         """coremltools and torch; neither is imported to find out."""
         missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
         return f"{' and '.join(missing)} not installed: pip install 'vlexport[build,coreml]'" if missing else ""
+
+    def problems(self, program: Program, brief: Brief) -> Sequence[VlexportError]:
+        """Calls that coremltools does not convert, tensors of too many dims, and inputs and labels that do not fit."""
+        from vlexport.targets.coreml.op_support import problems_of
+
+        return problems_of(program, brief, cast("CoreMLOptions", brief.options))
 
     def lower(self, program: Program, folder: Path, brief: Brief) -> Artifact:
         """Write ``NAME.mlpackage``, load it back and compare it with the specs returned.
