@@ -29,14 +29,15 @@ def _part_lines(part: ModelPart) -> Iterator[str]:
     yield from _face(part.inputs, part.outputs, part.dims, part.preprocess, part.labels)
     cost = part.cost
     yield (
-        f"Cost     {_short(cost.macs)} MACs{_at(part.dims)}, {_short(cost.parameters)} parameters, "
-        f"{_short(cost.size_bytes)}B" + (f"; not counted: {', '.join(cost.opaque)}" if cost.opaque else "")
+        f"Cost     {_short(cost.macs, 'MACs')}{_at(part.dims)}, {_short(cost.parameters, 'parameters')}, "
+        f"{_short(cost.size_bytes, 'B')}" + (f"; not counted: {', '.join(cost.opaque)}" if cost.opaque else "")
     )
     width = max((len(_named(each)) for each in part.modules), default=0)
     for each in part.modules:
         yield (
             f"Module   {_named(each):{width}}  {each.calls:5} {'call ' if each.calls == 1 else 'calls'}  "
-            f"{_short(each.macs):>7} MACs  {_short(each.parameters):>7} parameters  {_short(each.size_bytes):>7}B"
+            f"{_short(each.macs, 'MACs'):>12}  {_short(each.parameters, 'parameters'):>18}  "
+            f"{_short(each.size_bytes, 'B'):>10}"
         )
     shown = ", ".join(f"{name.removeprefix('aten.')} ×{count}" for name, count in part.operators.items())
     yield f"Ops      {sum(part.operators.values())} calls: {shown}"
@@ -50,12 +51,13 @@ def _named(part: ModulePart) -> str:
     return part.path or "(no module)"
 
 
-def _short(count: int) -> str:
-    """With three digits and k, M or G; nothing that is there is shown as zero."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+def _short(count: int, unit: str) -> str:
+    """A figure with k, M or G before its unit; nothing that is there is shown as zero."""
+    gap = " " if len(unit) > len("MACs") else ""
+    for prefix, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} "
+            return f"{count / size:.2f} {prefix}{gap}{unit}"
+    return f"{count} {unit}"
 
 
 def _at(dims: Mapping[str, DimRange]) -> str:

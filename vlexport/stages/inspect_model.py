@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from vlexport.core.config import BuildConfig
+from vlexport.core.device_profiles import device_profile, device_profiles
 from vlexport.core.errors import UsageError, VlexportError
 from vlexport.core.inspection import ModelInspection, ModelPart, ModulePart, OpaqueCall, Refusal, Support
 from vlexport.core.progress import Reporter, Silent
@@ -38,6 +39,8 @@ def inspect_model(
     """
     reporter = reporter or Silent()
     configs = configs_of(config) if targets else {}
+    if config.device_profile and config.device_profile not in device_profiles():
+        device_profile(config.device_profile, target=next(iter(configs), config.target))
     with reporter.stage("open the model"):
         sources = open_sources(config)
     return ModelInspection(
