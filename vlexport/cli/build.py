@@ -44,8 +44,11 @@ def _shown(config: BuildConfig, result: BuildResult) -> tuple[list[str], dict[st
     """Receipt, ``--json`` object and exit code of one bundle."""
     from vlexport.core.bundle import MEASURED_FOLDER
     from vlexport.report.receipt import receipt
+    from vlexport.targets import open_target
 
-    lines = receipt(result.bundle, result.report, str(result.output))
+    shown = str(result.output)
+    use_it = open_target(result.bundle.target).usage(result.bundle.main.artifact, shown)
+    lines = receipt(result.bundle, result.report, shown, use_it=use_it)
     payload = {
         "bundle": str(result.output),
         "digest": result.bundle.digest,
@@ -99,7 +102,7 @@ def _planned(config: BuildConfig, *, several: bool) -> tuple[list[str], dict[str
     from vlexport.report.figures import macs_phrase, pass_phrase, size_phrase
     from vlexport.stages.plan import plan
 
-    found = plan(config, reporter=make_reporter())
+    found = plan(config, several=several, reporter=make_reporter())
     if several:
         idle = [each for each in found.problems if each.code == "VLX0805" and config.autotune and config.profile]
         found = replace(

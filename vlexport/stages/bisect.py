@@ -36,6 +36,7 @@ from vlexport.stages.component import in_order
 from vlexport.stages.dims import dims_of
 from vlexport.stages.order import Order, configs_of, order_of
 from vlexport.stages.prepare import RANGE_SAMPLES
+from vlexport.stages.probe_memory import require_memory
 from vlexport.stages.whole_model import first_samples
 
 MAX_SAMPLES = 8
@@ -97,6 +98,7 @@ def bisect(
     if bundle is not None and bundle[1].source_hash != saved.source_hash:
         trail.notes.append("the bundle was built from another model file")
     dims = dims_of(order.config, order.target, saved.signature)
+    require_memory(saved, dims)
     sources = saved.narrowed(dims)
     samples = _samples(order, sources)
     for name, source in saved.components.items():

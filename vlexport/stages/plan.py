@@ -34,6 +34,7 @@ from vlexport.stages.choices import (
 from vlexport.stages.component import cost_record
 from vlexport.stages.dims import dims_of
 from vlexport.stages.order import require_judged
+from vlexport.stages.probe_memory import require_memory
 from vlexport.stages.tune import axes_of
 from vlexport.stages.write_bundle import require_free
 from vlexport.targets import open_target
@@ -67,12 +68,15 @@ class Plan:
     candidates: dict[str, tuple[str, ...]]
 
 
-def plan(config: BuildConfig, *, sources: Sources | None = None, reporter: Reporter | None = None) -> Plan:
+def plan(
+    config: BuildConfig, *, sources: Sources | None = None, several: bool = False, reporter: Reporter | None = None
+) -> Plan:
     """Plan a build for one target.
 
     Args:
         config: What would be built.
         sources: The model, where it is open already.
+        several: Whether it would be built beside other targets, into one folder.
         reporter: Where progress goes; silent by default.
 
     Raises:
@@ -103,7 +107,7 @@ def plan(config: BuildConfig, *, sources: Sources | None = None, reporter: Repor
     collect(lambda: candidates.update(axes_of(config, target, options_of(config, target))))
     lowered: list[Pass[Any]] = []
     collect(lambda: lowered.extend(lowered_passes_of(config, target, options_of(config, target))))
-    collect(lambda: require_free(output_of(config), force=config.force))
+    collect(lambda: require_free(output_of(config), force=config.force, several=several))
     collect(lambda: target.require_tools(brief))
     if sources is None:
         with reporter.stage("open the model"):
@@ -116,7 +120,9 @@ def plan(config: BuildConfig, *, sources: Sources | None = None, reporter: Repor
     except VlexportError as error:
         problems.append(error)
     try:
-        sources = sources.narrowed(dims_of(config, target, sources.signature))
+        dims = dims_of(config, target, sources.signature)
+        require_memory(sources, dims)
+        sources = sources.narrowed(dims)
     except VlexportError as error:
         problems.append(error)
     before = {name: source.program for name, source in sources.components.items()}
