@@ -86,6 +86,7 @@ def test_pass_and_match_are_named_when_a_broken_pass_is_planted(name: str, model
         assert found.before is not None
         assert found.after is not None
         assert found.before.value <= 1e-5 < found.after.value
+        assert found.after.output in ("logits", "doubled")
         assert found.change == "broken"
     assert found.reason
 

@@ -206,12 +206,9 @@ class _Walk:
             position=position, match=found.match, matches=found.matches, node=found.node,
             change=found.change.what if found.change is not None else "",
             statistic=statistic.name if statistic is not None else "max|a−b| / max|b|",
-            bound=statistic.bound if statistic is not None else FLOAT32_BOUND, before=self._measure(found.before),
-            after=self._measure(found.after), reason=found.reason, where=found.where,
+            bound=statistic.bound if statistic is not None else FLOAT32_BOUND, before=_measure(found.before, leg),
+            after=_measure(found.after, leg), reason=found.reason, where=found.where,
         )  # fmt: skip
-
-    def _measure(self, found: Figure | None) -> Measure | None:
-        return None if found is None else Measure(value=found.value, probe=found.probe, output=str(found.output + 1))
 
     def _narrowed(
         self, program: Program, dims: Mapping[str, DimRange], probes: Sequence[Probe]
@@ -222,7 +219,7 @@ class _Walk:
         after = figure(leg, made)
         if after is None or not after.value <= FLOAT32_BOUND:
             return made, self.trail.finding(
-                kind="narrowing", bound=FLOAT32_BOUND, after=self._measure(after), node=", ".join(dims),
+                kind="narrowing", bound=FLOAT32_BOUND, after=_measure(after, leg), node=", ".join(dims),
                 change=f"{', '.join(dims)} takes fewer sizes",
             )  # fmt: skip
         self.trail.agreed.append(f"narrowing {', '.join(dims)} ({after.value:.1e})")
@@ -269,3 +266,10 @@ class _Walk:
     def _from_artifact(self, found: ArtifactFinding, kind: Kind) -> Finding:
         after = Measure(value=found.error, probe=found.probe, output=found.output)
         return self.trail.finding(kind=kind, bound=found.bound, after=after, reason=found.words, cure=found.cure)
+
+
+def _measure(found: Figure | None, leg: Leg) -> Measure | None:
+    """A figure with the name of its output, which graphs of every level have in their signature."""
+    if found is None:
+        return None
+    return Measure(value=found.value, probe=found.probe, output=leg.start.signature.outputs[found.output].name)
