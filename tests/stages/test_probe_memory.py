@@ -13,8 +13,8 @@ from tests.harness import captured
 from vlexport.cli.main import main
 from vlexport.core import memory
 from vlexport.core.memory import available_memory_bytes
+from vlexport.ir.run_memory import run_bytes
 from vlexport.stages import probe_memory
-from vlexport.stages.probe_memory import probe_bytes
 
 
 class Growing(nn.Module):
@@ -24,8 +24,8 @@ class Growing(nn.Module):
 
 def test_bytes_are_those_of_inputs_and_the_largest_value_twice() -> None:
     program = captured(Growing(), torch.randn(2, 4))
-    assert probe_bytes(program, {"batch": 1}) == 2 * (16 + 160)
-    assert probe_bytes(program, {"batch": 1000}) == 1000 * probe_bytes(program, {"batch": 1})
+    assert run_bytes(program, {"batch": 1}) == 2 * (16 + 160)
+    assert run_bytes(program, {"batch": 1000}) == 1000 * run_bytes(program, {"batch": 1})
 
 
 @pytest.mark.parametrize("command", [["build", "--no-profile"], ["build", "--plan"], ["bisect"]], ids=" ".join)
