@@ -448,6 +448,7 @@ DOCUMENTS = (
     "docs/bundle.md",
     "docs/components.md",
     "docs/coreml.md",
+    "docs/inspect.md",
     "docs/onnxruntime.md",
 )
 
