@@ -206,6 +206,10 @@ class Target(abc.ABC):
         """Facts that a device can be checked against before it opens the artifact."""
         return {}
 
+    def usage(self, artifact: Artifact, folder: str) -> Sequence[str]:
+        """One line that uses the artifact of the bundle in ``folder``; empty where ``vlexport.load`` does."""
+        return ()
+
     def tools(self) -> dict[str, str]:
         """Versions of what takes part in lowering."""
         return {}

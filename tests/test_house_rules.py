@@ -449,6 +449,7 @@ DOCUMENTS = (
     "docs/bundle.md",
     "docs/components.md",
     "docs/coreml.md",
+    "docs/inspect.md",
     "docs/onnxruntime.md",
 )
 

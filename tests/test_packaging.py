@@ -75,7 +75,8 @@ def test_wheel_holds_only_the_package_when_built(wheel: dict[str, bytes]) -> Non
     data = {n for n in wheel if n.startswith("vlexport/") and not n.endswith(".py")}
     assert data == {
         "vlexport/py.typed", "vlexport/report/report.html.j2", "vlexport/core/device_profiles.json",
-        "vlexport/targets/tensorrt/op_support.json",
+        "vlexport/core/explanations.json",
+        "vlexport/targets/coreml/op_support.json", "vlexport/targets/tensorrt/op_support.json",
     }  # fmt: skip
     assert any(n.endswith(".dist-info/licenses/LICENSE") for n in wheel)
 

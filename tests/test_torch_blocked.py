@@ -20,12 +20,14 @@ from vlexport.core.config import BuildConfig
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKED = ("torch", "torchvision", "onnx", "onnx_ir", "onnxscript", "timm", "transformers", "safetensors", "sympy")
 NEEDS_TORCH = (
-    "ir", "frontends", "passes", "stages/build.py", "stages/build_each.py", "stages/choices.py", "stages/component.py",
-    "stages/lowered.py", "stages/lowering_cache.py", "stages/naive.py", "stages/order.py",
-    "stages/plan.py", "stages/prepare.py", "stages/whole_model.py", "targets/onnx/",
+    "ir", "frontends", "passes", "stages/bisect.py", "stages/bisect_artifact.py", "stages/blame.py", "stages/build.py",
+    "stages/build_each.py", "stages/choices.py", "stages/component.py", "stages/inspect_model.py", "stages/lowered.py",
+    "stages/lowering_cache.py", "stages/naive.py", "stages/order.py", "stages/plan.py", "stages/prepare.py",
+    "stages/probe_memory.py",
+    "stages/whole_model.py", "targets/onnx/",
     "targets/tensorrt/lower.py", "targets/tensorrt/op_limits.py", "targets/tensorrt/op_support.py",
-    *(f"targets/coreml/{name}.py" for name in ("classify", "convert", "legalize_resize", "legalize_spelling", "outputs",
-                                               "pixels", "plan")),
+    *(f"targets/coreml/{name}.py" for name in ("classify", "convert", "legalize_resize", "legalize_spelling",
+                                               "op_support", "outputs", "pixels", "plan")),
 )  # fmt: skip
 """What belongs to the other half: the extra ``build`` installs what it imports."""
 
@@ -169,9 +171,12 @@ def test_load_answers_as_with_torch_when_torch_is_blocked(blocked: Run, folder: 
     [
         ["verify", "bundle"],
         ["run", "bundle", "photo.png"],
+        ["inspect", "bundle"],
+        ["explain", "bundle"],
+        ["explain", "VLX0503"],
         ["validate", "bundle", "--data", "data.npz", "--reference", "bundle"],
     ],
-    ids=lambda a: a[0],
+    ids=" ".join,
 )
 def test_command_works_when_torch_is_blocked(blocked: Run, arguments: list[str]) -> None:
     done = blocked("-m", "vlexport", *arguments, "--json")
@@ -183,4 +188,12 @@ def test_model_as_reference_is_refused_in_words_when_torch_is_blocked(blocked: R
     done = blocked("-m", "vlexport", "validate", "bundle", "--data", "data.npz", "--reference", "model.pt", "--json")
     error = json.loads(done.stdout)["error"]
     assert error["code"] == "VLX0104"
+    assert "vlexport[build]" in error["hint"]
+
+
+@pytest.mark.parametrize("command", ["inspect", "bisect"])
+def test_command_on_a_model_says_what_to_install_when_torch_is_blocked(blocked: Run, command: str) -> None:
+    done = blocked("-m", "vlexport", command, "model.pt", "--json")
+    error = json.loads(done.stdout)["error"]
+    assert (done.returncode, error["code"]) == (4, "VLX0501")
     assert "vlexport[build]" in error["hint"]

@@ -12,8 +12,16 @@ from pydantic import Field, field_validator
 
 from vlexport.core.artifact import Artifact, Frozen, Signature, TensorSpec
 from vlexport.core.devices import this_machine
+from vlexport.core.errors import VlexportError
 from vlexport.targets.base import Brief, Probe, Target
-from vlexport.targets.coreml.names import is_swift_identifier, swift_class_name, swift_identifier
+from vlexport.targets.coreml.names import (
+    LABEL,
+    PROBABILITIES,
+    feature_names,
+    is_swift_identifier,
+    swift_class_name,
+    swift_identifier,
+)
 from vlexport.targets.coreml.session import why_not_here
 from vlexport.targets.coreml.shapes import parse_shapes
 
@@ -135,6 +143,12 @@ class CoreMLTarget(Target):
         missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
         return f"{' and '.join(missing)} not installed: pip install 'vlexport[build,coreml]'" if missing else ""
 
+    def problems(self, program: Program, brief: Brief) -> Sequence[VlexportError]:
+        """Calls that coremltools does not convert, tensors of too many dims, and inputs and labels that do not fit."""
+        from vlexport.targets.coreml.op_support import problems_of
+
+        return problems_of(program, brief, cast("CoreMLOptions", brief.options))
+
     def lower(self, program: Program, folder: Path, brief: Brief) -> Artifact:
         """Write ``NAME.mlpackage``, load it back and compare it with the specs returned.
 
@@ -190,6 +204,20 @@ class CoreMLTarget(Target):
             "specification-version": str(_SPECIFICATIONS[deployment]),
             "compute-units": cast("CoreMLOptions", brief.options).compute_units,
         }
+
+    def usage(self, artifact: Artifact, folder: str) -> Sequence[str]:
+        """Swift: Xcode makes a class of the package, with an argument for every input."""
+        if Path(artifact.path).suffix != ".mlpackage":  # of several components each is a class of its own
+            return ()
+        package = Path(artifact.path).stem
+        inputs, outputs = ([spec.name for spec in specs] for specs in (artifact.inputs, artifact.outputs))
+        labelled = outputs[0] == LABEL
+        taken = (LABEL, PROBABILITIES) if labelled else ()
+        names, results = feature_names(inputs, outputs[len(taken) :], taken=taken)
+        arguments = ", ".join(f"{name}: {name}" for name in names)
+        result = LABEL if labelled else results[0]
+        call = f"try {package}(configuration: .init()).prediction({arguments}).{result}"
+        return [f"    {call}  // Swift, with {folder}/artifact/{artifact.path} in the Xcode project"]
 
     def tools(self) -> dict[str, str]:
         """What takes part in lowering."""

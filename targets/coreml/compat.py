@@ -73,6 +73,14 @@ def operator_types() -> frozenset[str]:
     return frozenset(name for name in registry.core_ops)
 
 
+def has_conversion(name: str) -> bool:
+    """Whether the installed coremltools has a conversion for an operator, ``aten.relu.default`` or ``mul``."""
+    with quiet():
+        registry = importlib.import_module("coremltools.converters.mil.frontend.torch.torch_op_registry")
+        importlib.import_module("coremltools.converters.mil.frontend.torch.ops")
+        return registry._TORCH_OPS_REGISTRY.get_func(name) is not None
+
+
 def load_spec(path: Path) -> Any:
     """The specification of a saved package.
 

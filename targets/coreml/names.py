@@ -12,6 +12,8 @@ from collections.abc import Iterable
 IDENTIFIER = r"[A-Za-z_][A-Za-z0-9_]*"
 """ASCII identifiers: Swift takes more, a Core ML program does not."""
 
+LABEL, PROBABILITIES = "classLabel", "classLabel_probs"
+"""Outputs of a classifier, as coremltools calls them."""
 _RESERVED = frozenset(
     re.findall(r"\w+", """
     Any Protocol Self Type as associatedtype await break case catch class continue default defer deinit do else

@@ -16,7 +16,7 @@ from vlexport.targets.base import Brief
 from vlexport.targets.coreml import CoreMLOptions, deployment_target
 from vlexport.targets.coreml.classify import is_classifier, with_probabilities
 from vlexport.targets.coreml.compat import operator_types
-from vlexport.targets.coreml.names import feature_names, swift_class_name, swift_identifier
+from vlexport.targets.coreml.names import LABEL, PROBABILITIES, feature_names, swift_class_name, swift_identifier
 from vlexport.targets.coreml.outputs import shared_outputs, with_own_outputs
 from vlexport.targets.coreml.pixels import require_images, with_pixels
 from vlexport.targets.coreml.shapes import Sizes, enumerated_shapes, parse_shapes, sizes_of_dims
@@ -24,8 +24,6 @@ from vlexport.targets.coreml.shapes import Sizes, enumerated_shapes, parse_shape
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-LABEL, PROBABILITIES = "classLabel", "classLabel_probs"
-"""Outputs of a classifier, as coremltools calls them."""
 _ENUMERATED_INPUTS_FROM = 18
 """iOS version from which more than one input may have enumerated shapes."""
 

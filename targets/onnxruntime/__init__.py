@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -12,7 +12,7 @@ from pydantic import Field
 
 from vlexport.core.artifact import Artifact, Frozen
 from vlexport.core.devices import this_machine
-from vlexport.core.errors import CapabilityError
+from vlexport.core.errors import CapabilityError, VlexportError
 from vlexport.targets.base import Brief, LoweredPass, Probe, Target
 from vlexport.targets.onnx.providers import CPU, PROVIDERS, missing_provider
 
@@ -127,6 +127,12 @@ class OnnxRuntimeTarget(Target):
             )  # fmt: skip
         precision, reason = super().choose_precision(wished)
         return precision, _FP16_NOTE if precision == "fp16" else reason
+
+    def problems(self, program: Program, brief: Brief) -> Sequence[VlexportError]:
+        """Calls that torch's exporter refuses."""
+        from vlexport.targets.onnx.op_limits import refused
+
+        return refused(program)
 
     def lower(self, program: Program, folder: Path, brief: Brief) -> Artifact:
         """Write ``main.onnx``."""

@@ -17,6 +17,7 @@ from vlexport.ir.program import Program
 from vlexport.targets.base import Brief
 from vlexport.targets.onnx.lower import onnx_with_lines, write_onnx
 from vlexport.targets.onnx.model import describe
+from vlexport.targets.onnx.op_limits import refused
 from vlexport.targets.tensorrt.commands import device_commands
 from vlexport.targets.tensorrt.compiler import Refusal
 from vlexport.targets.tensorrt.engine import (
@@ -58,6 +59,8 @@ def problems_of(program: Program, brief: Brief) -> list[VlexportError]:
     try:
         opset = choose_opset(options, brief.device)
         choose_engine(options, brief.device, program.signature)
+        if stopping := refused(program):
+            return stopping
         model, lines = onnx_with_lines(program, opset=opset)
     except VlexportError as error:
         return [error]
@@ -90,10 +93,10 @@ def lower_program(program: Program, folder: Path, brief: Brief) -> Artifact:
         if choice.wanted:
             try:
                 data, version = compile_engine(scratch, file, signature, choice, options)
-            except EngineRefusedError as refused:
-                error = _engine_error(refused.refusals, model, lines, options)
+            except EngineRefusedError as refusal:
+                error = _engine_error(refusal.refusals, model, lines, options)
                 if options.engine == "on":
-                    raise error from refused
+                    raise error from refusal
                 choice = EngineChoice(False, reason=error.message + (f" ({error.where})" if error.where else ""))
             else:
                 (scratch / engine).write_bytes(data)

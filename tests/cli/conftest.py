@@ -36,6 +36,7 @@ class Cli:
 
     def refused(self, exit_code: int, code: str, *arguments: object, said: str = "") -> str:
         """One message with its code, no traceback, an empty stdout, and the working directory as it was."""
+        assert not Path("pyproject.toml").exists(), "a test of its own folder: other tests write to this one"
         before = tree(Path())
         found, out, err = self(*arguments)
         assert (found, out) == (exit_code, ""), err

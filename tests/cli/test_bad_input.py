@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -214,6 +215,20 @@ def test_build_refuses_output_when_its_place_is_impossible(cli: Any, here: Path)
     cli.refused(1, "VLX0607", "build", "model.pt", "-o", "no/such/made", said="does not exist")
     cli.refused(1, "VLX0607", "build", "model.pt", "-o", "model.pt/made", said="does not exist")
     cli.refused(1, "VLX0607", "build", "model.pt", "-o", "a" * 300)
+
+
+def test_build_keeps_the_bundles_of_several_targets_when_forced_for_one(cli: Any, here: Path, built: Path) -> None:
+    output = here / "out"
+    for name in ("coreml", "onnxruntime"):
+        shutil.copytree(built, output / name)
+    (output / "compare.json").write_text("{}", encoding="utf-8")
+    err = cli.refused(1, "VLX0604", "build", "model.pt", "-o", "out", "--force", said="bundles of coreml, onnxruntime")
+    assert "-o out/coreml, or all: --target coreml,onnxruntime" in err
+    code, out, _ = cli("build", "model.pt", "-o", "out", "--force", "--plan")
+    assert code == 1
+    assert "VLX0604" in out
+    planned = cli("build", "model.pt", "-o", "out", "--force", "--plan", "--target", "onnxruntime,coreml")
+    assert "VLX0604" not in planned[1], "several replace several"
 
 
 def test_build_replaces_bundle_when_forced(cli: Any, here: Path) -> None:

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
-from vlexport.core.cache import Cache
+from vlexport.core.cache import JOURNAL, Cache
+from vlexport.stages.search import journal_name
 
 
 @pytest.fixture
-def filled(own_cache: Path, tmp_path: Path) -> Path:
+def filled(own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "made").mkdir()
     (tmp_path / "made/file.bin").write_bytes(bytes(2_000_000))
     Cache().keep({"n": 1}, tmp_path / "made", {})
@@ -35,6 +37,22 @@ def test_nothing_is_left_when_cleared(cli: Any, filled: Path) -> None:
     assert ": 0 entries, 0.0 kB of" in out
     assert list(filled.iterdir()) == []
     assert json.loads(cli("cache", "--clear", "--json")[1])["freed_bytes"] == 0
+
+
+def test_journals_of_searches_go_when_cleared_and_nothing_else_does(cli: Any, filled: Path) -> None:
+    journal = filled / f"search-{'0' * 64}.jsonl"
+    journal.write_text("{}\n" * 500_000)
+    (filled / "search-notes.jsonl").write_text("mine")
+    (filled / f"search-{'1' * 64}.jsonl").symlink_to(filled / "search-notes.jsonl")
+    assert cli("cache")[1].rstrip().endswith("; 1 search to go on with (--resume)")
+    assert json.loads(cli("cache", "--json")[1])["searches"] == 1
+    assert cli("cache", "--clear")[1].splitlines()[0] == "3.5 MB freed"
+    assert not journal.exists()
+    assert (filled / "search-notes.jsonl").read_text() == "mine"
+
+
+def test_journal_has_the_name_that_is_looked_for() -> None:
+    assert JOURNAL.fullmatch(journal_name({"n": 1}))
 
 
 def test_it_is_said_when_the_cache_is_off(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:

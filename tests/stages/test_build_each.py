@@ -179,9 +179,12 @@ def test_exit_code_is_four_when_verified_is_required_and_one_is_not(
     assert "not measured here" in lines[2]
     assert "Note     coreml: batch is fixed to 1" in shown
     assert lines[-1] == f"Built    {out}: onnxruntime, coreml; compare.json holds the table"
-    code, shown = cli(capfd, *given, "--force", "--json")
-    found = json.loads(shown)
+    code = main(["build", *given, "--force", "--json"])
+    written = capfd.readouterr()
+    found = json.loads(written.out)
     assert code == 0
+    for name in ("onnxruntime", "coreml"):
+        assert f"precision of {name}: fp32, asked for" in written.err
     assert set(found) >= {"output", "comparison", "targets", "refused"}
     assert found["refused"] == {}
     assert {name: each["state"] for name, each in found["targets"].items()} == {

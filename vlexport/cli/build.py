@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
+from vlexport.cli.build_flags import config_of, flag, takes
 from vlexport.cli.console import make_reporter
 from vlexport.cli.outcome import Outcome
 from vlexport.core.bundle_schema import plain_json
-from vlexport.core.config import PRECISIONS, BuildConfig, config_from, flags_of, options_from_text
-from vlexport.core.errors import EXIT_CAPABILITY, UsageError, nearest
+from vlexport.core.config import BuildConfig
+from vlexport.core.errors import EXIT_CAPABILITY
 from vlexport.core.halves import require_build_half
 from vlexport.core.verdict import exit_code
 
@@ -23,20 +20,9 @@ if TYPE_CHECKING:
 
 def build(**values: Any) -> Outcome:
     """Build a verified, measured bundle from a model file."""
-    recipe = values.pop("recipe")
     values.pop("json_output")
     planned = values.pop("plan")
-    options = options_from_text(values.pop("options") or [])
-    precision = values.get("precision")
-    if precision is not None and precision not in PRECISIONS:
-        raise UsageError(
-            "VLX0703",
-            f"no precision '{precision}'{nearest(precision, PRECISIONS)}",
-            where="--precision",
-            hint=f"known: {', '.join(PRECISIONS)}",
-        )
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    config = config_from({**given, "options": options}, recipe=Path(recipe) if recipe else None)
+    config = config_of(values)
 
     from vlexport.targets import open_target, target_names
 
@@ -58,8 +44,11 @@ def _shown(config: BuildConfig, result: BuildResult) -> tuple[list[str], dict[st
     """Receipt, ``--json`` object and exit code of one bundle."""
     from vlexport.core.bundle import MEASURED_FOLDER
     from vlexport.report.receipt import receipt
+    from vlexport.targets import open_target
 
-    lines = receipt(result.bundle, result.report, str(result.output))
+    shown = str(result.output)
+    use_it = open_target(result.bundle.target).usage(result.bundle.main.artifact, shown)
+    lines = receipt(result.bundle, result.report, shown, use_it=use_it)
     payload = {
         "bundle": str(result.output),
         "digest": result.bundle.digest,
@@ -113,7 +102,7 @@ def _planned(config: BuildConfig, *, several: bool) -> tuple[list[str], dict[str
     from vlexport.report.figures import macs_phrase, pass_phrase, size_phrase
     from vlexport.stages.plan import plan
 
-    found = plan(config, reporter=make_reporter())
+    found = plan(config, several=several, reporter=make_reporter())
     if several:
         idle = [each for each in found.problems if each.code == "VLX0805" and config.autotune and config.profile]
         found = replace(
@@ -156,49 +145,9 @@ def _use_threads(threads: int) -> None:
         torch.set_num_threads(threads)
 
 
-def _signature() -> inspect.Signature:
-    parameters = []
-    for name, field in BuildConfig.model_fields.items():
-        text = field.description
-        if not flags_of(name):
-            annotation: Any = Annotated[str, typer.Argument(help=text, metavar=name.upper(), show_default=False)]
-            parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation))
-            continue
-        kind, default = _plain(field.annotation, field.default)
-        annotation = Annotated[
-            kind, typer.Option(*flags_of(name), help=text, show_default=default not in (None, False, True, ""))
-        ]
-        parameters.append(
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-        )
-    extra: dict[str, tuple[Any, Any]] = {
-        "recipe": (
-            Annotated[str | None, typer.Option("--recipe", help="TOML file with any of these options; flags win.")],
-            None,
-        ),
-        "plan": (
-            Annotated[bool, typer.Option("--plan", help="Say what a build would do, in seconds; write nothing.")],
-            False,
-        ),
-        "json_output": (Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")], False),
-    }
-    for name, (annotation, default) in extra.items():
-        parameters.append(
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-        )
-    return inspect.Signature(parameters)
-
-
-def _plain(annotation: Any, default: Any) -> tuple[Any, Any]:
-    """Type and default as typer wants them: lists for what repeats, None for what a recipe may give."""
-    if annotation in (bool, int):
-        return (bool | None if annotation is bool else int | None), None
-    if default in ((), {}):
-        return list[str] | None, None
-    if annotation == float | None:
-        return float | None, None
-    return str | None, None
-
-
-build.__signature__ = _signature()  # type: ignore[attr-defined]
-build.__annotations__ = {p.name: p.annotation for p in build.__signature__.parameters.values()}  # type: ignore[attr-defined]
+_EXTRA = {
+    "recipe": flag(str, "TOML file with any of these options; flags win.", "--recipe"),
+    "plan": flag(bool, "Say what a build would do, in seconds; write nothing.", "--plan"),
+    "json_output": flag(bool, "Print one JSON object on stdout.", "--json"),
+}
+takes(build, tuple(BuildConfig.model_fields), _EXTRA)

@@ -18,7 +18,7 @@ from typing import Annotated, Any, cast
 import typer
 
 import vlexport
-from vlexport.cli import build, bundle, cache, catalogue, measure
+from vlexport.cli import bisect, build, bundle, cache, catalogue, inspect, measure
 from vlexport.cli.console import error_lines, inert
 from vlexport.cli.outcome import Outcome
 from vlexport.core.errors import EXIT_INPUT, EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_USAGE, VlexportError
@@ -41,6 +41,9 @@ for _command in (
     measure.profile,
     bundle.verify,
     bundle.run,
+    inspect.inspect,
+    inspect.explain,
+    bisect.bisect,
     catalogue.passes,
     catalogue.targets,
     cache.cache,

@@ -35,6 +35,8 @@ ENTRY_FILE = ".entry.json"
 DEFAULT_CAP_BYTES = 10 << 30
 OFF = "off"
 """Value of ``VLEXPORT_CACHE`` that switches the cache off; a folder of that name is ``./off``."""
+JOURNAL = re.compile(r"search-[0-9a-f]{64}\.jsonl(\.\d+)?")
+"""File name of a search's journal, and of one that is being written."""
 _TEMPORARY = ".vlexport-"
 _ENTRY = re.compile(r"[0-9a-f]{64}")
 _STALE_SECONDS = 24 * 3600
@@ -146,9 +148,18 @@ class Cache:
             gone += 1
         return gone
 
+    def journals(self) -> list[Path]:
+        """Journals of searches that did not come to their end, or are under way."""
+        return sorted(p for p in self.folder.iterdir() if JOURNAL.fullmatch(p.name) and not p.is_symlink())
+
     def clear(self) -> int:
-        """Remove every entry and nothing else; returns the bytes that were freed."""
+        """Remove every entry, the journals of searches, and nothing else; returns the bytes that were freed."""
         freed = 0
+        for journal in self.journals():
+            with contextlib.suppress(OSError):
+                size = journal.stat().st_size
+                journal.unlink()
+                freed += size
         for place in self._inside():
             freed += _bytes(place)
             _remove(place)

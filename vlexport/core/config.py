@@ -16,6 +16,7 @@ import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from vlexport.core.errors import UsageError, nearest
+from vlexport.core.wrong_value import wrong_value
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -197,7 +198,7 @@ def config_from(values: Mapping[str, Any], *, recipe: Path | None = None) -> Bui
         name = ".".join(str(p) for p in first["loc"])
         flag = next(iter(flags_of(name)), name) if name in BuildConfig.model_fields else name
         raise UsageError(
-            "VLX0703", f"{flag}: {first['msg'].lower()}", where=flag, hint="see `vlexport build --help`"
+            "VLX0703", f"{flag}: {wrong_value(first)}", where=flag, hint="see `vlexport build --help`"
         ) from error
 
 

@@ -80,6 +80,7 @@ CODES: dict[str, str] = {
     "VLX0407": "a pass did not establish a fact it claims",
     "VLX0408": "an outside optimizer failed or damaged the graph",
     "VLX0409": "a value does not fit the type that everything must have",
+    "VLX0410": "the sizes do not fit in memory",
     # 05: targets
     "VLX0501": "the target's runtime is not installed",
     "VLX0502": "the target does not run this precision",

@@ -179,9 +179,11 @@ def _bind(model: nn.Module, inputs: Inputs) -> _Arguments:
         else:
             bound = signature.bind(*inputs)
     except TypeError as error:
+        strange = [n for n in inputs if n not in signature.parameters] if isinstance(inputs, Mapping) else []
+        near = f" ('{strange[0]}' is given{nearest(strange[0], signature.parameters)})" if strange else ""
         raise CaptureError(
             "VLX0302",
-            f"the example inputs do not fit forward{signature}: {error}",
+            f"the example inputs do not fit forward{signature}: {error}{near}",
             hint="give one tensor per argument, or a dict keyed by argument names",
         ) from error
     result = _Arguments((), {}, {})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from vlexport.core.bundle_schema import Bundle, Report
 from vlexport.report.figures import (
     accuracy_phrase,
@@ -19,13 +21,14 @@ _LAST_LINES = 3
 """What comes behind the notes."""
 
 
-def receipt(bundle: Bundle, report: Report, shown_path: str) -> list[str]:
+def receipt(bundle: Bundle, report: Report, shown_path: str, *, use_it: Sequence[str] = ()) -> list[str]:
     """Lines of the receipt.
 
     Args:
         bundle: What was built.
         report: What was measured.
         shown_path: The bundle's folder as the user typed it.
+        use_it: How its target is used where that is not by ``vlexport.load``; one line.
     """
     main = bundle.main
     lines = [
@@ -54,7 +57,7 @@ def receipt(bundle: Bundle, report: Report, shown_path: str) -> list[str]:
     else:
         lines.append(f"Next     copy {shown_path} to where {bundle.target} itself runs, and measure there")
     lines.append("Use it:")
-    return [*lines, *snippet(bundle, shown_path)]
+    return [*lines, *(use_it or snippet(bundle, shown_path))]
 
 
 def snippet(bundle: Bundle, shown_path: str) -> list[str]:

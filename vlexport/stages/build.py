@@ -162,7 +162,7 @@ def build_prepared(order: Order, prepared: Prepared, folder: Path, reporter: Rep
         seconds[name] = seconds.get(name, 0.0) + spent
     report = report.model_copy(update={"stage_seconds": {k: round(v, 2) for k, v in seconds.items()}})
     write_report(folder, bundle, report)
-    reporter.note(f"precision {order.brief.precision}: {order.reason}")
+    reporter.note(f"precision of {target.id}: {order.brief.precision}, {order.reason}")
     return BuildResult(folder, bundle, report, seconds, tuned)
 
 

@@ -58,7 +58,7 @@ def build_each(config: BuildConfig, *, reporter: Reporter | None = None) -> Buil
     orders, refused = orders_of(config)
     _require_some(orders, refused)
     output = output_of(config)
-    require_free(output, force=config.force)
+    require_free(output, force=config.force, several=True)
     prepared = prepare(config, tuple(orders.values()), reporter)
     results: dict[str, BuildResult] = {}
     with staging(output) as folder:

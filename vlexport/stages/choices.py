@@ -22,6 +22,7 @@ from vlexport.core.errors import CapabilityError, InternalError, UsageError, nea
 from vlexport.core.samples import Dataset, open_data
 from vlexport.core.user_metric import metric_names
 from vlexport.core.verdict import Gate, gate_from_text
+from vlexport.core.wrong_value import wrong_value
 from vlexport.frontends.sources import Sources
 from vlexport.ir.program import Program
 from vlexport.passes import CATALOGUE as PASSES
@@ -229,7 +230,7 @@ def _typed(kind: type[Frozen], values: dict[str, str], scope: str) -> Frozen:
         near = nearest(name, kind.model_fields) if name not in kind.model_fields else ""
         raise UsageError(
             "VLX0703",
-            f"--set {scope}.{name}: {first['msg'].lower()}{near}",
+            f"--set {scope}.{name}: {wrong_value(first)}{near}",
             where="--set",
             hint=f"options of {scope}: {', '.join(kind.model_fields) or 'none'}",
         ) from error

@@ -121,7 +121,7 @@ def specialize_component(
     typed: Sequence[Pass[Program]] = ()
     if precision in HALF_PRECISIONS:
         seen = [p.values for p in probes or _probes(source.program, samples, config.seed)]
-        seen += [_in_order(source.program, sample) for sample in samples[1:]]  # the first one is a probe
+        seen += [in_order(source.program, sample) for sample in samples[1:]]  # the first one is a probe
         typed = precision_passes_of(config, precision, seen)
     wanted = [*(again if dims else ()), *typed]
     program, records = _gone_on(program, wanted, probes, dump, hooks)
@@ -231,11 +231,12 @@ def lower_component(
 
 
 def _probes(program: Program, samples: Sequence[Mapping[str, Array]], seed: int) -> list[Probe]:
-    calibration = _in_order(program, samples[0]) if samples else None
+    calibration = in_order(program, samples[0]) if samples else None
     return make_probes(program, calibration=calibration, seed=seed)
 
 
-def _in_order(program: Program, sample: Mapping[str, Array]) -> tuple[torch.Tensor, ...]:
+def in_order(program: Program, sample: Mapping[str, Array]) -> tuple[torch.Tensor, ...]:
+    """A sample's arrays as tensors, in the order of the Program's inputs."""
     return tuple(torch.from_numpy(sample[spec.name]) for spec in program.signature.inputs)
 
 

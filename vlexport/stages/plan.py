@@ -6,7 +6,7 @@ All problems are found at once, where a build stops at the first.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from vlexport.core.config import BuildConfig
 from vlexport.core.errors import CapabilityError, VlexportError
 from vlexport.core.progress import Reporter, Silent
 from vlexport.core.whole import summed_cost, whole_passes
-from vlexport.frontends.sources import open_sources
+from vlexport.frontends.sources import Sources, open_sources
 from vlexport.ir import dialect, provenance
 from vlexport.ir.program import Program
 from vlexport.passes.base import Pass
@@ -34,6 +34,7 @@ from vlexport.stages.choices import (
 from vlexport.stages.component import cost_record
 from vlexport.stages.dims import dims_of
 from vlexport.stages.order import require_judged
+from vlexport.stages.probe_memory import require_memory
 from vlexport.stages.tune import axes_of
 from vlexport.stages.write_bundle import require_free
 from vlexport.targets import open_target
@@ -67,8 +68,16 @@ class Plan:
     candidates: dict[str, tuple[str, ...]]
 
 
-def plan(config: BuildConfig, *, reporter: Reporter | None = None) -> Plan:
+def plan(
+    config: BuildConfig, *, sources: Sources | None = None, several: bool = False, reporter: Reporter | None = None
+) -> Plan:
     """Plan a build for one target.
+
+    Args:
+        config: What would be built.
+        sources: The model, where it is open already.
+        several: Whether it would be built beside other targets, into one folder.
+        reporter: Where progress goes; silent by default.
 
     Raises:
         VlexportError: When the target is unknown or the model cannot be opened; any other problem is in the plan.
@@ -98,10 +107,11 @@ def plan(config: BuildConfig, *, reporter: Reporter | None = None) -> Plan:
     collect(lambda: candidates.update(axes_of(config, target, options_of(config, target))))
     lowered: list[Pass[Any]] = []
     collect(lambda: lowered.extend(lowered_passes_of(config, target, options_of(config, target))))
-    collect(lambda: require_free(output_of(config), force=config.force))
+    collect(lambda: require_free(output_of(config), force=config.force, several=several))
     collect(lambda: target.require_tools(brief))
-    with reporter.stage("open the model"):
-        sources = open_sources(config)
+    if sources is None:
+        with reporter.stage("open the model"):
+            sources = open_sources(config)
     for data in (config.data, config.calib):
         collect(partial(open_dataset, data, sources))
     passes: list[Pass[Program]] = []
@@ -110,7 +120,9 @@ def plan(config: BuildConfig, *, reporter: Reporter | None = None) -> Plan:
     except VlexportError as error:
         problems.append(error)
     try:
-        sources = sources.narrowed(dims_of(config, target, sources.signature))
+        dims = dims_of(config, target, sources.signature)
+        require_memory(sources, dims)
+        sources = sources.narrowed(dims)
     except VlexportError as error:
         problems.append(error)
     before = {name: source.program for name, source in sources.components.items()}
@@ -124,9 +136,13 @@ def plan(config: BuildConfig, *, reporter: Reporter | None = None) -> Plan:
                 problems.append(error)
                 ran[name] = run_pipeline(program, passes, gate=None)
     after = {name: program for name, (program, _) in ran.items()}
-    for program in after.values():
-        problems += _opaque(program)
-        problems += target.problems(program, brief)
+    for name, program in after.items():
+        source = sources.components[name]
+        own = replace(brief, name=name, labels=source.labels, preprocess=source.preprocess)
+        refused = target.problems(program, own)
+        places = {each.where for each in refused}
+        problems += [each for each in _opaque(program) if each.where not in places]
+        problems += refused
     return Plan(
         passes=whole_passes({name: tuple(records) for name, (_, records) in ran.items()}),
         lowered=tuple(each.name for each in lowered),

@@ -29,6 +29,7 @@ from vlexport.stages.component import (
 )
 from vlexport.stages.dims import dims_of
 from vlexport.stages.order import Order
+from vlexport.stages.probe_memory import require_memory
 from vlexport.stages.tune import require_searchable
 from vlexport.stages.validate import TIMED, require_measured
 from vlexport.stages.whole_model import first_samples
@@ -103,11 +104,12 @@ def _require_dims(orders: Sequence[Order], sources: Sources) -> None:
 
     Raises:
         UsageError: VLX0703, VLX0706.
+        InputError: VLX0410.
     """
     refused: list[UsageError] = []
     for order in orders:
         try:
-            dims_of(order.config, order.target, sources.signature)
+            require_memory(sources, dims_of(order.config, order.target, sources.signature))
         except UsageError as error:  # noqa: PERF203  a handful of targets
             refused.append(error)
         else:

@@ -34,11 +34,17 @@ def golden_tolerance(precision: str) -> float:
     return _HALF_TOLERANCE.get(precision, GOLDEN_TOLERANCE)
 
 
-def require_free(output: Path, *, force: bool) -> None:
+def require_free(output: Path, *, force: bool, several: bool = False) -> None:
     """Refuse an output that exists, before any work is done.
 
+    Args:
+        output: Where a bundle, or the folder of several targets' bundles, would be written.
+        force: Replace what stands there, if that is of the same kind, or a single bundle.
+        several: Bundles of several targets would be written.
+
     Raises:
-        BundleError: VLX0604, also with ``force`` when what stands there is no bundle; VLX0607 when the folder above
+        BundleError: VLX0604, also with ``force`` when what stands there is no bundle, or holds the bundles of several
+            targets and only one would be written; VLX0607 when the folder above
             does not exist or cannot be written, or the name is impossible.
     """
     try:
@@ -65,6 +71,15 @@ def require_free(output: Path, *, force: bool) -> None:
                 "the output exists and is no bundle, so --force does not replace it",
                 where=str(output),
                 hint="choose another -o",
+            )
+        beside = sorted(file.parent.name for file in output.glob(f"*/{BUNDLE_FILE}"))
+        if not several and (output / COMPARE_FILE).is_file() and beside:
+            raise BundleError(
+                "VLX0604",
+                f"the output holds bundles of {', '.join(beside)}, and --force would replace them all by one",
+                where=str(output),
+                hint=f"name one of them, as -o {output / beside[0]}, or all: --target {','.join(beside)}; "
+                "or remove the folder first",
             )
     if not output.absolute().parent.is_dir():
         raise BundleError(

@@ -1,0 +1,102 @@
+"""``vlexport inspect`` and ``vlexport explain``: what a model or bundle is, what passes did, what an error means."""
+
+from __future__ import annotations
+
+import inspect as python_inspect
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vlexport.cli.build_flags import NOT_OF_THE_GRAPH, config_of, flag, takes
+from vlexport.cli.console import make_reporter
+from vlexport.cli.measure import JsonOption
+from vlexport.cli.outcome import Outcome
+from vlexport.core.bundle_schema import plain_json
+from vlexport.core.config import BuildConfig
+from vlexport.core.errors import CODES, UsageError, nearest
+from vlexport.core.explanations import code_in, explanation, explanation_lines
+from vlexport.core.halves import require_build_half
+
+
+def inspect(**values: Any) -> Outcome:
+    """Show what a model file or a bundle holds, and what targets would refuse of a model."""
+    from vlexport.report.inspection import bundle_lines, model_lines
+    from vlexport.stages.inspect import inspect_bundle, is_bundle
+
+    values.pop("json_output")
+    depth = values.pop("depth") or 1
+    if is_bundle(Path(values["model"])):
+        unfit = next((name for name, value in values.items() if name != "model" and value), None)
+        if unfit is not None:
+            raise UsageError(
+                "VLX0703", "this is a bundle: it is of one target already, and options are for models",
+                where=unfit, hint="leave them out, or name the model file",
+            )  # fmt: skip
+        shown = inspect_bundle(Path(values["model"]))
+        return Outcome(bundle_lines(shown), {"kind": "bundle", **plain_json(shown)})
+    require_build_half("vlexport inspect MODEL")
+    from vlexport.stages.inspect_model import inspect_model
+
+    asked = values["target"] is not None or values["device_profile"] is not None
+    if values["target"] is None and asked:
+        values["target"] = "all"
+    found = inspect_model(config_of(values), targets=asked, depth=depth, reporter=make_reporter())
+    lines = model_lines(found)
+    if not asked:
+        lines.append(f"Next     vlexport inspect {values['model']} --target all   (what each target would refuse)")
+    return Outcome(lines, {"kind": "model", **plain_json(found)})
+
+
+def explain(
+    subject: Annotated[
+        str, typer.Argument(help="An error's code, as VLX0503, or a bundle.", metavar="CODE|BUNDLE", show_default=False)
+    ],
+    pass_name: Annotated[str | None, typer.Option("--pass", help="Only this pass of the bundle.")] = None,
+    json_output: JsonOption = False,
+) -> Outcome:
+    """Explain an error code, or what each pass of a bundle did, where, and why not elsewhere."""
+    code = code_in(subject)
+    if code and not Path(subject).exists():
+        if pass_name is not None:
+            raise UsageError("VLX0703", "--pass goes with a bundle", where="--pass", hint="leave it out")
+        found = explanation(code)
+        return Outcome(explanation_lines(found), plain_json(found))
+    if not Path(subject).exists():
+        raise UsageError(
+            "VLX0703", f"'{subject}' is no error code, and no bundle stands there{nearest(subject, CODES)}",
+            where="explain", hint="as `vlexport explain VLX0503` or `vlexport explain BUNDLE`; "
+            "`vlexport passes NAME` describes a pass",
+        )  # fmt: skip
+    from vlexport.core.bundle import read_bundle
+    from vlexport.report.inspection import pass_lines
+
+    components = read_bundle(Path(subject)).components
+    known = list(dict.fromkeys(record.name for each in components.values() for record in each.passes))
+    if pass_name is not None and pass_name not in known:
+        raise UsageError(
+            "VLX0703", f"no pass '{pass_name}' ran on this bundle{nearest(pass_name, known)}", where="--pass",
+            hint=f"these did: {', '.join(known)}",
+        )  # fmt: skip
+    kept = {
+        name: [record for record in each.passes if pass_name in (None, record.name)]
+        for name, each in components.items()
+    }
+    lines = [line for name, each in kept.items() for line in pass_lines(name if len(kept) > 1 else "", each)]
+    payload = {name: [plain_json(record) for record in each] for name, each in kept.items()}
+    return Outcome(lines, {"components": payload})
+
+
+_MODEL: Any = Annotated[
+    str,
+    typer.Argument(help="A model as `build` takes it, or a bundle.", metavar="MODEL|BUNDLE", show_default=False),
+]
+_LEFT_OUT = (*NOT_OF_THE_GRAPH, "model", "calib", "data", "skip_bad", "seed")
+_FIELDS = tuple(name for name in BuildConfig.model_fields if name not in _LEFT_OUT)
+_EXTRA = {
+    "model": (_MODEL, python_inspect.Parameter.empty),
+    "recipe": flag(str, "TOML file with any of these options; flags win.", "--recipe"),
+    "depth": flag(int, "Names of a module path by which cost is summed.", "--depth", min=1, max=64),
+    "json_output": flag(bool, "Print one JSON object on stdout.", "--json"),
+}
+takes(inspect, _FIELDS, _EXTRA)

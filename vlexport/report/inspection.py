@@ -1,0 +1,177 @@
+"""What a model or a bundle is, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from vlexport.core.artifact import DimRange, TensorSpec
+from vlexport.core.bundle_schema import Component, GateRecord, Golden, PassRecord
+from vlexport.core.inspection import BundleInspection, ModelInspection, ModelPart, ModulePart, Support
+from vlexport.report.figures import accuracy_phrase, latency_phrase, macs_phrase, pass_phrase, size_phrase
+
+_LABELS_SHOWN = 5
+
+
+def model_lines(found: ModelInspection) -> list[str]:
+    """Lines for the terminal."""
+    lines = [f"Model    sha256 {found.source_hash[:16]}…"]
+    for name, part in found.components.items():
+        if len(found.components) > 1:
+            lines.append(f"Part     component {name}")
+        lines += _part_lines(part)
+    lines += [f"Edge     {source} → {sink}" for source, sink in found.edges]
+    for each in found.support:
+        lines += _support_lines(each)
+    return lines + [f"Note     {note}" for note in found.notes]
+
+
+def _part_lines(part: ModelPart) -> Iterator[str]:
+    yield from _face(part.inputs, part.outputs, part.dims, part.preprocess, part.labels)
+    cost = part.cost
+    yield (
+        f"Cost     {_short(cost.macs, 'MACs')}{_at(part.dims)}, {_short(cost.parameters, 'parameters')}, "
+        f"{_short(cost.size_bytes, 'B')}" + (f"; not counted: {', '.join(cost.opaque)}" if cost.opaque else "")
+    )
+    width = max((len(_named(each)) for each in part.modules), default=0)
+    for each in part.modules:
+        yield (
+            f"Module   {_named(each):{width}}  {each.calls:5} {'call ' if each.calls == 1 else 'calls'}  "
+            f"{_short(each.macs, 'MACs'):>12}  {_short(each.parameters, 'parameters'):>18}  "
+            f"{_short(each.size_bytes, 'B'):>10}"
+        )
+    shown = ", ".join(f"{name.removeprefix('aten.')} ×{count}" for name, count in part.operators.items())
+    yield f"Ops      {sum(part.operators.values())} calls: {shown}"
+    for call in part.opaque:
+        yield f"Opaque   {call.where}: nothing is known about it"
+    if not part.opaque:
+        yield "Opaque   none: every operator is known"
+
+
+def _named(part: ModulePart) -> str:
+    return part.path or "(no module)"
+
+
+def _short(count: int, unit: str) -> str:
+    """A figure with k, M or G before its unit; nothing that is there is shown as zero."""
+    gap = " " if len(unit) > len("MACs") else ""
+    for prefix, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {prefix}{gap}{unit}"
+    return f"{count} {unit}"
+
+
+def _at(dims: Mapping[str, DimRange]) -> str:
+    return f" at {', '.join(f'{name}={each.opt}' for name, each in dims.items())}" if dims else ""
+
+
+def _face(
+    inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], dims: Mapping[str, DimRange],
+    preprocess: Mapping[str, str], labels: Sequence[str],
+) -> Iterator[str]:  # fmt: skip
+    """Inputs, outputs, dims, preprocessing, labels."""
+    for spec in inputs:
+        how = f"; {preprocess[spec.name]}" if spec.name in preprocess else ""
+        yield f"Input    {_spec(spec)}{how}"
+    yield from (f"Output   {_spec(spec)}" for spec in outputs)
+    for name, each in dims.items():
+        yield f"Dim      {name}: {each.min} to {each.max if each.max is not None else 'any size'}, tuned for {each.opt}"
+    if labels:
+        more = f" … ({len(labels)})" if len(labels) > _LABELS_SHOWN else ""
+        yield f"Labels   {', '.join(labels[:_LABELS_SHOWN])}{more}"
+
+
+def _spec(spec: TensorSpec) -> str:
+    return f"{spec.name}: {spec.dtype} {'×'.join(map(str, spec.shape)) or 'scalar'}"
+
+
+def _support_lines(found: Support) -> Iterator[str]:
+    device = f" for {found.device_profile}" if found.device_profile else ""
+    said = f"{len(found.problems)} {'problem' if len(found.problems) == 1 else 'problems'}"
+    taken = f"nothing is known to stop it; {found.calls} calls would be lowered"
+    yield f"Target   {found.target}{device}, {found.precision}: {said if found.problems else taken}"
+    for each in found.problems:
+        where = f" ({each.where})" if each.where else ""
+        yield f"         {each.code}: {each.message}{where}" + (f"; {each.hint}" if each.hint else "")
+
+
+def bundle_lines(found: BundleInspection) -> list[str]:
+    """Lines for the terminal."""
+    bundle = found.bundle
+    main = bundle.main
+    preprocess = {name: each.to_spec() for name, each in main.preprocess.items()}
+    device = f" for {bundle.device_profile}"
+    lines = [
+        f"Bundle   {bundle.target} {bundle.precision}{device}, {bundle.state}, by vlexport {bundle.vlexport}; "
+        f"digest {bundle.digest[:16]}…",
+        f"Source   sha256 {bundle.source_hash[:16]}…",
+        *_face(main.artifact.inputs, main.artifact.outputs, main.dims, preprocess, main.labels),
+        f"Cost     {macs_phrase(main.cost.macs, main.cost.opaque)}, {main.cost.parameters / 1e6:.2f} M parameters, "
+        f"{size_phrase(main.cost.size_bytes)} of weights",
+    ]
+    for name, each in bundle.components.items():
+        if len(bundle.components) > 1:
+            lines.append(f"Part     component {name}: {each.artifact.path}")
+        lines += [f"Pass     {_pass_line(record)}" for record in each.passes]
+        lines += [f"Fact     {key.replace('_', ' ')}: {value}" for key, value in sorted(each.artifact.facts.items())]
+        lines += _golden_lines(each)
+    lines += [f"Edge     {source} → {sink}" for source, sink in bundle.edges]
+    lines += [f"Needs    {key.replace('_', ' ')}: {value}" for key, value in sorted(bundle.compatibility.items())]
+    lines.append(f"Tools    {', '.join(f'{name} {version}' for name, version in sorted(bundle.tools.items()))}")
+    lines += [f"File     {path}  {size_phrase(each.size_bytes)}" for path, each in sorted(bundle.files.items())]
+    lines.append(f"Intact   {found.altered or f'all {len(bundle.files)} files fit their hashes'}")
+    for measured in found.measured:
+        report = measured.report
+        lines.append(f"Report   {measured.name} ({report.date}, {report.machine.cpu}): {accuracy_phrase(report)}")
+        lines.append(f"         {latency_phrase(report)}")
+        lines += [f"         gate {verdict}" for verdict in report.verdicts]
+    lines += [f"Report   {name} cannot be read" for name in found.unreadable]
+    return lines
+
+
+def _golden_lines(component: Component) -> Iterator[str]:
+    for golden in (component.golden, component.golden_smallest):
+        if golden is not None:
+            yield f"Golden   {_golden(golden)}"
+
+
+def _golden(golden: Golden) -> str:
+    return f"{golden.outputs}: max|a−b| / max|b| within {golden.tolerance:g}"
+
+
+def _pass_line(record: PassRecord) -> str:
+    return f"{pass_phrase(record)}; {gate_phrase(record.gate)}"
+
+
+def gate_phrase(gate: GateRecord) -> str:
+    """What the numeric gate found after a pass."""
+    if gate.proof == "statistic":
+        value = f"{gate.value:g}" if gate.value is not None else "no floating output"
+        return f"{gate.statistic} {value}, bound {gate.bound:g}" if gate.bound is not None else f"{gate.statistic}"
+    said = {
+        "identical": "no output changed by a bit",
+        "float32": f"largest change {gate.worst:.0e}",
+        "float64": f"largest change {gate.worst:.0e}, proven rounding in float64",
+        "unproved": f"largest change {gate.worst:.0e}, unproved",
+        "off": "not gated",
+    }
+    return said[gate.proof]
+
+
+def pass_lines(name: str, records: Sequence[PassRecord]) -> list[str]:
+    """What passes did to a component and what they left, each with its place and the reason."""
+    lines = [f"Part     component {name}"] if name else []
+    for record in records:
+        lines.append(f"Pass     {_pass_line(record)}")
+        for change in record.changes:
+            saved = ", ".join(
+                f"{count} {what}"
+                for count, what in (
+                    (change.saved_nodes, "fewer calls"), (change.saved_parameters, "fewer parameters"),
+                    (change.saved_macs, "fewer MACs"),
+                )
+                if count
+            )  # fmt: skip
+            lines.append(f"         {change.what} ×{change.count}" + (f" ({saved})" if saved else ""))
+            lines += [f"           in {path}" for path in change.where]
+        lines += [f"         not {miss.pattern} at {miss.node}: {miss.reason}" for miss in record.near_misses]
+    return lines
