@@ -292,6 +292,7 @@ BROAD_EXCEPTS = {
     "vlexport/frontends/consented.py _ran": "runs what a file holds, with consent",
     "vlexport/frontends/transformers_model.py _made": "transformers and its validators raise many kinds",
     "vlexport/stages/write_bundle.py staging": "removes what is half-written, then raises on",
+    "vlexport/stages/replace_folder.py replace_folder": "puts the old folder back, then raises on",
     "targets/onnx/session.py __init__": "onnxruntime's exceptions share no public base",
 }
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 
 from vlexport.core.artifact import Array, Artifact, Session, Timing, artifact_file
 from vlexport.core.errors import CapabilityError
-from vlexport.targets.onnx.providers import CPU, missing_provider, wanted_providers
+from vlexport.targets.onnx.guard import require_contained
+from vlexport.targets.onnx.providers import CPU, PROVIDERS, missing_provider, wanted_providers
 
 _LEVELS = {
     "none": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
@@ -19,6 +21,8 @@ _LEVELS = {
     "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
 _ERRORS_ONLY = 3
+MAX_THREADS = 1024
+_MAX_BLOCKS = 1 << 20
 
 
 class OnnxRuntimeSession(Session):
@@ -27,16 +31,20 @@ class OnnxRuntimeSession(Session):
     Where a provider is missing and the artifact allows the CPU to stand in, numbers are right and times mean nothing.
 
     Raises:
-        CapabilityError: VLX0505 when the runtime refuses the artifact, VLX0508 when it lacks the provider.
+        BundleError: VLX0605 when the artifact keeps weights outside its folder.
+        CapabilityError: VLX0505 when the runtime refuses the artifact, VLX0508 when it lacks the provider, VLX0509 when
+            the artifact holds compiled code.
     """
 
     timing: Timing = "real"
 
     def __init__(self, folder: Path, artifact: Artifact, threads: int) -> None:
         super().__init__(artifact.inputs, artifact.outputs)
+        require_contained(folder, artifact.path)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
         recorded = artifact.session_options
+        _require_known(artifact)
         options.intra_op_num_threads = threads or int(recorded.get("threads", 0))
         options.graph_optimization_level = _LEVELS[str(recorded.get("graph_optimization", "all"))]
         options.enable_cpu_mem_arena = bool(recorded.get("memory_arena", True))
@@ -79,6 +87,23 @@ class OnnxRuntimeSession(Session):
 def open_session(folder: Path, artifact: Artifact, threads: int) -> Session:
     """Open an artifact in this process."""
     return OnnxRuntimeSession(folder, artifact, threads)
+
+
+def _require_known(artifact: Artifact) -> None:
+    """A bundle from elsewhere may record anything: refuse what would be no option, or start a million threads."""
+    recorded = artifact.session_options
+    checks: dict[str, Callable[[Any], bool]] = {
+        "threads": lambda value: type(value) is int and 0 <= value <= MAX_THREADS,
+        "dynamic_block_base": lambda value: type(value) is int and 0 <= value <= _MAX_BLOCKS,
+        "graph_optimization": lambda value: value in _LEVELS,
+        "provider": lambda value: value in PROVIDERS,
+    }
+    for name, holds in checks.items():
+        if name in recorded and not holds(recorded[name]):
+            raise CapabilityError(
+                "VLX0505", f"the artifact records {name}={str(recorded[name])[:40]!r}, which is no such option",
+                where=artifact.path, hint="build the bundle again",
+            )  # fmt: skip
 
 
 def _said(error: Exception, folder: Path) -> str:

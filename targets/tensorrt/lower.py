@@ -27,6 +27,7 @@ from vlexport.targets.tensorrt.engine import (
     choose_engine,
     compile_engine,
 )
+from vlexport.targets.tensorrt.engine_ledger import remember_engine
 from vlexport.targets.tensorrt.op_support import Problem, largest_opset, runtime_of, unsupported
 from vlexport.targets.tensorrt.options import TensorRTOptions
 
@@ -99,6 +100,7 @@ def lower_program(program: Program, folder: Path, brief: Brief) -> Artifact:
                 choice = EngineChoice(False, reason=error.message + (f" ({error.where})" if error.where else ""))
             else:
                 (scratch / engine).write_bytes(data)
+                remember_engine(data)
                 facts |= {
                     "engine": engine,
                     "engine_kind": "rtx",

@@ -25,6 +25,7 @@ from torch import nn
 
 import vlexport
 from vlexport.cli.main import main
+from vlexport.core.bundle import bundle_text
 from vlexport.core.bundle_schema import Bundle, digest_of
 from vlexport.core.errors import VlexportError
 from vlexport.frontends.model_file import METADATA_MEMBER
@@ -38,8 +39,8 @@ def redigested(bundle: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     file = bundle / "bundle.json"
     values = json.loads(file.read_text())
     edit(values)
-    values["digest"] = digest_of(Bundle.model_validate(values))
-    file.write_text(json.dumps(values))
+    changed = Bundle.model_validate(values)
+    file.write_text(bundle_text(changed.model_copy(update={"digest": digest_of(changed)})))
 
 
 # The model file
@@ -249,6 +250,7 @@ def test_build_restores_old_bundle_when_the_rename_fails(cli: Any, here: Path, m
             raise KeyboardInterrupt
         real(source, target)
 
+    monkeypatch.setattr("vlexport.stages.replace_folder.exchanged", lambda one, other: False)
     monkeypatch.setattr(os, "rename", rename)
     assert cli(*BUILD, "--force")[0] == 130
     assert (Path("made") / "old.txt").read_text() == "mine"

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from vlexport.core.artifact import Artifact, TensorSpec
-from vlexport.core.bundle import check_files, inside, read_bundle, recorded_files, size_bytes
-from vlexport.core.bundle_schema import BUNDLE_SCHEMA, Bundle, Component, CostRecord, Golden, canonical_json, digest_of
+from vlexport.core.bundle import bundle_text, check_files, inside, read_bundle, recorded_files, size_bytes
+from vlexport.core.bundle_schema import BUNDLE_SCHEMA, Bundle, Component, CostRecord, FileRecord, Golden, digest_of
 from vlexport.core.errors import BundleError, GateError
 
 OUTSIDE = {
@@ -33,11 +33,83 @@ def test_path_is_refused_when_it_leaves_the_bundle(tmp_path: Path, path: str) ->
     assert caught.value.code == "VLX0605"
 
 
-@pytest.mark.parametrize("path", ["artifact/main.onnx", "a", "a/b/c", "a/./b", "..a/b..", "ä ö/ü"])
+@pytest.mark.parametrize("path", ["artifact/main.onnx", "a", "a/b/c", "a/./b", "..a/..b", "ä ö/ü", "console/com/lpt"])
 def test_path_is_given_back_when_it_stays_inside(tmp_path: Path, path: str) -> None:
     found = inside(tmp_path, path)
     assert found == tmp_path / path
     assert found.resolve().is_relative_to(tmp_path.resolve())
+
+
+NOT_EVERYWHERE = (
+    "CON",
+    "a/nul.txt",
+    "Com1.onnx",
+    "aux /x",
+    "lpt¹",
+    "a:stream",
+    "C:x",
+    "a.",
+    "a/b ",
+    "a\n",
+    "\x1b[31m",
+    "a*",
+    "x" * 256,
+)
+
+
+@pytest.mark.parametrize("path", NOT_EVERYWHERE)
+def test_path_is_refused_when_some_system_takes_it_for_something_else(tmp_path: Path, path: str) -> None:
+    with pytest.raises(BundleError) as caught:
+        inside(tmp_path, path)
+    assert caught.value.code == "VLX0605"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("assets/A.json", "assets/a.json"), ("assets/ü", "assets/u\u0308"), ("assets/ß", "assets/SS")]
+)
+def test_bundle_is_refused_when_two_files_are_one_on_some_systems(tmp_path: Path, one: str, other: str) -> None:
+    record = FileRecord(sha256="0" * 64, size_bytes=0)
+    make_bundle(tmp_path, files={one: record, other: record})
+    with pytest.raises(BundleError) as caught:
+        read_bundle(tmp_path)
+    assert (caught.value.code, "one file on some systems" in caught.value.message) == ("VLX0605", True)
+
+
+@pytest.mark.parametrize("spelling", ["spaces", "order", "no-newline", "crlf", "bom"])
+def test_bundle_is_altered_when_its_json_is_spelled_otherwise(tmp_path: Path, spelling: str) -> None:
+    make_bundle(tmp_path)
+    file = tmp_path / "bundle.json"
+    text = file.read_text(encoding="utf-8")
+    values = json.loads(text)
+    changed = {
+        "spaces": json.dumps(values, sort_keys=True) + "\n",
+        "order": json.dumps(dict(reversed(values.items())), separators=(",", ":")) + "\n",
+        "no-newline": text.rstrip("\n"),
+        "crlf": text.replace("\n", "\r\n"),
+        "bom": "\ufeff" + text,
+    }[spelling]
+    file.write_bytes(changed.encode())
+    with pytest.raises((GateError, BundleError)) as caught:
+        read_bundle(tmp_path)
+    assert caught.value.code == ("VLX0601" if spelling == "bom" else "VLX0602")
+
+
+def test_bundle_is_refused_when_a_key_is_repeated(tmp_path: Path) -> None:
+    make_bundle(tmp_path)
+    file = tmp_path / "bundle.json"
+    file.write_text(file.read_text().replace('"target":', '"target":"evil","target":', 1))
+    with pytest.raises(BundleError) as caught:
+        read_bundle(tmp_path)
+    assert (caught.value.code, "repeated" in caught.value.message) == ("VLX0601", True)
+
+
+def test_bundle_is_refused_when_its_json_is_a_link(tmp_path: Path) -> None:
+    make_bundle(tmp_path / "bundle")
+    (tmp_path / "bundle" / "bundle.json").rename(tmp_path / "away.json")
+    (tmp_path / "bundle" / "bundle.json").symlink_to(tmp_path / "away.json")
+    with pytest.raises(BundleError) as caught:
+        read_bundle(tmp_path / "bundle")
+    assert caught.value.code == "VLX0605"
 
 
 @pytest.mark.parametrize("linked", ["file", "folder", "dangling"])
@@ -86,7 +158,7 @@ def make_bundle(folder: Path, **changes: Any) -> Bundle:
         files=dict(recorded_files(folder)),
     ).model_copy(update=changes)
     bundle = bundle.model_copy(update={"digest": digest_of(bundle)})
-    (folder / "bundle.json").write_text(canonical_json(bundle.model_dump(mode="json")), encoding="utf-8")
+    (folder / "bundle.json").write_text(bundle_text(bundle), encoding="utf-8", newline="\n")
     return bundle
 
 

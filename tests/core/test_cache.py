@@ -309,3 +309,29 @@ def test_key_is_kept_in_words_when_an_entry_is_looked_at(cache: Cache) -> None:
     keep(cache, "one")
     index = json.loads(json.loads((entry(cache) / ENTRY_FILE).read_text())["index"])
     assert index["key"] == KEY
+
+
+def test_link_in_an_entry_is_not_followed_when_it_was_planted(cache: Cache, tmp_path: Path) -> None:
+    content = tmp_path / "content"
+    content.mkdir()
+    (content / "a.bin").write_bytes(b"content")
+    cache.keep({"what": "linked"}, content, {})
+    place = cache.entries()[-1][0]
+    (place / "a.bin").rename(tmp_path / "away")
+    (place / "a.bin").symlink_to(tmp_path / "away")
+    assert cache.take({"what": "linked"}, tmp_path / "taken") is None
+    assert not (tmp_path / "taken").exists()
+    assert cache.keep({"what": "linked"}, content, {}), "it is made anew"
+    assert cache.take({"what": "linked"}, tmp_path / "taken") == {}
+
+
+@pytest.mark.skipif(not hasattr(os, "lchown") or os.geteuid() != 0, reason="only root may give a link away")
+def test_folder_is_refused_when_the_link_to_it_is_another_users(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir(mode=0o700)
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "real")
+    Cache(link)
+    os.lchown(link, 65534, 65534)
+    with pytest.raises(BundleError) as caught:
+        Cache(link)
+    assert (caught.value.code, "another user" in caught.value.message) == ("VLX0607", True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import vlexport
 from vlexport.cli.main import main
-from vlexport.core.bundle import ARTIFACT_FOLDER, file_record, read_bundle
+from vlexport.core.bundle import ARTIFACT_FOLDER, bundle_text, file_record, read_bundle
 from vlexport.core.bundle_schema import Bundle, digest_of
 from vlexport.core.config import BuildConfig
 from vlexport.core.errors import VlexportError
@@ -124,8 +124,8 @@ def redigested(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     """Edit ``bundle.json`` and give it the digest that fits."""
     values = json.loads((folder / "bundle.json").read_text())
     edit(values)
-    values["digest"] = digest_of(Bundle.model_validate(values))
-    (folder / "bundle.json").write_text(json.dumps(values))
+    changed = Bundle.model_validate(values)
+    (folder / "bundle.json").write_text(bundle_text(changed.model_copy(update={"digest": digest_of(changed)})))
 
 
 # A chained pair

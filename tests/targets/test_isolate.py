@@ -153,7 +153,7 @@ def test_runtime_refuses_the_file_when_it_is_junk(tmp_path: Path) -> None:
     artifact = Artifact(target="onnxruntime", path="main.onnx", inputs=(spec,), outputs=(spec,))
     entry = "vlexport.targets.onnxruntime.session:open_session"
     error = refused("VLX0505", 4, lambda: IsolatedSession(entry, tmp_path, artifact))
-    assert "refuses main.onnx" in error.message
+    assert "main.onnx is no ONNX model" in error.message
     assert "\n" not in error.message
 
 

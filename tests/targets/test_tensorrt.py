@@ -24,6 +24,7 @@ from vlexport.targets.tensorrt import TensorRTOptions, TensorRTTarget
 from vlexport.targets.tensorrt.commands import device_commands
 from vlexport.targets.tensorrt.compiler import Request, configured
 from vlexport.targets.tensorrt.engine import RTX_CAPABILITIES
+from vlexport.targets.tensorrt.engine_ledger import known_engine
 from vlexport.targets.tensorrt.lower import choose_opset
 
 TARGET = TensorRTTarget()
@@ -169,6 +170,7 @@ def test_engine_is_compiled_for_the_profile_when_the_batch_has_a_range(ranged: P
     assert artifact.facts["engine_compute_capabilities"] == "8.9"
     assert artifact.facts["engine_compiler"].startswith("tensorrt_rtx 1.")
     data = (tmp_path / "main.engine").read_bytes()
+    assert known_engine(tmp_path / "main.engine") == data, "what was compiled here is written down"
     places = (str(tmp_path), str(Path.home()) + "/", "site-packages", "vlexport-", ".py:")
     assert [place for place in places if place.encode() in data] == []
     for batch in (1, 8):

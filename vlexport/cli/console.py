@@ -12,13 +12,18 @@ from collections.abc import Callable, Iterator
 from vlexport.core.errors import VlexportError
 
 _SHOWN_AFTER_SECONDS = 2.0
+_OBEYED = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
+"""Unicode categories: control, format (bidirectional marks), surrogates, private use, line and paragraph separators."""
 
 
 def inert(text: str) -> str:
     """``text`` without anything a terminal would obey: control and format characters become ``\\xNN``."""
-    return "".join(
-        c if c == "\n" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co") else f"\\x{ord(c):02x}" for c in text
-    )
+    return "".join(c if c == "\n" or unicodedata.category(c) not in _OBEYED else f"\\x{ord(c):02x}" for c in text)
+
+
+def one_line(text: str) -> str:
+    """:func:`inert`, line breaks too."""
+    return inert(text).replace("\n", "\\x0a")
 
 
 def error_lines(error: VlexportError) -> list[str]:
@@ -41,7 +46,7 @@ class PlainReporter:
         yield
         spent = time.perf_counter() - started
         if spent >= _SHOWN_AFTER_SECONDS:
-            print(f"{inert(name)}: {spent:.1f} s", file=sys.stderr, flush=True)  # noqa: T201
+            print(f"{one_line(name)}: {spent:.1f} s", file=sys.stderr, flush=True)  # noqa: T201
 
     @contextlib.contextmanager
     def steps(self, name: str, total: int) -> Iterator[Callable[[], None]]:
@@ -55,13 +60,13 @@ class PlainReporter:
             if now - last >= 10 and done < total:
                 last = now
                 left = (now - started) / done * (total - done)
-                print(f"{inert(name)}: {done} of {total}, about {left:.0f} s left", file=sys.stderr, flush=True)  # noqa: T201
+                print(f"{one_line(name)}: {done} of {total}, about {left:.0f} s left", file=sys.stderr, flush=True)  # noqa: T201
 
         yield advance
 
     def note(self, text: str) -> None:
-        """One line."""
-        print(inert(text), file=sys.stderr)  # noqa: T201
+        """One line; a name in it that holds a line break begins no line that looks like another message."""
+        print(inert(text).replace("\n", "\n  "), file=sys.stderr)  # noqa: T201
 
 
 class RichReporter(PlainReporter):
@@ -73,7 +78,7 @@ class RichReporter(PlainReporter):
         from rich.console import Console
         from rich.markup import escape
 
-        with Console(stderr=True).status(escape(inert(name))), super().stage(name):
+        with Console(stderr=True).status(escape(one_line(name))), super().stage(name):
             yield
 
     @contextlib.contextmanager
@@ -85,7 +90,7 @@ class RichReporter(PlainReporter):
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(escape(inert(name)), total=total)
+            task = bar.add_task(escape(one_line(name)), total=total)
             yield lambda: bar.advance(task)
 
 

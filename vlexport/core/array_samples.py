@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
@@ -12,10 +10,11 @@ import numpy as np
 from vlexport.core.artifact import Array, TensorSpec
 from vlexport.core.dataset import Dataset, Sample, as_label, misfit
 from vlexport.core.errors import DataError, nearest
+from vlexport.core.npz import read_npz
 
 
 def open_npz(data: str, *, inputs: Sequence[TensorSpec], labels: Sequence[str] | None) -> Dataset:
-    """Open an ``.npz``. Its arrays are read into memory once; pickled objects are refused.
+    """Open an ``.npz``. Its arrays are read into memory once; pickled objects and bombs are refused.
 
     Args:
         data: The file.
@@ -25,24 +24,21 @@ def open_npz(data: str, *, inputs: Sequence[TensorSpec], labels: Sequence[str] |
     Raises:
         DataError: VLX0202 no rows, VLX0203 unreadable, VLX0205 an array is missing or the numbers of rows differ.
     """
+    names = [spec.name for spec in inputs]
     try:
-        if not zipfile.is_zipfile(data):
-            raise zipfile.BadZipFile("no zip file")
-        with np.load(data, allow_pickle=False) as archive:
-            held = {key: archive[key] for key in archive.files}
-    except (OSError, ValueError, EOFError, KeyError, zlib.error, zipfile.BadZipFile, NotImplementedError) as error:
+        arrays, held = read_npz(data, [*names, "label"])
+    except (OSError, ValueError) as error:
+        kind = type(error.__cause__ or error).__name__
         raise DataError(
             "VLX0203",
-            f"'{data}' cannot be read as .npz ({type(error).__name__})",
+            f"'{data}' cannot be read as .npz ({kind if isinstance(error, OSError) else error})",
             where=data,
             hint="write it with numpy.savez, arrays of numbers only",
         ) from error
-    arrays = {key: array for key, array in held.items() if isinstance(array, np.ndarray)}
-    names = [spec.name for spec in inputs]
     missing = next((name for name in names if name not in arrays), None)
     if missing is not None:
-        shown = ", ".join(arrays) or "none"
-        raise misfit(f"no array for input '{missing}'{nearest(missing, arrays)} (arrays: {shown})", data)
+        shown = ", ".join(held) or "none"
+        raise misfit(f"no array for input '{missing}'{nearest(missing, held)} (arrays: {shown})", data)
     label = None if "label" in names else arrays.get("label")
     rows = {name: arrays[name] for name in names}
     leading = {key: len(array) if array.ndim else 0 for key, array in rows.items()}
@@ -60,8 +56,15 @@ def open_npz(data: str, *, inputs: Sequence[TensorSpec], labels: Sequence[str] |
         inputs=inputs,
         labelled=label is not None,
         labels=labels,
-        classes=tuple(np.unique(label).tolist()) if label is not None and label.dtype.kind == "U" else (),
+        classes=_names_in(label, data) if label is not None and label.dtype.kind == "U" else (),
     )
+
+
+def _names_in(label: Array, data: str) -> tuple[str, ...]:
+    try:
+        return tuple(np.unique(label).tolist())
+    except ValueError as error:  # numbers that are no characters
+        raise DataError("VLX0203", f"'{data}': a label is no text ({error})", where=data) from error
 
 
 def _read_rows(rows: Mapping[str, Array], label: Array | None, labels: Sequence[str] | None) -> Iterator[Sample]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from pydantic import ValidationError
 
-from vlexport.core.bundle_schema import BUNDLE_SCHEMA, Bundle, FileRecord, digest_of
+from vlexport.core.bundle_schema import BUNDLE_SCHEMA, Bundle, FileRecord, canonical_json, digest_of, plain_json
 from vlexport.core.errors import BundleError, GateError
 from vlexport.core.whole import whole_component
 
@@ -24,6 +26,12 @@ RECIPE_FILE = "recipe.toml"
 MEASURED_FOLDER = "measured"
 _CHUNK = 1 << 20
 _MAX_BUNDLE_FILE = 64 << 20
+_MAX_NAME_BYTES = 255
+_DEVICES = frozenset(
+    {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"}
+    | {f"{port}{n}" for port in ("COM", "LPT") for n in "0123456789¹²³"}
+)
+"""Names that Windows takes for devices in any folder and with any ending."""
 
 
 def read_bundle(folder: Path) -> Bundle:
@@ -44,12 +52,14 @@ def read_bundle(folder: Path) -> Bundle:
             where=str(folder),
             hint="name " + (f"one of {', '.join(below)}" if below else "the folder that `vlexport build` wrote"),
         )
+    inside(folder, BUNDLE_FILE)
     if file.stat().st_size > _MAX_BUNDLE_FILE:
         raise BundleError("VLX0601", "bundle.json is too large to be one", where=str(folder))
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_bytes().decode("utf-8")
+        values = json.loads(text, object_pairs_hook=_distinct)
         version = values["schema_version"]
-        if not isinstance(version, int):
+        if type(version) is not int:
             raise ValueError("schema_version is no integer")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BundleError(
@@ -74,6 +84,8 @@ def read_bundle(folder: Path) -> Bundle:
         raise BundleError("VLX0601", "bundle.json holds a value that JSON cannot", where=str(folder)) from error
     if digest != bundle.digest:
         raise _altered(folder, "bundle.json does not fit its digest")
+    if text != bundle_text(bundle):
+        raise _altered(folder, "bundle.json is not spelled as vlexport writes it")
     if not bundle.components:
         raise BundleError("VLX0601", "bundle.json has no component", where=str(folder), hint="build it again")
     paths = [*bundle.files]
@@ -84,8 +96,33 @@ def read_bundle(folder: Path) -> Bundle:
     paths += [path for golden in goldens if golden is not None for path in (golden.inputs, golden.outputs)]
     for path in paths:
         inside(folder, path)
+    _require_distinct(folder, bundle.files)
     whole_component(bundle)
     return bundle
+
+
+def bundle_text(bundle: Bundle) -> str:
+    """The content of ``bundle.json``, the only spelling of it that is read."""
+    return canonical_json(plain_json(bundle)) + "\n"
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is repeated")
+    return found
+
+
+def _require_distinct(folder: Path, paths: Collection[str]) -> None:
+    """Refuse files that some file systems cannot tell apart: which one is read would depend on where it lies."""
+    seen: dict[str, str] = {}
+    for path in paths:
+        other = seen.setdefault(unicodedata.normalize("NFC", path).casefold(), path)
+        if other != path:
+            raise BundleError(
+                "VLX0605", f"the paths {other!r} and {path!r} are one file on some systems", where=str(folder),
+                hint="do not use this bundle",
+            )  # fmt: skip
 
 
 def artifact_folder(components: Collection[str], name: str) -> str:
@@ -101,13 +138,13 @@ def _is_file(file: Path) -> bool:
 
 
 def inside(folder: Path, path: str) -> Path:
-    """``folder / path`` if it stays inside, without following links.
+    """``folder / path`` if it stays inside on every system, without following links.
 
     Raises:
         BundleError: VLX0605.
     """
     parts = PurePosixPath(path)
-    plain = bool(path) and not parts.is_absolute() and ".." not in parts.parts and "\\" not in path and "\0" not in path
+    plain = bool(path) and not parts.is_absolute() and all(map(_is_plain, parts.parts))
     joined = folder.joinpath(*parts.parts) if plain else folder
     steps = [folder.joinpath(*parts.parts[: i + 1]) for i in range(len(parts.parts))] if plain else []
     if not plain or any(step.is_symlink() for step in steps):
@@ -115,6 +152,17 @@ def inside(folder: Path, path: str) -> Path:
             "VLX0605", f"the path {path!r} leaves the bundle", where=str(folder), hint="do not use this bundle"
         )
     return joined
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name means a file of that name on every system: no device, stream, drive or other spelling."""
+    stem = name.partition(".")[0].rstrip(" ").upper()
+    return (
+        name == name.rstrip(". ")
+        and not any(ord(c) < 32 or c in '\\:<>"|?*' for c in name)
+        and stem not in _DEVICES
+        and len(name.encode("utf-8", "surrogatepass")) <= _MAX_NAME_BYTES
+    )
 
 
 def check_files(folder: Path, bundle: Bundle) -> None:

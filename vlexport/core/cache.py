@@ -60,13 +60,13 @@ class Cache:
         self.cap_bytes = cap_bytes
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            found = self.folder.stat()
+            found, named = self.folder.stat(), self.folder.lstat()
         except OSError as error:
             raise BundleError(
                 "VLX0607", f"the cache folder cannot be made: {error.strerror}", where=str(self.folder),
                 hint="set VLEXPORT_CACHE to a folder that can be written, or to off",
             ) from error  # fmt: skip
-        distrust = _distrust(found)
+        distrust = _distrust(found, named)
         if distrust:
             raise BundleError("VLX0607", distrust[0], where=str(self.folder), hint=distrust[1])
 
@@ -207,12 +207,15 @@ def default_folder() -> Path:
     return Path(given) if given else Path(platformdirs.user_cache_dir("vlexport"))
 
 
-def _distrust(found: os.stat_result) -> tuple[str, str] | None:
-    """Why the folder's entries may be somebody else's, and what to do; None when they cannot."""
+def _distrust(found: os.stat_result, named: os.stat_result) -> tuple[str, str] | None:
+    """Why the folder's entries may be somebody else's, and what to do; None when they cannot.
+
+    ``named`` is the same, of the link where the folder is one.
+    """
     elsewhere = "set VLEXPORT_CACHE to a folder of your own, or to off"
     if not stat.S_ISDIR(found.st_mode):
         return "the cache folder is no folder", elsewhere
-    if hasattr(os, "geteuid") and found.st_uid != os.geteuid():
+    if hasattr(os, "geteuid") and {found.st_uid, named.st_uid} != {os.geteuid()}:
         return "the cache folder belongs to another user", elsewhere
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         return "others may write to the cache folder", f"chmod 700 it, or {elsewhere}"
@@ -224,10 +227,10 @@ def _canonical(value: Mapping[str, Any]) -> str:
 
 
 def _files(folder: Path) -> Iterator[str]:
-    """Files below a folder, without the index."""
+    """Files below a folder, without the index; a link is none, for its content may change."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name != ENTRY_FILE:
+        if path.is_file() and not path.is_symlink() and name != ENTRY_FILE:
             yield name
 
 
@@ -251,7 +254,7 @@ def _index(folder: Path) -> dict[str, Any]:
         index: dict[str, Any] = json.loads(sealed["index"])
         if not {"files", "about"} <= set(index):
             raise ValueError("the index is damaged")
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError("the index is damaged") from error
     return index
 

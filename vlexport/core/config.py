@@ -214,7 +214,7 @@ def read_recipe(path: Path, *, allow_code: bool = False) -> dict[str, Any]:
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # also an integer of more digits than Python reads
         raise UsageError("VLX0705", f"the recipe cannot be read: {error}", where=str(path)) from error
     if values.pop("vlexport_recipe", 1) != 1:
         raise UsageError(

@@ -90,7 +90,9 @@ CODES: dict[str, str] = {
     "VLX0506": "the runtime's process ended unexpectedly",
     "VLX0507": "an input does not fit the artifact",
     "VLX0508": "the runtime lacks the artifact's execution provider",
+    "VLX0509": "the artifact holds compiled code",
     "VLX0510": "no engine can be compiled",
+    "VLX0511": "the engine was not compiled here",
     # 06: bundles
     "VLX0601": "the bundle does not exist or is no bundle",
     "VLX0602": "the bundle was altered",

@@ -21,8 +21,25 @@ from vlexport.core.preprocess import Preprocess
 PHOTO_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """Endings, in lower case, of the files that count as photos. Hidden files never do."""
 
-# What pillow raises on damaged files, a decompression bomb included.
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+PHOTO_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""All that pillow is asked to open, whatever a file is called: its reader of EPS, for one, runs Ghostscript."""
+
+UNREADABLE = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+"""What pillow raises on damaged files, a decompression bomb included: it promises no class of its own."""
 
 
 def _photo_input(inputs: Sequence[TensorSpec], preprocess: Mapping[str, Preprocess], where: str) -> str:
@@ -39,6 +56,11 @@ def _photo_input(inputs: Sequence[TensorSpec], preprocess: Mapping[str, Preproce
     return inputs[0].name
 
 
+def open_photo(file: str | Path) -> Image.Image:
+    """``Image.open`` for :data:`PHOTO_FORMATS`; raises of :data:`UNREADABLE`."""
+    return Image.open(file, formats=PHOTO_FORMATS)
+
+
 def read_photo(file: Path, name: str, preprocess: Preprocess) -> Array:
     """A photo as the input that it fills, without batch dim.
 
@@ -50,7 +72,7 @@ def read_photo(file: Path, name: str, preprocess: Preprocess) -> Array:
     Raises:
         DataError: VLX0203 when it cannot be read; whatever the preprocessing refuses.
     """
-    return _array(partial(Image.open, file), name, preprocess)
+    return _array(partial(open_photo, file), name, preprocess)
 
 
 def image_array(image: Image.Image, name: str, preprocess: Preprocess) -> Array:
@@ -67,7 +89,7 @@ def _array(
             return preprocess.apply(image)
     except DataError as error:
         raise DataError(error.code, f"{name}: {error.message}", where=name, hint=error.hint) from error
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         # Pillow's message may hold the absolute path: only its kind is shown.
         said = "is no photo that can be read" if isinstance(error, OSError) else "is a damaged photo"
         if isinstance(error, Image.DecompressionBombError):

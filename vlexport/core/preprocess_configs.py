@@ -82,12 +82,19 @@ def preprocess_from_transformers_config(cfg: Mapping[str, Any]) -> Preprocess:
 
     Raises:
         DataError: VLX0207 when it asks for steps that cannot be expressed (padding to a multiple, splitting, several
-            sizes), or leaves open what ``size`` or ``resample`` means.
+            sizes), leaves open what ``size`` or ``resample`` means, or holds a value of another kind.
 
     Source:
         transformers.image_processing_backends and the processors of CLIP, ConvNeXT, LeViT, PoolFormer, EfficientNet.
     """
     what = "preprocessor_config.json"
+    try:
+        return _from_transformers(what, cfg)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise _refused(what, f"a value is not of the kind that is expected there ({error!s:.80})") from error
+
+
+def _from_transformers(what: str, cfg: Mapping[str, Any]) -> Preprocess:
     cfg = cfg.get("image_processor") or cfg
     kind = str(cfg.get("image_processor_type") or cfg.get("feature_extractor_type") or "")
     family = kind.removesuffix("Fast").removesuffix("Pil").removesuffix("ImageProcessor")

@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import io
 import json
+import math
 import os
 import pickletools
 import re
@@ -48,6 +49,8 @@ MAX_PROGRAM_BYTES = 256 * 2**20
 MAX_CONFIG_BYTES = 64 * 2**20
 MAX_METADATA_BYTES = 16 * 2**20
 MAX_PICKLE_BYTES = 2**20
+MAX_EXPANDED_BYTES = 64 * 2**20
+"""What strides of 0 may add to a tensor beyond its content: buffers are sometimes saved expanded."""
 
 _FIXED = {"archive_format": b"pt2", "archive_version": b"0", "byteorder": b"little"}
 _NEEDED = frozenset({PROGRAM, SAMPLES, WEIGHTS, CONSTANTS, METADATA_MEMBER, *_FIXED, ".data/version"})
@@ -332,6 +335,8 @@ def _check_payloads(members: Mapping[str, memoryview], config_name: str, prefix:
         needed = 0 if 0 in sizes else reach * DTYPE_BYTES[meta["dtype"]]
         if needed > len(members[member]) or len(members[member]) % DTYPE_BYTES[meta["dtype"]]:
             raise damaged(f"the tensor needs {needed} bytes of a member of {len(members[member])}", where)
+        if math.prod(sizes) * DTYPE_BYTES[meta["dtype"]] > len(members[member]) + MAX_EXPANDED_BYTES:
+            raise refused("a stored tensor's strides make it far larger than what is stored", where)
     return set(dtypes)
 
 

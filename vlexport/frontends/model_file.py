@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 import zipfile
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from vlexport.core.errors import ModelFileError
 from vlexport.frontends.safetensors_file import index_in
@@ -62,21 +64,55 @@ def kind_of(path: Path) -> Kind:
 def _kind_of_zip(path: Path) -> Kind:
     try:
         with zipfile.ZipFile(path) as archive:
-            names = {name.partition("/")[2] for name in archive.namelist()} | set(archive.namelist())
-    except (zipfile.BadZipFile, ArithmeticError, LookupError, NotImplementedError, OSError, ValueError) as error:
+            infos = archive.infolist()
+    except (
+        zipfile.BadZipFile,
+        ArithmeticError,
+        EOFError,
+        LookupError,
+        NotImplementedError,
+        OSError,
+        RuntimeError,
+        struct.error,
+        ValueError,
+    ) as error:
         raise ModelFileError(
             "VLX0105",
             f"the file begins as an archive but is truncated or damaged: {error}",
             where=str(path),
             hint="copy or download the file again",
         ) from error
+    names = {info.filename.partition("/")[2] for info in infos} | {info.filename for info in infos}
     if "archive_format" in names:
         return "vlexport-archive" if METADATA_MEMBER in names else "foreign-pt2"
     if "serialized_exported_program.json" in names:
         return "foreign-pt2"
     if "constants.pkl" in names:
         return "torchscript"
-    return "checkpoint" if "data.pkl" in names else "unknown"
+    if "data.pkl" not in names:
+        return "unknown"
+    _require_stored(path, infos)
+    return "checkpoint"
+
+
+def _require_stored(path: Path, infos: list[zipfile.ZipInfo]) -> None:
+    """Refuse a bomb: torch stores its members as they are, so that together they are no larger than the file.
+
+    Raises:
+        ModelFileError: VLX0105.
+    """
+    unpacked = sum(info.file_size for info in infos)
+    packed = next((info.filename for info in infos if info.compress_type != zipfile.ZIP_STORED), None)
+    if packed is None and unpacked <= path.stat().st_size:
+        return
+    raise ModelFileError(
+        "VLX0105",
+        f"the file unpacks to {unpacked} bytes, and files that torch writes do not unpack"
+        if packed is None
+        else f"the member {packed!r} is compressed, and torch stores weights as they are",
+        where=str(path),
+        hint="ask its author for one written by torch.save or vlexport.save",
+    )
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -89,6 +125,16 @@ def _is_safetensors(path: Path) -> bool:
     if not header.startswith(b"{"):
         return False
     try:
-        return isinstance(json.loads(header), dict)
+        return isinstance(json.loads(header, object_pairs_hook=partial(_distinct, path)), dict)
     except (ValueError, RecursionError):
         return False
+
+
+def _distinct(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of two tensors of one name, one reader takes the first and another the last."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ModelFileError(
+            "VLX0105", "the header names something twice", where=str(path), hint="copy or download the file again"
+        )
+    return found

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import numpy as np
 
 from vlexport.core.artifact import Array, Artifact, Session, TensorSpec
 from vlexport.core.bundle import artifact_folder, inside
 from vlexport.core.bundle_schema import Bundle, Component, Golden
 from vlexport.core.errors import BundleError, GateError
+from vlexport.core.npz import read_npz
 from vlexport.core.numerics import relative_error
 from vlexport.core.wiring import WHOLE
 from vlexport.targets.base import Target
@@ -78,9 +76,9 @@ def _pair(folder: Path, golden: Golden, artifact: Artifact) -> tuple[dict[str, A
 
 def _vectors(folder: Path, name: str, wanted: Sequence[TensorSpec]) -> dict[str, Array]:
     try:
-        with np.load(inside(folder, name), allow_pickle=False) as file:
-            return {spec.name: file[spec.name] for spec in wanted}
-    except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        arrays, _ = read_npz(inside(folder, name), [spec.name for spec in wanted])
+        return {spec.name: arrays[spec.name] for spec in wanted}
+    except (OSError, ValueError, KeyError) as error:
         raise BundleError(
             "VLX0601", f"{name} does not hold the golden vectors", where=str(folder), hint="build it again"
         ) from error

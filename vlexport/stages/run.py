@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import struct
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,11 +12,10 @@ from PIL import Image
 from vlexport.core.artifact import Array, Session
 from vlexport.core.bundle import ARTIFACT_FOLDER, check_files, read_bundle
 from vlexport.core.errors import BundleError, DataError, InputError
+from vlexport.core.photo_samples import UNREADABLE, open_photo
 from vlexport.core.samples import open_data
 from vlexport.stages.write_bundle import write_npz
 from vlexport.targets import open_target
-
-_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 class LoadedBundle:
@@ -90,9 +87,9 @@ class LoadedBundle:
             pixels = preprocess.apply(image)
         else:
             try:
-                with Image.open(image) as opened:
+                with open_photo(image) as opened:
                     pixels = preprocess.apply(opened)
-            except _UNREADABLE as error:
+            except UNREADABLE as error:
                 raise DataError("VLX0203", "the image cannot be read", where=str(image), hint=str(error)) from error
         return self.batched({name: pixels})
 

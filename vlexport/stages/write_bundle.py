@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,9 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from vlexport.core.artifact import Array
-from vlexport.core.bundle import BUNDLE_FILE, COMPARE_FILE, GOLDEN_FOLDER, RECIPE_FILE, recorded_files
-from vlexport.core.bundle_schema import Bundle, Golden, canonical_json, digest_of, plain_json
+from vlexport.core.bundle import BUNDLE_FILE, COMPARE_FILE, GOLDEN_FOLDER, RECIPE_FILE, bundle_text, recorded_files
+from vlexport.core.bundle_schema import Bundle, Golden, digest_of
 from vlexport.core.errors import BundleError
+from vlexport.stages.replace_folder import replace_folder, working_sibling
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+"""What the system says when a disk is full, a quota or a file's largest size is reached, or the disk is broken."""
 
 GOLDEN_TOLERANCE = 1e-4
 """Bound of max|a−b| / max|b| between artifact and source Program, fp32: other kernels sum in another order."""
@@ -108,29 +112,26 @@ def require_folder(dump: str | None) -> None:
 def staging(output: Path) -> Iterator[Path]:
     """A temporary sibling of ``output`` that takes its place when the block ends well, and vanishes otherwise."""
     output = output.absolute()
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    except OSError as error:
-        raise BundleError("VLX0607", f"the output cannot be written: {error.strerror}", where=str(output)) from error
-    try:
-        yield folder
-        _flush(folder)
-        _readable(folder)
-        if output.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-            os.rename(output, old / "old")
-            try:
-                os.rename(folder, output)
-            except BaseException:
-                os.rename(old / "old", output)
-                old.rmdir()
-                raise
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.rename(folder, output)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    with contextlib.ExitStack() as held:
+        try:
+            folder = held.enter_context(working_sibling(output))
+        except OSError as error:
+            raise BundleError(
+                "VLX0607", f"the output cannot be written: {error.strerror}", where=str(output)
+            ) from error  # fmt: skip
+        try:
+            yield folder
+            _flush(folder)
+            _readable(folder)
+            replace_folder(folder, output)
+        except BaseException as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in _NO_ROOM:
+                raise BundleError(
+                    "VLX0607", f"the output cannot be written: {error.strerror}", where=str(output),
+                    hint="make room there and in the folder for temporary files, or choose another -o",
+                ) from error  # fmt: skip
+            raise
 
 
 def write_golden(
@@ -166,7 +167,7 @@ def write_bundle(folder: Path, bundle: Bundle, recipe: str) -> Bundle:
     (folder / RECIPE_FILE).write_text(recipe, encoding="utf-8", newline="\n")
     bundle = bundle.model_copy(update={"files": dict(recorded_files(folder))})
     bundle = bundle.model_copy(update={"digest": digest_of(bundle)})
-    (folder / BUNDLE_FILE).write_text(canonical_json(plain_json(bundle)) + "\n", encoding="utf-8", newline="\n")
+    (folder / BUNDLE_FILE).write_text(bundle_text(bundle), encoding="utf-8", newline="\n")
     return bundle
 
 
