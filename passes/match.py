@@ -15,10 +15,11 @@ everything above it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from vlexport.ir import dialect
@@ -222,11 +223,63 @@ def number(name: str, otherwise: str = "") -> Bind:
     """A Python number, or a stored tensor of one element."""
 
     def accepts(program: Program, value: Any) -> bool:
-        tensor = program.tensor_of(value)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return is_number or (tensor is not None and tensor.numel() == 1)
+        return as_number(program, value) is not None
 
     return Bind(name, accepts, otherwise or f"its {name} is no constant number")
+
+
+def as_number(program: Program, value: Any) -> float | None:
+    """The number that an operand is: a Python number, or a stored tensor of one element; None for anything else."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    tensor = program.tensor_of(value)
+    return float(tensor) if tensor is not None and tensor.numel() == 1 else None
+
+
+def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two shapes are equal for certain; sizes that the input decides are when their symbols are."""
+    return len(a) == len(b) and all(map(_same_size, a, b))
+
+
+def _same_size(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt):
+        return bool(a.node.expr == b.node.expr)
+    return not isinstance(a, torch.SymInt) and not isinstance(b, torch.SymInt) and int(a) == int(b)
+
+
+def privacy(nodes: Sequence[Node], root: Node) -> Failed | None:
+    """The first of ``nodes`` but the root that somebody else reads, or None when a rewrite may consume them all."""
+    inside = set(nodes)
+    for depth, node in enumerate(nodes):
+        others = [user for user in node.users if user not in inside]
+        if node is not root and others:
+            return Failed(node, f"the {dialect.plain_name(node)}'s output is used by {len(others)} other(s)", depth)
+    return None
+
+
+@dataclass(frozen=True)
+class Place:
+    """An operand of a call that a rewrite consumes: what stands there when the rewrite is applied may be new by then.
+
+    Attributes:
+        reader: The call.
+        position: Of the operand, in the order of the schema.
+    """
+
+    reader: Node
+    position: int
+
+    @property
+    def value(self) -> Any:
+        """What stands there now."""
+        return dialect.operands(self.reader)[self.position]
+
+
+def place_of(value: Node, nodes: Iterable[Node]) -> Place:
+    """Where one of ``nodes`` reads ``value``."""
+    return next(
+        Place(node, i) for node in nodes for i, operand in enumerate(dialect.operands(node)) if operand is value
+    )
 
 
 def constant(name: str, *allowed: Any) -> Bind:

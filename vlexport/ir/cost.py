@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -56,7 +57,20 @@ def node_macs(program: Program, node: Node, dims: Mapping[str, int]) -> int:
         for a in given
         if isinstance(a, Node) and isinstance(a.meta.get("val"), torch.Tensor)
     ]
-    return row.macs(operands, program.sizes(node.meta["val"].shape, dims), arguments)
+    return shaped_macs(node, operands, program.sizes(node.meta["val"].shape, dims), arguments)
+
+
+def shaped_macs(node: Node, operands: list[Sequence[int]], out: Sequence[int], arguments: tuple[Any, ...]) -> int:
+    """MACs of the operator of ``node`` at other sizes.
+
+    Args:
+        node: A call.
+        operands: Sizes of its tensor operands, in order, lists opened.
+        out: Sizes of its value.
+        arguments: All its operands, in the order of its schema.
+    """
+    row = dialect.info(node)
+    return row.macs(operands, out, arguments) if row is not None and row.macs is not None else 0
 
 
 @dataclass(frozen=True)
@@ -95,6 +109,11 @@ def saving(program: Program, node: Node) -> Saving:
         macs=sum(node_macs(program, n, {}) for n in calls),
         parameters=sum(_elements(program.tensors[name]) for name in names),
     )
+
+
+def parameters_stored(program: Program) -> int:
+    """Elements of all floating tensors that a Program stores; what a rewrite saves is the difference of two counts."""
+    return sum(map(_elements, program.tensors.values()))
 
 
 def _elements(tensor: torch.Tensor) -> int:

@@ -102,11 +102,14 @@ OPS: dict[str, OpInfo] = {
     **_row(
         "reduction", "amax.default amin.default max.dim min.dim max.default min.default argmax.default argmin.default"
     ),
+    **_row("reduction", "diff.default"),
     **_row("reduction", "var.correction std.correction var_mean.correction linalg_vector_norm.default prod.dim_int"),
     **_row(
         "reduction", "max_pool2d.default adaptive_max_pool2d.default any.dim all.dim cumsum.default logsumexp.default"
     ),
-    **_row("reduction", "norm.ScalarOpt_dim max_pool1d.default var.dim std.dim any.default all.default"),
+    **_row(
+        "reduction", "norm.ScalarOpt_dim linalg_norm.default max_pool1d.default var.dim std.dim any.default all.default"
+    ),
     **_row("elementwise", "add.Tensor sub.Tensor mul.Tensor div.Tensor add.Scalar sub.Scalar mul.Scalar div.Scalar"),
     **_row(
         "elementwise", "rsub.Scalar rsub.Tensor pow.Tensor_Scalar pow.Scalar pow.Tensor_Tensor neg.default abs.default"
@@ -133,6 +136,7 @@ OPS: dict[str, OpInfo] = {
         "elementwise",
         "isinf.default type_as.default to.dtype_layout bitwise_xor.Tensor logical_xor.default addcmul.default",
     ),
+    **_row("elementwise", "max.other min.other"),
     **_row("elementwise", "__and__.Tensor __or__.Tensor __xor__.Tensor fill.Tensor fill.Scalar"),
     **_row("view", "reshape.default permute.default expand.default squeeze.dim squeeze.dims squeeze.default"),
     **_row("view", "unsqueeze.default slice.Tensor select.int cat.default stack.default split.Tensor"),
@@ -146,6 +150,8 @@ OPS: dict[str, OpInfo] = {
     **_row("view", "reshape_as.default _unsafe_view.default swapdims.default adjoint.default clone.default"),
     **_row("view", "upsample_nearest2d.vec upsample_bilinear2d.vec upsample_bicubic2d.vec upsample_nearest2d.default"),
     **_row("view", "upsample_bilinear2d.default upsample_bicubic2d.default _upsample_bicubic2d_aa.default"),
+    **_row("view", "_upsample_bicubic2d_aa.vec _upsample_bilinear2d_aa.vec _upsample_nearest_exact2d.vec"),
+    **_row("view", "_upsample_nearest_exact2d.default"),
     **_row("view", "_upsample_bilinear2d_aa.default grid_sampler.default tril.default triu.default meshgrid.indexing"),
     **_row("view", "meshgrid.default reflection_pad2d.default replication_pad2d.default contiguous.default"),
     **_row("select", "index.Tensor index_select.default gather.default topk.default sort.default sort.stable"),
@@ -153,6 +159,7 @@ OPS: dict[str, OpInfo] = {
     **_row("select", "scatter.src scatter.value scatter_add.default scatter_reduce.two index_put.default"),
     **_row("select", "index_copy.default take_along_dim.default masked_scatter.default select_scatter.default"),
     **_row("select", "slice_scatter.default one_hot.default bucketize.Tensor index_add.default index_fill.int_Scalar"),
+    **_row("select", "repeat_interleave.self_Tensor"),
     **_row("make", "arange.default arange.start arange.start_step full.default full_like.default zeros.default"),
     **_row(
         "make", "zeros_like.default ones.default ones_like.default scalar_tensor.default linspace.default eye.default"
@@ -270,6 +277,32 @@ def operands(node: Node) -> tuple[Any, ...]:
         return (*node.args, *(node.kwargs[key] for key in sorted(node.kwargs)))
     rest = target._schema.arguments[len(node.args) :]
     return (*node.args, *(node.kwargs.get(a.name, a.default_value) for a in rest))
+
+
+def operand_names(node: Node) -> tuple[str, ...]:
+    """What the schema calls the :func:`operands`; nothing for a call without a schema."""
+    target = node.target
+    return tuple(a.name for a in target._schema.arguments) if isinstance(target, torch._ops.OpOverload) else ()
+
+
+def arguments(target: torch._ops.OpOverload, given: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """:func:`operands` as a call writes them: without trailing defaults, and by keyword where the schema wants that."""
+    pairs = list(zip(target._schema.arguments, given, strict=False))
+    keywords = {
+        a.name: v for a, v in pairs if a.kwarg_only and not (a.has_default_value() and _same(v, a.default_value))
+    }
+    positional = [(a, v) for a, v in pairs if not a.kwarg_only]
+    while (
+        positional
+        and positional[-1][0].has_default_value()
+        and _same(positional[-1][1], positional[-1][0].default_value)
+    ):
+        positional.pop()
+    return tuple(v for _, v in positional), keywords
+
+
+def _same(value: Any, default: Any) -> bool:
+    return not isinstance(value, Node) and type(value) is type(default) and bool(value == default)
 
 
 def mutates(target: Any) -> bool:

@@ -25,6 +25,8 @@ from vlexport.ir import dialect
 
 _KEY = "vlexport"
 _KEPT = ("val", "nn_module_stack", "custom")
+_NO_MODULE = "_empty_nn_module_stack"
+_ROOT = re.compile(r"^L\['self'\]\.?")
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
 
 
@@ -65,6 +67,20 @@ def module_path(node: Node) -> str:
 def source_line(node: Node) -> str:
     """``file.py:LINE`` of the user's code that made ``node``, or an empty string."""
     return str(_record(node).get("source", ""))
+
+
+def modules(node: Node) -> tuple[tuple[str, str], ...]:
+    """(path, class) of the modules around ``node``, outermost first; the root's path is empty.
+
+    A class is ``package.module.Name``. The second call of one module has a path of its own (``act@1``).
+    """
+    entries = (node.meta.get("nn_module_stack") or {}).values()
+    pairs = [(str(e[0]), e[1]) for e in entries if isinstance(e, (tuple, list)) and len(e) > 1]
+    return tuple(
+        (_ROOT.sub("", path), kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}")
+        for path, kind in pairs
+        if not path.startswith(_NO_MODULE)
+    )
 
 
 def stack(node: Node) -> tuple[str, ...]:
@@ -134,9 +150,7 @@ def _path_from_stack(node: Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     paths = [str(entry[0]) for entry in stack.values() if isinstance(entry, (tuple, list))]
     last = paths[-1] if paths else ""
-    if last.startswith("_empty_nn_module_stack"):
-        return ""
-    return re.sub(r"^L\['self'\]\.?", "", last)
+    return "" if last.startswith(_NO_MODULE) else _ROOT.sub("", last)
 
 
 def _source_from_trace(node: Node) -> str:
