@@ -6,10 +6,11 @@ Before → after::
     view, flatten, unflatten, view_as        →  reshape
     expand_as                                →  expand
     reshape [%batch, 197, 192]               →  reshape [-1, 197, 192]   (one symbolic entry)
+    reshape [%batch, 197, 3, -1]             →  reshape [-1, 197, 3, 64] (one symbolic size in the result)
     flatten, view_as … to two or more symbolic entries  →  reshape [sym_size, -1, 192]
     permute by the identity, reshape to the same shape, squeeze of a dim ≠ 1, cast to the same dtype  →  gone
 
-Does not apply when: a reshape already has −1 or two or more symbolic entries (they stay as they are).
+Does not apply when: a reshape has two or more symbolic sizes (they stay as they are).
 Numerical effect: none, bit for bit, but that an operator behind a removed ``contiguous`` may sum in another order.
 """
 
@@ -134,9 +135,12 @@ def _reshape(node: Node) -> Any:
     name = dialect.op_name(node)
     if name == "aten.reshape.default":
         given: list[Any] = list(node.args[1])  # type: ignore[arg-type]
-        if sum(isinstance(s, Node) for s in given) != 1 or -1 in given or 0 in given:  # 0 leaves −1 undefined
+        open_sizes = sum(isinstance(s, torch.SymInt) for s in want)
+        if not any(isinstance(s, Node) for s in given) or open_sizes > 1:
             return None
-        return aten.reshape.default, (source, [-1 if isinstance(s, Node) else s for s in given])
+        if 0 in given or 0 in want:  # leaves −1 undefined
+            return None
+        return aten.reshape.default, (source, [-1 if isinstance(s, torch.SymInt) else int(s) for s in want])
     entries = [e if isinstance(s, torch.SymInt) else int(s) for e, s in zip(_entries(node), want, strict=True)]
     symbolic = [i for i, e in enumerate(entries) if not isinstance(e, int) or e == _UNKNOWN]
     if symbolic and 0 not in entries:
