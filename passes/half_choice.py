@@ -35,7 +35,7 @@ Cause = Literal["kind", "digits", "fit", "fixed", "user"]
 _KINDS = {
     **dict.fromkeys(
         ("layer_norm", "group_norm", "rms_norm", "instance_norm", "var", "std", "var_mean", "norm",
-         "linalg_vector_norm"),
+         "linalg_vector_norm", "linalg_norm"),
         "a norm sums squares",
     ),
     **dict.fromkeys(("softmax", "_softmax", "log_softmax", "logsumexp"), "it sums exponentials"),
