@@ -16,6 +16,8 @@ Before → after::
     attention(q, k, v, scale=1/√d)  →  attention(q, k, v)
     attention with another scale, a boolean mask or is_causal
                                     →  attention(q · scale · √d, k, v, where(mask, 0, −3e4))
+    attention of operands whose batches come from several reshapes, of a batch with a range
+                                    →  matmul(softmax(matmul(q · scale, kᵀ) + mask), v)
     addcmul, lerp, logit, trunc, fmod, isinf, channel_shuffle, take_along_dim  →  the arithmetic that defines them
 
 Does not apply when: a bitwise operator works on integers; the sizes that a chunk, a shuffle or a causal mask needs
@@ -36,6 +38,7 @@ from torch.fx import Node
 from vlexport.ir import dialect, provenance
 from vlexport.ir.program import Program
 from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
+from vlexport.targets.coreml.open_attention import as_products, is_uneven
 
 aten = torch.ops.aten
 Emit = Callable[..., Any]
@@ -100,7 +103,7 @@ def _is_taken(node: Node) -> bool:
     if name in _SCALED:
         return bool(args[2] == 1)
     if name == _ATTENTION:
-        return args[6] is None and not args[5] and not _is_boolean(args[3])
+        return args[6] is None and not args[5] and not _is_boolean(args[3]) and (args[7] or not is_uneven(node))
     return name == "aten.softplus.default" and args[2] >= _UNSEEN_THRESHOLD
 
 
@@ -316,6 +319,9 @@ def _attention(emit: Emit, node: Node, args: tuple[Any, ...]) -> Node:
     if _is_boolean(mask):
         seen, hidden = (emit(aten.full.default, [], value, dtype=dtype) for value in (0.0, _HIDDEN))
         mask = emit(aten.where.self, mask, seen, hidden)
+    if is_uneven(node) and not gqa:
+        scale = args[6] if args[6] is not None else int(_shape(q)[-1]) ** -0.5
+        return as_products(emit, q, k, v, mask, float(scale))
     factor = _query_factor(node)
     # a tensor of the query's dtype: a plain number would make coremltools compute the product in single precision
     query = q if factor == 1 else emit(aten.mul.Tensor, q, emit(aten.full.default, [], factor, dtype=dtype))
