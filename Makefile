@@ -45,6 +45,7 @@ resolve-device: $(STAMP)
 zoo: $(STAMP)
 	$(BIN)/python tests/zoo_models.py --record docs/measured/zoo.json
 	$(BIN)/python -m tests.zoo_targets --record docs/measured/zoo_targets.json --docs docs/zoo.md
+	$(BIN)/python -m tests.zoo_raising --record docs/measured/zoo_raising.json --docs docs/raising.md
 	$(BIN)/python -m pytest -m zoo -k "not test_gate_is_silent"
 
 bench: $(STAMP)

@@ -22,6 +22,16 @@ CATALOGUE: dict[str, str] = {
     "eliminate-dead": "vlexport.passes.eliminate_dead:EliminateDead",
     "merge-duplicates": "vlexport.passes.merge_duplicates:MergeDuplicates",
     "fold-batch-norm": "vlexport.passes.fold_batch_norm:FoldBatchNorm",
+    "legalize-repeats": "vlexport.passes.legalize_repeats:LegalizeRepeats",
+    "eliminate-layout": "vlexport.passes.eliminate_layout:EliminateLayout",
+    "merge-pieces": "vlexport.passes.merge_pieces:MergePieces",
+    "merge-layout": "vlexport.passes.merge_layout:MergeLayout",
+    "raise-patch-embedding": "vlexport.passes.raise_patch_embedding:RaisePatchEmbedding",
+    "eliminate-round-trips": "vlexport.passes.eliminate_round_trips:EliminateRoundTrips",
+    "raise-norms": "vlexport.passes.raise_norms:RaiseNorms",
+    "raise-activations": "vlexport.passes.raise_activations:RaiseActivations",
+    "raise-attention": "vlexport.passes.raise_attention:RaiseAttention",
+    "narrow-to-demand": "vlexport.passes.narrow_to_demand:NarrowToDemand",
 }
 """Id → where the class lies, in pipeline order. Imported when used. These run in every build."""
 

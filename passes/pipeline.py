@@ -8,7 +8,7 @@ over what a target lowered them to when it is told that ``level``.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +23,8 @@ from vlexport.passes.program_level import PROGRAM
 
 GATE_OFF = GateRecord(worst=0.0, proof="off", probes=0)
 _MAX_NEAR_MISSES = 50
+Listener = Callable[[Pass[Any], Sequence[NearMiss[Any]]], None]
+"""Told of all near misses of a pass, whose nodes lie in the graph that it left; a record keeps the first 50 only."""
 
 
 class Hook(Protocol):
@@ -104,6 +106,7 @@ def run_pipeline(
     gate: NumericGate | None,
     hooks: Iterable[Hook] = (),
     level: Level[Any] = PROGRAM,
+    listener: Listener | None = None,
 ) -> tuple[IR, tuple[PassRecord, ...]]:
     """Run passes in order on a copy of ``source``.
 
@@ -113,6 +116,7 @@ def run_pipeline(
         gate: Made from ``source``; None switches it off.
         hooks: Watchers.
         level: What kind of graph ``source`` is.
+        listener: Told of every pass's near misses.
 
     Returns:
         The last graph and one record per pass.
@@ -128,7 +132,7 @@ def run_pipeline(
     for each in passes:
         for hook in hooks:
             hook.before_pass(each, current)
-        after, record = run_pass(each, current, gate=gate, level=level)
+        after, record = run_pass(each, current, gate=gate, level=level, listener=listener)
         for hook in hooks:
             hook.after_pass(each, after, record)
         records.append(record)
@@ -137,7 +141,12 @@ def run_pipeline(
 
 
 def run_pass(
-    applied: Pass[IR], before: IR, *, gate: NumericGate | None, level: Level[Any] = PROGRAM
+    applied: Pass[IR],
+    before: IR,
+    *,
+    gate: NumericGate | None,
+    level: Level[Any] = PROGRAM,
+    listener: Listener | None = None,
 ) -> tuple[IR, PassRecord]:
     """Run one pass on a copy of ``before`` and check its contract.
 
@@ -145,11 +154,11 @@ def run_pass(
         CapabilityError: VLX1003 naming the package, when a plugin's pass breaks it.
     """
     with answering_for(lambda: offered_passes().get(applied.name, ())):
-        return _run_checked(applied, before, gate=gate, level=level)
+        return _run_checked(applied, before, gate=gate, level=level, listener=listener)
 
 
 def _run_checked(
-    applied: Pass[IR], before: IR, *, gate: NumericGate | None, level: Level[Any]
+    applied: Pass[IR], before: IR, *, gate: NumericGate | None, level: Level[Any], listener: Listener | None
 ) -> tuple[IR, PassRecord]:
     after: IR = level.copy(before)
     changes, misses = applied.run(after)
@@ -181,6 +190,8 @@ def _run_checked(
         near_misses=tuple(_near_miss(miss, level) for miss in misses[:_MAX_NEAR_MISSES]),
         gate=verdict,
     )
+    if listener is not None:
+        listener(applied, misses)
     return after, record
 
 

@@ -8,6 +8,7 @@ cover a new operator, write a builder and add its line.
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -48,6 +49,7 @@ class Grower:
     generator: torch.Generator
     count: int = 0
     dead: set[Node] = field(default_factory=set)
+    seen: list[Node] = field(default_factory=list)
 
     def pick(self, *options: Any) -> Any:
         """One of the options."""
@@ -252,6 +254,10 @@ def _mean(g: Grower, x: Node) -> Node | None:
     return g.call(aten.mean.dim, x, g.pick([-1], [1], [-2]), g.pick(True, False))
 
 
+def _difference(g: Grower, x: Node) -> Node | None:
+    return g.call(aten.diff.default, x) if g.shape(x)[-1] > 1 else None
+
+
 def _pool(g: Grower, x: Node) -> Node | None:
     if len(g.shape(x)) != 3 or min(g.shape(x)[1:]) < 2:
         return None
@@ -291,6 +297,114 @@ def _expand(g: Grower, x: Node) -> Node | None:
     if g.pick(True, False):
         return g.call(aten.expand.default, wide, [-1, 2, *g.shape(x)])
     return g.call(aten.expand_as.default, wide, g.call(aten.cat.default, [wide, wide], 1))
+
+
+def _layout_chain(g: Grower, x: Node) -> Node | None:
+    """Reshapes and permutes in a row, some of which undo others; now and then one is read twice."""
+    start, value = x, x
+    for _ in range(g.pick(2, 3, 4, 5)):
+        value = _layout_step(g, value, start) or value
+        if value is not x and g.pick(False, False, False, True):
+            g.seen.append(value)
+    if g.seen and g.pick(False, True):
+        other = g.call(aten.reshape.default, g.seen[-1], [g.call(aten.sym_size.int, value, 0), *g.shape(value)])
+        value = g.call(aten.add.Tensor, value, other)
+    g.seen.clear()
+    return value
+
+
+def _layout_step(g: Grower, x: Node, start: Node) -> Node | None:
+    sizes = g.shape(x)
+    kind = g.pick("permute", "permute", "back", "split", "join", "unsqueeze", "squeeze", "whole", "batch")
+    if kind == "permute" and len(sizes) > 1:
+        return g.call(aten.permute.default, x, [0, *g.draw(st.permutations(list(range(1, len(sizes) + 1))))])
+    if kind == "back":
+        return g.call(aten.reshape.default, x, [g.call(aten.sym_size.int, start, 0), *g.shape(start)])
+    axis = g.draw(st.integers(0, len(sizes) - 1)) if sizes else 0
+    if kind == "split" and len(sizes) < 4 and sizes and sizes[axis] > 1:
+        factor = next(f for f in range(2, sizes[axis] + 1) if sizes[axis] % f == 0)
+        cut = g.pick((factor, sizes[axis] // factor), (sizes[axis] // factor, factor))
+        return g.call(aten.reshape.default, x, [-1, *sizes[:axis], *cut, *sizes[axis + 1 :]])
+    if kind == "join" and axis + 1 < len(sizes):
+        return g.call(aten.reshape.default, x, [-1, *sizes[:axis], sizes[axis] * sizes[axis + 1], *sizes[axis + 2 :]])
+    if kind == "unsqueeze" and len(sizes) < 4:
+        return g.call(aten.unsqueeze.default, x, axis + 1)
+    if kind == "squeeze" and 1 in sizes:
+        return g.call(aten.squeeze.dim, x, sizes.index(1) + 1)
+    if kind == "whole":
+        whole = [-1] * (len(sizes) + 1)
+        return g.call(aten.expand.default, x, whole) if g.pick(False, True) else g.call(aten.slice.Tensor, x)
+    return None
+
+
+def _round_trip(g: Grower, x: Node) -> Node | None:
+    """Out of a layout, some operators there, and back; or on from there."""
+    sizes = g.shape(x)
+    if len(sizes) < 2 or not g.small(x):
+        return None
+    dims = [0, *g.draw(st.permutations(list(range(1, len(sizes) + 1))))]
+    kind = g.pick("permute", "permute", "join", "tokens")
+    if kind == "permute":
+        value = g.call(aten.permute.default, x, dims)
+    elif kind == "join":
+        value = g.call(aten.reshape.default, x, [-1, sizes[0] * sizes[1], *sizes[2:]])
+    else:
+        flat = g.call(aten.reshape.default, x, [-1, sizes[0], math.prod(sizes[1:])])
+        value = g.call(aten.permute.default, flat, [0, 2, 1])
+    steps = (
+        "tanh",
+        "add",
+        "sub",
+        "mul",
+        "softmax",
+        "residual",
+        "linear",
+        "layer_norm",
+        "mean",
+        "split",
+        "cat",
+        "slice",
+    )
+    for _ in range(g.pick(1, 1, 2, 3)):
+        value = OPERATORS[g.pick(*steps)](g, value) or value
+    if g.pick(False, False, True):
+        return value
+    rank = len(g.shape(value)) + 1
+    if kind == "permute" and rank == len(dims):
+        return g.call(aten.permute.default, value, [dims.index(i) for i in range(len(dims))])
+    if kind == "join" and g.shape(value)[0] == sizes[0] * sizes[1]:
+        return g.call(aten.reshape.default, value, [-1, *sizes[:2], *g.shape(value)[1:]])
+    return g.call(aten.permute.default, value, [0, 2, 1]) if rank == 3 else value
+
+
+def _pieces(g: Grower, x: Node) -> Node | None:
+    """Cut along an axis, cut again, joined again: in order, out of order, or in part."""
+    size = g.shape(x)[-1]
+    if size < 4:
+        return None
+    kind = g.pick("slices", "split and cat", "cat and split", "cat of cats", "unbind and stack")
+    if kind == "slices":
+        inner = g.call(aten.slice.Tensor, x, -1, g.pick(0, 1), g.pick(size, size - 1, 2**63 - 1), g.pick(1, 1, 2))
+        outer = g.call(aten.slice.Tensor, inner, -1, 0, 2, g.pick(1, 2))
+        return (
+            g.call(aten.select.int, inner, -1, g.pick(0, -1)) if g.pick(False, True) and len(g.shape(x)) > 1 else outer
+        )
+    if kind == "split and cat":
+        pieces = g.call(aten.split_with_sizes.default, x, [1, size - 2, 1], -1)
+        parts = [g.call(operator.getitem, pieces, i) for i in range(3)]
+        return g.call(aten.cat.default, g.pick(parts, parts, parts[::-1], parts[:2], [parts[1], *parts[:2]]), -1)
+    other = g.call(aten.tanh.default, x)
+    if kind == "unbind and stack":
+        pieces = g.call(aten.unbind.int, x, -1)
+        parts = [g.call(operator.getitem, pieces, i) for i in range(size)]
+        return g.call(aten.stack.default, parts if g.pick(False, True) else parts[::-1], -1)
+    joined = g.call(aten.cat.default, [x, other], -1)
+    if kind == "cat of cats":
+        return g.call(aten.cat.default, [other, joined], -1) if g.small(x) else None
+    first = g.pick(size, size, size - 1)
+    pieces = g.call(aten.split_with_sizes.default, joined, [first, 2 * size - first], -1)
+    parts = [g.call(operator.getitem, pieces, i) for i in range(2)]
+    return g.call(aten.mul.Tensor, *parts) if first == size else g.call(aten.cat.default, parts[::-1], -1)
 
 
 def _upsample(g: Grower, x: Node) -> Node | None:
@@ -405,6 +519,8 @@ OPERATORS: dict[str, Callable[[Grower, Node], Node | None]] = {
     "add": _with_parameter(aten.add.Tensor),
     "sub": _with_parameter(aten.sub.Tensor),
     "mul": _with_parameter(aten.mul.Tensor),
+    "smaller": _with_parameter(aten.min.other),
+    "larger": _with_parameter(aten.max.other),
     "residual": _residual,
     "softmax": _softmax,
     "matmul": _matmul,
@@ -414,6 +530,7 @@ OPERATORS: dict[str, Callable[[Grower, Node], Node | None]] = {
     "cat": _cat,
     "split": _split,
     "mean": _mean,
+    "difference": _difference,
     "pool": _pool,
     "pad": _pad,
     "slice": _slice,
@@ -421,6 +538,10 @@ OPERATORS: dict[str, Callable[[Grower, Node], Node | None]] = {
     "unsqueeze": _unsqueeze,
     "squeeze": _squeeze,
     "expand": _expand,
+    "layout chain": _layout_chain,
+    "pieces": _pieces,
+    "round trip": _round_trip,
+    "tanh": _unary(aten.tanh.default),
     "upsample": _upsample,
     "no-op": _no_op,
     "constant": _constant,
@@ -449,7 +570,7 @@ def programs(draw: Any, *, most: int = 9, including: tuple[str, ...] = ()) -> Pr
     value = program.calls()[0]
     passed = [value]
     everything = tuple(OPERATORS)
-    for _ in range(draw(st.integers(4, most))):
+    for _ in range(draw(st.integers(min(4, most), most))):
         names = including if including and draw(st.booleans()) else everything
         made = OPERATORS[draw(st.sampled_from(names))](grower, value)
         if made is not None:
@@ -463,7 +584,8 @@ def _finished(program: Program, results: list[Node], dead: set[Node]) -> Program
     """Let the Program return ``results``; what nobody reads goes, but for ``dead``."""
     program.output.args = (tuple(results),)
     for node in reversed(list(program.graph.nodes)):
-        if node.op in ("call_function", "get_attr") and not node.users and node not in dead:
+        unread = node.op in ("call_function", "get_attr") and not node.users and node not in dead
+        if unread and node in program.graph.nodes:  # an earlier one may have taken it along
             program.erase_dead(node)
     names = program.symbol_names()
     outputs = tuple(

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from tests import zoo_targets
+from tests.zoo_child import ROOT
 from tests.zoo_target_models import MODELS
-from tests.zoo_targets import RANGE, RANGED, ROOT, TARGETS, Row, examine, failures, page, run_child, table
+from tests.zoo_targets import RANGE, RANGED, TARGETS, Row, examine, failures, page, run_child, table
 
 RECORD = json.loads((ROOT / "docs/measured/zoo_targets.json").read_text(encoding="utf-8"))
 ROWS = [Row(**values) for values in RECORD["rows"]]

@@ -249,11 +249,16 @@ MODELS = (*TRANSFORMERS, *TIMM)
 
 def zoo_model(name: str, seed: int = 0) -> ZooModel:
     """The model of that name in eval mode, with values in every bias, scale and statistic."""
-    torch.manual_seed(seed)
-    compat.declare_torchvision_operators()  # transformers imports torchvision, whose own do not fit this torch
     if name not in MODELS:
         raise ValueError(f"the zoo has no model {name}")
-    made = TRANSFORMERS[name]() if name in TRANSFORMERS else _timm(name)
+    return made_model(name, TRANSFORMERS, seed)
+
+
+def made_model(name: str, makers: Mapping[str, Callable[[], ZooModel]], seed: int = 0) -> ZooModel:
+    """A model of ``makers``, or timm's of that name, as :func:`zoo_model` has them."""
+    torch.manual_seed(seed)
+    compat.declare_torchvision_operators()  # transformers imports torchvision, whose own do not fit this torch
+    made = makers[name]() if name in makers else _timm(name)
     made.module.eval()
     _randomise(made, seed)
     return made

@@ -9,20 +9,18 @@ versions is not done again. Exits with 1 when a row breaks the zoo's promise (se
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import importlib.metadata
 import json
-import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from tests.zoo_child import run_alone
 
 TARGETS = ("onnxruntime", "tensorrt", "coreml")
 RANGE = "1:2:4"
@@ -39,7 +37,6 @@ KNOWN: dict[tuple[str, str, str], str] = {
     ("deformable_detr", "coreml", ""): "outputs a rank 6 tensor",
 }
 """Model, target, range → part of what :func:`failures` says: rows that break the promise, for a reason in the table."""
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -215,21 +212,8 @@ def run_child(name: str, targets: Sequence[str], dims: str, timeout_s: float) ->
     """:func:`examine` in a process of its own; targets are tried one by one where it dies."""
     with tempfile.TemporaryDirectory(prefix="vlexport-zoo-") as place:
         out = Path(place) / "rows.json"
-        words = [sys.executable, "-m", "tests.zoo_targets", "--child", name, ",".join(targets), dims, str(out)]
-        environment = {**os.environ, "VLEXPORT_CACHE": "off", "TMPDIR": place}
-        child = subprocess.Popen(
-            words, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
-            text=True,
-        )  # fmt: skip
-        try:
-            _, said = child.communicate(timeout=timeout_s)
-            why = f"exit status {child.returncode}: {(said.strip().splitlines() or [''])[-1]}"[:400]
-        except subprocess.TimeoutExpired:
-            why = f"stopped after {timeout_s:.0f} s"
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)  # its own children, too
-            child.wait()
+        words = ["-m", "tests.zoo_targets", "--child", name, ",".join(targets), dims, str(out)]
+        why = run_alone(words, Path(place), timeout_s=timeout_s)
         if out.is_file():
             return [Row(**values) for values in json.loads(out.read_text(encoding="utf-8"))]
     if len(targets) > 1:
@@ -305,7 +289,12 @@ def _safe(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 
-def page(before: str, record: dict[str, Any], models: Sequence[str]) -> str:
+def page(
+    before: str,
+    record: dict[str, Any],
+    models: Sequence[str],
+    render: Callable[[dict[str, Any]], str] = table,
+) -> str:
     """A page with the table between its two markers replaced; it names those of ``models`` that have no row.
 
     Raises:
@@ -319,7 +308,7 @@ def page(before: str, record: dict[str, Any], models: Sequence[str]) -> str:
     source = f"{record['date']}, {machine['cpu']} ({machine['cores']} cores), by `{record['command']}`, with "
     missing = [name for name in models if name not in {row["model"] for row in record["rows"]}]
     left = f"\nNot run with these versions: {', '.join(missing)}.\n" if missing else ""
-    return f"{head}{opening}\n{source}{record['versions']}.\n\n{table(record)}{left}{closing}{tail}"
+    return f"{head}{opening}\n{source}{record['versions']}.\n\n{render(record)}{left}{closing}{tail}"
 
 
 OPENING, CLOSING = "<!-- zoo -->", "<!-- /zoo -->"

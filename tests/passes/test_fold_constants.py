@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from tests.harness import captured, check_pass, near_misses
 from tests.strategies import programs
+from vlexport.core.artifact import DimRange
 from vlexport.core.errors import CapabilityError
 from vlexport.ir import dialect
 from vlexport.ir.exported import exported_from_program
+from vlexport.ir.narrow import narrowed
 from vlexport.ir.program import Program
 from vlexport.passes import fold_constants
 from vlexport.passes.eliminate_dead import EliminateDead
@@ -219,6 +221,66 @@ def test_gate_proves_the_fold_in_float64_when_the_bound_is_tight(monkeypatch: py
     _, record = run_pass(FoldConstants(), program, gate=gate)
     assert record.gate.proof == "float64"
     assert fold_constants._value is real
+
+
+class Positions(nn.Module):
+    """Position embeddings of a 4 × 4 grid, resized to the grid of the image, as DINOv2, DeiT and ViT do it."""
+
+    def __init__(self, mode: str, antialias: bool, by_factor: bool) -> None:
+        super().__init__()
+        self.options = {"mode": mode, "antialias": antialias}
+        self.by_factor = by_factor
+        self.table = nn.Parameter(torch.randn(1, 1 + 16, 6, generator=torch.Generator().manual_seed(4)))
+        self.proj = nn.Conv2d(3, 6, 4, stride=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.proj(x).flatten(2).transpose(1, 2)
+        rows, columns = x.shape[2] // 4, x.shape[3] // 4
+        grid = self.table[:, 1:].reshape(1, 4, 4, 6).permute(0, 3, 1, 2)
+        if self.by_factor:
+            grid = nn.functional.interpolate(grid, scale_factor=(rows / 4, columns / 4), **self.options)
+        else:
+            grid = nn.functional.interpolate(grid, size=(rows, columns), **self.options)
+        patches = grid.permute(0, 2, 3, 1).reshape(1, -1, 6)
+        return torch.cat([self.table[:, :1].expand(x.shape[0], -1, -1), tokens + patches], 1)
+
+
+@pytest.mark.parametrize(
+    ("mode", "antialias", "by_factor"),
+    [
+        ("bicubic", False, False),
+        ("bicubic", True, False),
+        ("bilinear", True, False),
+        ("bilinear", False, True),
+        ("nearest", False, False),
+        ("nearest-exact", False, False),
+    ],
+)
+def test_resized_position_embedding_is_one_tensor_when_the_image_has_a_fixed_size(
+    mode: str, antialias: bool, by_factor: bool
+) -> None:
+    torch.manual_seed(0)
+    program = captured(Positions(mode, antialias, by_factor), torch.randn(2, 3, 24, 20))
+    checked = check_pass(FoldConstants(), program)
+    assert [c for c in calls(checked.after) if "upsample" in c] == []
+    (add,) = checked.after.calls("aten.add.Tensor")
+    stored = checked.after.tensor_of(add.args[1])
+    assert stored is not None
+    assert tuple(stored.shape) == (1, 30, 6)
+
+
+def test_resized_position_embedding_is_one_tensor_only_once_the_sizes_are_narrowed() -> None:
+    """The grid is arithmetic on sizes of the input until these are numbers."""
+    torch.manual_seed(0)
+    dims = {"x": {0: "batch", 2: ("height", 16, 64), 3: ("width", 16, 64)}}
+    model = Positions("bicubic", False, False)
+    model.proj = nn.Conv2d(3, 6, 4, stride=4)
+    program = captured(model, torch.randn(2, 3, 24, 20), dynamic=dims)
+    FoldConstants().run(program)
+    assert "upsample_bicubic2d" in calls(program), "its size depends on the input"
+    fixed = narrowed(program, {"height": DimRange(min=24, max=24, opt=24), "width": DimRange(min=20, max=20, opt=20)})
+    checked = check_pass(FoldConstants(), fixed)
+    assert "upsample_bicubic2d" not in calls(checked.after)
 
 
 def test_text_is_golden_when_a_relative_position_bias_is_folded() -> None:

@@ -22,7 +22,17 @@ from torch import Tensor, nn
 from tests.harness import captured, check_pass, randomize
 from vlexport.core.errors import GateError, InternalError
 from vlexport.ir.program import Program
-from vlexport.passes import canonicalize, eliminate_dead, fold_batch_norm, fold_constants, merge_duplicates
+from vlexport.passes import (
+    canonicalize,
+    eliminate_dead,
+    eliminate_layout,
+    eliminate_round_trips,
+    fold_batch_norm,
+    fold_constants,
+    legalize_repeats,
+    merge_duplicates,
+    merge_pieces,
+)
 from vlexport.passes.base import Pass
 from vlexport.passes.gate import NumericGate
 from vlexport.passes.pipeline import run_pass
@@ -51,6 +61,19 @@ class Lambda(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return self.function(x)
+
+
+class Stored(nn.Module):
+    """``function(x, b)`` with a stored tensor of 4 × 4."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+        generator = torch.Generator().manual_seed(2)
+        self.stored = nn.Parameter(torch.randn(4, 4, generator=generator))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x * 2, self.stored)
 
 
 def image(*shape: int) -> Tensor:
@@ -163,6 +186,26 @@ FAULTS = {
     "an assertion goes": Fault(
         eliminate_dead, " and not dialect.checks_at_run_time(node)", "", asserting, "harness",
         "what the program refuses at run time has changed",
+    ),
+    "a pad that shifts goes": Fault(
+        eliminate_layout, "isinstance(a, int) and a == 0 for a in amounts", "sum(amounts) == 0 for a in amounts",
+        made_by(lambda x: F.pad(x, (1, -1)) * 2, 2, 3, 4), "gate",
+    ),
+    "a slice of a slice ends one too early": Fault(
+        merge_pieces, "places.start, places[-1] + 1, places.step", "places.start, places[-1], places.step",
+        made_by(lambda x: x.narrow(2, 1, 5).narrow(2, 1, 3).mean(2), 2, 3, 6), "gate",
+    ),
+    "a class token is read off the wrong operand": Fault(
+        merge_pieces, "if start <= first and last < start + length:", "if last < start + length:",
+        made_by(lambda x: torch.cat([x.tanh(), x], 1).narrow(1, 2, 2) * 2, 2, 3, 4), "gate",
+    ),
+    "a stored operand keeps its layout": Fault(
+        eliminate_round_trips, "if value.shape == tensor.shape and axes.in_order:", "if value.numel():",
+        lambda: captured(Stored(lambda x, b: (x.permute(0, 2, 1) + b).permute(0, 2, 1)), image(2, 4, 4)), "gate",
+    ),
+    "repeats are tiles": Fault(
+        legalize_repeats, "aten.unsqueeze.default, x, dim + 1)", "aten.unsqueeze.default, x, dim)",
+        made_by(lambda x: x.repeat_interleave(2, 1) * 2, 2, 3, 4), "shapes",
     ),
     "savings are counted wrong": Fault(
         eliminate_dead, "saved_nodes=saved.calls", "saved_nodes=1", dead_chain, "harness", "saved_nodes",

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from vlexport.core.account import Account, Missing
 from vlexport.core.artifact import Artifact, DimRange, TensorSpec
 from vlexport.core.bundle_schema import (
     AccuracyResult,
@@ -28,6 +29,7 @@ from vlexport.core.bundle_schema import (
     NearMissRecord,
     PassRecord,
     Report,
+    Tuning,
     plain_json,
 )
 from vlexport.core.numerics import OutputFidelity
@@ -58,7 +60,13 @@ def a_bundle(name: str = "image", label: str = "cat", what: str = "batch norm fo
         golden=Golden(inputs="golden/main/inputs.npz", outputs="golden/main/outputs.npz", tolerance=1e-4),
         passes=(record,),
         cost=CostRecord(macs=1_200_000_000, parameters=5_000_000, size_bytes=20_000_000, opaque=(name,)),
-    )
+        account=(
+            Account(
+                idea="attention", expected=12, found=1, fates={name: 1},
+                missing=(Missing(of=name, reason=name, modules=(name, "second", *"abcdefghi")),),
+            ),
+        ),
+    )  # fmt: skip
     return Bundle(
         vlexport="0.1.0", state="verified", target="onnxruntime", precision="fp32", device_profile="this",
         source_hash="0" * 64, components={"main": component}, tools={name: "1"}, instruction_set=("avx2",),
@@ -240,9 +248,13 @@ def test_latency_says_no_ratio_when_there_is_none() -> None:
 def test_receipt_has_twelve_lines_at_most_when_there_is_much_to_say() -> None:
     bundle = a_bundle()
     report = a_report(bundle)
-    lines = receipt(bundle, report.model_copy(update={"verdicts": report.verdicts * 9}), "out/my.bundle")
+    tuning = Tuning(trials=(), confirmation=None, adopted={}, finished=True)
+    more = {"verdicts": report.verdicts * 9, "tuning": tuning}
+    lines = receipt(bundle, report.model_copy(update=more), "out/my.bundle")
     assert len(lines) <= MAX_LINES == 12
     assert "25 more in the report" in "".join(lines)
+    assert "2 notes in the report" in "".join(lines)
+    assert lines[3].startswith("Missing  11 of 12 attention modules did not become one operator: image at image and 10")
     assert not [line for line in lines if "\n" in line]
     assert lines[-2] == "Use it:"
 

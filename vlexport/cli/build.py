@@ -99,7 +99,7 @@ def _plan(config: BuildConfig) -> Outcome:
 
 def _planned(config: BuildConfig, *, several: bool) -> tuple[list[str], dict[str, Any], int]:
     """Lines, ``--json`` object and exit code of one target's plan; of several, one may have nothing to search."""
-    from vlexport.report.figures import macs_phrase, pass_phrase, size_phrase
+    from vlexport.report.figures import account_phrase, macs_phrase, missing_phrase, pass_phrase, size_phrase
     from vlexport.stages.plan import plan
 
     found = plan(config, several=several, reporter=make_reporter())
@@ -119,6 +119,9 @@ def _planned(config: BuildConfig, *, several: bool) -> tuple[list[str], dict[str
         lines += [f"         {change.what} ×{change.count}" for change in record.changes]
         lines += [f"         not {miss.pattern} at {miss.node}: {miss.reason}" for miss in record.near_misses]
     lines += [f"Pass     {name}: on the lowered graph, which a plan does not make" for name in found.lowered]
+    for each in found.account:
+        lines.append(f"Modules  {account_phrase(each)}")
+        lines += [f"         not {missing_phrase(missing)}" for missing in each.missing]
     lines += [f"Try      {name} = {', '.join(values)}" for name, values in found.candidates.items()]
     lines += [f"Note     {note}" for note in found.notes]
     for problem in found.problems:
@@ -128,6 +131,7 @@ def _planned(config: BuildConfig, *, several: bool) -> tuple[list[str], dict[str
     payload = {
         "passes": [plain_json(record) for record in found.passes],
         "lowered_passes": list(found.lowered),
+        "account": [plain_json(each) for each in found.account],
         "before": plain_json(found.before),
         "after": plain_json(found.after),
         "problems": [problem.as_dict() for problem in found.problems],

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
+from vlexport.core.account import Account
 from vlexport.core.artifact import Artifact, DimRange, Frozen, Signature, TensorSpec
 from vlexport.core.numerics import OutputFidelity
 from vlexport.core.preprocess import Preprocess
@@ -129,6 +130,7 @@ class Component(Frozen):
         golden_smallest: Golden vectors at the smallest sizes; None where no dim is dynamic.
         passes: What was done to the graph, in order.
         cost: What one run costs.
+        account: Expected modules against found operators; left out of the JSON where there are none.
     """
 
     artifact: Artifact
@@ -139,6 +141,13 @@ class Component(Frozen):
     golden_smallest: Golden | None = None
     passes: tuple[PassRecord, ...]
     cost: CostRecord
+    account: tuple[Account, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_account(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A graph without such modules has no account."""
+        values: dict[str, Any] = plain(self)
+        return {k: v for k, v in values.items() if v or k != "account"}
 
 
 class FileRecord(Frozen):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeVar
 
+from vlexport.core.account import whole_account
 from vlexport.core.bundle_schema import Bundle, Component, CostRecord, PassRecord
 from vlexport.core.errors import BundleError
 from vlexport.core.pipeline import pipeline_of, signatures
@@ -43,6 +44,7 @@ def whole_component(bundle: Bundle) -> Component:
         golden_smallest=bundle.golden_smallest,
         passes=whole_passes({name: components[name].passes for name in wiring.order}),
         cost=summed_cost({name: each.cost for name, each in components.items()}),
+        account=whole_account({name: components[name].account for name in wiring.order}),
     )
 
 

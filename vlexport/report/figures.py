@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+from vlexport.core.account import Account, Missing
 from vlexport.core.bundle_schema import (
     AccuracyResult,
     LatencyResult,
@@ -161,6 +163,32 @@ def ratio_phrase(trial: Trial) -> str:
 def options_phrase(options: dict[str, str]) -> str:
     """Options as after ``--set``."""
     return " ".join(f"{name}={value}" for name, value in options.items())
+
+
+def account_phrase(account: Account) -> str:
+    """How many of the expected modules became one operator, and which."""
+    fates = ", ".join(f"{name} {count}" for name, count in account.fates.items())
+    said = f"{account.idea}: {account.found} of {account.expected} modules became one operator"
+    said += f" ({fates})" if fates else ""
+    return said + (f"; {account.beyond} more in no such module" if account.beyond else "")
+
+
+def missing_phrase(missing: Missing) -> str:
+    """Modules of one class, and why they are not one operator."""
+    others = len(missing.modules) - 1
+    more = f" and {others} more" if others else ""
+    return f"{missing.of} at {missing.modules[0] or 'the root'}{more}: {missing.reason}"
+
+
+def shortfall_phrase(accounts: Sequence[Account]) -> str:
+    """What is expected and was not found, with the first reason; empty where nothing is missing."""
+    short = [each for each in accounts if each.missing]
+    if not short:
+        return ""
+    counts = ", ".join(f"{a.expected - a.found} of {a.expected} {a.idea} modules" for a in short)
+    others = sum(len(each.missing) for each in short) - 1
+    more = f" (and {others} more reason{'s' if others > 1 else ''} in the report)" if others else ""
+    return f"{counts} did not become one operator: {missing_phrase(short[0].missing[0])}{more}"
 
 
 def pass_phrase(record: PassRecord) -> str:

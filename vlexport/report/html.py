@@ -8,11 +8,13 @@ import jinja2
 
 from vlexport.core.bundle_schema import Bundle, Report
 from vlexport.report.figures import (
+    account_phrase,
     accuracy_phrase,
     emulation_phrase,
     latency_phrase,
     load_phrase,
     memory_phrase,
+    missing_phrase,
     options_phrase,
     ratio_phrase,
     size_phrase,
@@ -52,6 +54,8 @@ def html_from_report(report: Report, bundle: Bundle) -> str:
             if latency
             else [],
             tuned=tuning_phrase(report.tuning) if report.tuning is not None else "",
+            shown_account=account_phrase,
+            shown_missing=missing_phrase,
             shown_options=options_phrase,
             shown_ratio=ratio_phrase,
             size=size_phrase(report.size_bytes),

@@ -11,6 +11,7 @@ from vlexport.report.figures import (
     latency_phrase,
     macs_phrase,
     pass_phrase,
+    shortfall_phrase,
     size_phrase,
     tuning_phrase,
 )
@@ -19,6 +20,7 @@ MAX_LINES = 12
 _MAX_NOTES = 3
 _LAST_LINES = 3
 """What comes behind the notes."""
+_BEHIND_PASSES = 3
 
 
 def receipt(bundle: Bundle, report: Report, shown_path: str, *, use_it: Sequence[str] = ()) -> list[str]:
@@ -40,6 +42,9 @@ def receipt(bundle: Bundle, report: Report, shown_path: str, *, use_it: Sequence
         f"Accuracy {accuracy_phrase(report)}",
         f"Latency  {latency_phrase(report)}",
     ]
+    shortfall = shortfall_phrase(main.account)
+    if shortfall:
+        lines.insert(_BEHIND_PASSES, f"Missing  {shortfall}")
     if report.tuning is not None:
         lines.append(f"Tuned    {tuning_phrase(report.tuning)}")
     lines += [f"Gate     {verdict}" for verdict in report.verdicts[:2]]
@@ -49,7 +54,8 @@ def receipt(bundle: Bundle, report: Report, shown_path: str, *, use_it: Sequence
         shown = report.notes[: min(_MAX_NOTES, MAX_LINES - _LAST_LINES - len(lines))]
         lines += [f"Note     {note}" for note in shown]
         if len(report.notes) > len(shown):
-            lines[-1] += f" (and {len(report.notes) - len(shown)} more in the report)"
+            left = len(report.notes) - len(shown)
+            lines[-1] += f" (and {left} {'more' if shown else 'notes'} in the report)"
     quick = report.latency is not None and report.latency.verdict == "quick"
     why = "full rounds; the quick figure has no verdict" if quick else "measure latency"
     if bundle.state == "verified":

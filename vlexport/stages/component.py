@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from vlexport.core.account import Account
 from vlexport.core.artifact import Array, DimRange
 from vlexport.core.bundle_schema import Component, CostRecord, Golden, PassRecord
 from vlexport.core.cache import Cache
@@ -28,6 +29,7 @@ from vlexport.passes.base import Pass
 from vlexport.passes.gate import FLOAT32_BOUND, NumericGate
 from vlexport.passes.pipeline import DumpHook, Hook, run_pipeline
 from vlexport.passes.probes import Probe, as_array, make_probes
+from vlexport.stages.account import Refusals, accounts
 from vlexport.stages.choices import HALF_PRECISIONS, precision_passes_of
 from vlexport.stages.lowered import lower_and_rewrite
 from vlexport.stages.write_bundle import golden_tolerance, write_golden
@@ -46,12 +48,14 @@ class Optimized:
         records: One per pass.
         probes: Inputs of the gate; None where it is off.
         notes: What the user should know of the gate.
+        account: What became of the model's own modules in the passes that no target owns.
     """
 
     program: Program
     records: tuple[PassRecord, ...]
     probes: Sequence[Probe] | None
     notes: tuple[str, ...]
+    account: tuple[Account, ...] = ()
 
 
 def optimize_component(
@@ -79,8 +83,10 @@ def optimize_component(
     probes = _probes(source.program, samples, config.seed)
     gate = NumericGate(source.program, probes) if config.numeric_gate else None
     watching = [*hooks, *([DumpHook(dump)] if dump is not None else [])]
-    program, records = run_pipeline(source.program, passes, gate=gate, hooks=watching)
-    return Optimized(program, tuple(records), probes if gate is not None else None, _blind(gate, source))
+    refusals = Refusals()
+    program, records = run_pipeline(source.program, passes, gate=gate, hooks=watching, listener=refusals)
+    account = accounts(source.program, program, refusals)
+    return Optimized(program, tuple(records), probes if gate is not None else None, _blind(gate, source), account)
 
 
 def specialize_component(
@@ -126,7 +132,7 @@ def specialize_component(
     wanted = [*(again if dims else ()), *typed]
     program, records = _gone_on(program, wanted, probes, dump, hooks)
     told = [r for r, each in zip(records, wanted, strict=True) if r.changes or each not in again]
-    return Optimized(program, (*shared.records, *told), probes, shared.notes)
+    return replace(shared, program=program, records=(*shared.records, *told), probes=probes)
 
 
 def legalize_component(
@@ -227,6 +233,7 @@ def lower_component(
         golden_smallest=smallest,
         passes=(*optimized.records, *lowered),
         cost=cost_record(optimized.program),
+        account=optimized.account,
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from vlexport.core.account import Account, whole_account
 from vlexport.core.bundle_schema import CostRecord, PassRecord
 from vlexport.core.config import BuildConfig
 from vlexport.core.errors import CapabilityError, VlexportError
@@ -20,6 +21,7 @@ from vlexport.ir import dialect, provenance
 from vlexport.ir.program import Program
 from vlexport.passes.base import Pass
 from vlexport.passes.pipeline import run_pipeline
+from vlexport.stages.account import Refusals, accounts
 from vlexport.stages.choices import (
     gates_of,
     lowered_passes_of,
@@ -55,6 +57,7 @@ class Plan:
         problems: Everything that would stop the build, or is likely to.
         notes: What the user should know.
         candidates: What a search would try: option → values.
+        account: What becomes of the model's own modules.
     """
 
     passes: tuple[PassRecord, ...]
@@ -66,6 +69,7 @@ class Plan:
     problems: tuple[VlexportError, ...]
     notes: tuple[str, ...]
     candidates: dict[str, tuple[str, ...]]
+    account: tuple[Account, ...]
 
 
 def plan(
@@ -127,14 +131,18 @@ def plan(
         problems.append(error)
     before = {name: source.program for name, source in sources.components.items()}
     with reporter.stage("passes"):
-        ran = {}
+        ran, account = {}, {}
         for name, program in before.items():
+            refusals = Refusals()
+            shared, records = run_pipeline(program, passes, gate=None, listener=refusals)
+            account[name] = accounts(program, shared, refusals)
             typed = precision_passes_of(config, precision, [program.example])
+            ran[name] = (shared, records)
             try:
-                ran[name] = run_pipeline(program, [*passes, *typed, *target.program_passes(brief)], gate=None)
+                last, more = run_pipeline(shared, [*typed, *target.program_passes(brief)], gate=None)
+                ran[name] = (last, (*records, *more))
             except CapabilityError as error:  # of a pass that spells the Program for the target
                 problems.append(error)
-                ran[name] = run_pipeline(program, passes, gate=None)
     after = {name: program for name, (program, _) in ran.items()}
     for name, program in after.items():
         source = sources.components[name]
@@ -153,6 +161,7 @@ def plan(
         problems=tuple(problems),
         notes=sources.notes,
         candidates=candidates,
+        account=whole_account(account),
     )
 
 
