@@ -178,11 +178,12 @@ def test_near_miss_is_explained_with_node_and_reason_when_there_is_one(bundle: P
     held = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
     miss = {"pattern": "conv → batch_norm", "node": "aten.batch_norm in norm (net.py:3)", "reason": "read by 2 others"}
     held["components"]["main"]["passes"][0]["near_misses"] = [miss]
-    from vlexport.core.bundle_schema import Bundle, canonical_json, digest_of, plain_json
+    from vlexport.core.bundle import bundle_text
+    from vlexport.core.bundle_schema import Bundle, digest_of
 
     changed = Bundle.model_validate(held)
     changed = changed.model_copy(update={"digest": digest_of(changed)})
-    (bundle / "bundle.json").write_text(canonical_json(plain_json(changed)), encoding="utf-8")
+    (bundle / "bundle.json").write_text(bundle_text(changed), encoding="utf-8")
     _, out, _ = cli("explain", "bundle")
     assert "         not conv → batch_norm at aten.batch_norm in norm (net.py:3): read by 2 others" in out
 
@@ -230,7 +231,7 @@ def test_error_is_explained_when_its_code_is_named_in_any_spelling(cli: Any) -> 
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["VLX0509"], "VLX0703", "did you mean 'VLX05"),
+        (["VLX0519"], "VLX0703", "did you mean 'VLX05"),
         (["VLX0503x"], "VLX0703", "did you mean 'VLX0503'"),
         (["nothing"], "VLX0703", "no error code, and no bundle"),
         (["VLX0503", "--pass", "canonicalize"], "VLX0703", "--pass goes with a bundle"),
