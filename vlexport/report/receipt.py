@@ -92,12 +92,11 @@ def _components(bundle: Bundle) -> str:
 
 
 def _passes(bundle: Bundle) -> str:
-    """Every pass; of several components those that did something, or nearly."""
+    """Passes that did something, or nearly."""
     records = bundle.main.passes
-    if len(bundle.components) == 1:
-        return "; ".join(map(pass_phrase, records))
     told = [pass_phrase(record) for record in records if record.changes or record.near_misses]
-    return "; ".join([*told, "all others nothing to do"] if told else ["nothing to do"])
+    rest = ["all others nothing to do" if told else "nothing to do"] if len(told) < len(records) else []
+    return "; ".join([*told, *rest])
 
 
 def _gates(bundle: Bundle) -> str:
