@@ -168,8 +168,10 @@ def _piece_of_cat(node: Node, piece: Piece) -> Iterator[Match | NearMiss]:
     first, last = piece.places[0], piece.places[-1]
     start = 0
     for operand in operands:
+        if len(shape_of(operand)) != len(shape_of(cat)):  # a tensor without elements may have one axis: it adds nothing
+            continue
         length = _length(operand, dim)
-        if length is None or shape_of(operand)[:1] == (0,):
+        if length is None:
             return
         if start <= first and last < start + length:
             break
