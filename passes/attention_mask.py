@@ -35,6 +35,11 @@ _PLAIN = 1e3
 _TOGETHER = "several masks hide places: together they may hide all keys of a query"
 _SEES_NOTHING = "a mask hides all keys of a query: softmax gives no number there, attention gives 0"
 _MAX_UP = 32
+_PASSES_ON = (
+    "aten.mul.Tensor", "aten.mul.Scalar", "aten.div.Tensor", "aten.div.Scalar", "aten.clone.default",
+    "aten.expand.default", "aten.slice.Tensor", "aten.select.int", "aten.cat.default",
+)  # fmt: skip
+"""What leaves −∞ where it is."""
 
 
 @dataclass(frozen=True)
@@ -155,11 +160,19 @@ def _parts(ir: Program, values: StoredValues, term: Term, site: Site) -> Iterato
 
 
 def _hides_at_run_time(ir: Program, node: Node) -> bool:
-    """Whether a call writes −∞ where a computed condition says so."""
-    name = dialect.op_name(node)
-    if not name.startswith(("aten.where.", "aten.masked_fill.")):
-        return False
-    return any(number_of(ir, operand) == float("-inf") for operand in node.args)
+    """Whether −∞ is written where a computed condition says so, by a call or above what only scales, cuts or joins."""
+    pending = [node]
+    for _ in range(_MAX_UP):
+        if not pending:
+            return False
+        node = pending.pop()
+        name = dialect.op_name(node)
+        if name.startswith(("aten.where.", "aten.masked_fill.")):
+            if any(number_of(ir, operand) == float("-inf") for operand in node.args):
+                return True
+        elif name in _PASSES_ON or is_layout(node) or dialect.is_cast(node):
+            pending += node.all_input_nodes
+    return False
 
 
 def _is_plain(value: Tensor) -> bool:

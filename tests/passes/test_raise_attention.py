@@ -265,6 +265,12 @@ NEAR: dict[str, tuple[Callable[..., Tensor], dict[str, Tensor], str]] = {
         with_mask(lambda m, x, s: s + torch.where(x[:, None, None, :, 0] > 0, 0.0, -torch.inf)), {},
         "a computed mask adds −inf: where it hides all keys, attention would give another value",
     ),
+    "computed −inf, cut and scaled": (
+        with_mask(
+            lambda m, x, s: s + (torch.where(x.repeat(1, 2, 1)[:, None, None, :, 0] > 0, 0.0, -torch.inf) * 2)[..., :6]
+        ), {},
+        "a computed mask adds −inf: where it hides all keys, attention would give another value",
+    ),
     "small fill": (
         with_mask(lambda m, x, s: s.masked_fill(~m.seen, -50.0)), {"seen": CAUSAL},
         "scores are overwritten by -50, which hides nothing for certain",
