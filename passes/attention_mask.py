@@ -32,8 +32,14 @@ HIDES = -3e4
 ABSORBS = -1e30
 """Below this a float64 holds nothing of a score that is added: hiding by adding and by overwriting are the same."""
 _PLAIN = 1e3
+_TOGETHER = "several masks hide places: together they may hide all keys of a query"
 _SEES_NOTHING = "a mask hides all keys of a query: softmax gives no number there, attention gives 0"
 _MAX_UP = 32
+_PASSES_ON = (
+    "aten.mul.Tensor", "aten.mul.Scalar", "aten.div.Tensor", "aten.div.Scalar", "aten.clone.default",
+    "aten.expand.default", "aten.slice.Tensor", "aten.select.int", "aten.cat.default",
+)  # fmt: skip
+"""What leaves −∞ where it is."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,8 @@ def mask_of(ir: Program, values: StoredValues, site: Site, wanted: Axes) -> Mask
                 hidden.append(part)
     shown: list[_Shown] = []
     terms = list(_looked_at(values, terms, site, shown))
-    known = all(values.of(term.node) is not None for term in terms)
+    known = [values.of(term.node) for term in terms]
+    plain = all(v is None or _is_plain(v * t.weight) for v, t in zip(known, terms, strict=True))
     seen_at_run_time: Hidden | None = None
     trees: list[Tree] = []
     for each in hidden:
@@ -91,8 +98,10 @@ def mask_of(ir: Program, values: StoredValues, site: Site, wanted: Axes) -> Mask
                 continue
             if each.fill > HIDES:
                 raise RefusedError(each.at, f"scores are overwritten by {each.fill:g}, which hides nothing for certain")
-            if each.fill > float("-inf") and not known:
+            if each.fill > float("-inf") and any(v is None for v in known):
                 raise RefusedError(each.at, f"scores are overwritten by {each.fill:g} beside a computed mask")
+            if each.fill > float("-inf") and not plain:
+                raise RefusedError(each.at, _TOGETHER)
             shown.append(_Shown(visible, each.axes, None if each.when else each.node))
         elif each.at is site.root and not terms and not shown:
             seen_at_run_time = each
@@ -103,6 +112,9 @@ def mask_of(ir: Program, values: StoredValues, site: Site, wanted: Axes) -> Mask
             )  # fmt: skip
         else:
             trees.append(_added(ir, each, site, wanted))
+    infinite = [v for v in known if v is not None and bool(v.isinf().any())]
+    if len(shown) + len(infinite) + len(trees) > 1:  # where no key is left, the order of what overwrites decides
+        raise RefusedError(site.root, _TOGETHER)
     trees = [_weighted(_smallest(ir, t.node, t.axes, wanted, site), t.weight) for t in terms] + trees
     _require_dtype(terms, site)
     if seen_at_run_time is not None:
@@ -110,9 +122,6 @@ def mask_of(ir: Program, values: StoredValues, site: Site, wanted: Axes) -> Mask
     total: Tree | None = None
     for tree in trees:
         total = tree if total is None else Made(aten.add.Tensor, (total, tree))
-    infinite = [v for v in (values.of(t.node) for t in terms) if v is not None and bool(v.isinf().any())]
-    if len(shown) + len(infinite) > 1:
-        raise RefusedError(site.root, "several masks hide places: together they may hide all keys of a query")
     if not shown:
         return Mask(total, site.causal)
     if total is None and _is_lower_triangle(shown[0], wanted):
@@ -151,11 +160,24 @@ def _parts(ir: Program, values: StoredValues, term: Term, site: Site) -> Iterato
 
 
 def _hides_at_run_time(ir: Program, node: Node) -> bool:
-    """Whether a call writes −∞ where a computed condition says so."""
-    name = dialect.op_name(node)
-    if not name.startswith(("aten.where.", "aten.masked_fill.")):
-        return False
-    return any(number_of(ir, operand) == float("-inf") for operand in node.args)
+    """Whether −∞ is written where a computed condition says so, by a call or above what only scales, cuts or joins."""
+    pending = [node]
+    for _ in range(_MAX_UP):
+        if not pending:
+            return False
+        node = pending.pop()
+        name = dialect.op_name(node)
+        if name.startswith(("aten.where.", "aten.masked_fill.")):
+            if any(number_of(ir, operand) == float("-inf") for operand in node.args):
+                return True
+        elif name in _PASSES_ON or is_layout(node) or dialect.is_cast(node):
+            pending += node.all_input_nodes
+    return False
+
+
+def _is_plain(value: Tensor) -> bool:
+    """Whether a term neither hides nor makes up for what hides."""
+    return bool(value.abs().max() <= _PLAIN)
 
 
 def _sees_a_key(visible: Tensor, axes: Axes, keys: Axis) -> bool:
@@ -184,7 +206,7 @@ def _looked_at(values: StoredValues, terms: list[Term], site: Site, shown: list[
         if nothing[place]:
             continue
         others = [v for i, v in enumerate(known) if i != place]
-        plain = all(v is not None and bool(v.abs().max() <= _PLAIN) for v in others)
+        plain = all(v is not None and _is_plain(v) for v in others)
         if value is not None and plain and term.weight > 0:
             seen = value == 0
             if bool((seen | (value * term.weight <= HIDES)).all()) and _sees_a_key(seen, term.axes, site.keys):

@@ -208,6 +208,8 @@ def _reduction(node: Node, operand: Node, axes: AxisMap) -> Moved | str:
 
 def _cat(node: Node, operand: Node, axes: AxisMap) -> Moved | str:
     pieces, dim = cast("tuple[list[Node], int]", dialect.operands(node)[:2])
+    if any(len(shape_of(each)) != len(axes.target) for each in pieces):
+        return "the cat is given a tensor without elements"
     dim %= len(axes.target)
     axis = whole_axis(axes, dim)
     operands = {each: resized(axes, dim, shape_of(each)[dim]) for each in pieces}

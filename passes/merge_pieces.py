@@ -168,8 +168,10 @@ def _piece_of_cat(node: Node, piece: Piece) -> Iterator[Match | NearMiss]:
     first, last = piece.places[0], piece.places[-1]
     start = 0
     for operand in operands:
+        if len(shape_of(operand)) != len(shape_of(cat)):  # a tensor without elements may have one axis: it adds nothing
+            continue
         length = _length(operand, dim)
-        if length is None or shape_of(operand)[:1] == (0,):
+        if length is None:
             return
         if start <= first and last < start + length:
             break
@@ -199,6 +201,15 @@ def _joined(node: Node) -> Iterator[Match | NearMiss]:
     operands = cast("list[Node]", node.args[0])
     is_stack = dialect.op_name(node) == _STACK
     dim = cast("int", dialect.operands(node)[1]) % len(shape_of(node))
+    full = [n for n in operands if len(shape_of(n)) == len(shape_of(node))]
+    if (
+        not is_stack
+        and 0 < len(full) < len(operands)
+        and all(n.meta["val"].dtype == node.meta["val"].dtype for n in full)
+    ):
+        # torch takes tensors of one axis without elements here, targets do not
+        yield Match(node, (node,), ("piece without elements left out", (aten.cat.default, (full, dim))))
+        return
     pieces = [piece_of(n) for n in operands]
     first = pieces[0]
     if first is not None and all(

@@ -132,6 +132,7 @@ def test_large_stored_tensor_is_not_stored_twice_when_others_read_it() -> None:
          "the softmax works along axis 1, which is no whole axis in the other layout"),
         (lambda x: first(F.linear(last(x), torch.ones(4, 4))), "the linear needs its axis last"),
         (lambda x: x.reshape(-1, 24, 6).cumsum(1).reshape(-1, 4, 6, 6), "the cumsum needs its axes where they are"),
+        (lambda x: first(torch.cat([x.new_zeros(0), last(x)], 1)), "the cat is given a tensor without elements"),
         (lambda x: F.gelu(x.reshape(-1, 2, 2, 3, 2, 6).permute(0, 2, 1, 3, 4, 5).flatten(1, 2))
                     .reshape(-1, 2, 2, 3, 2, 6), None),
         (lambda x: (x.reshape(-1, 24, 6) + torch.ones(24, 1)).reshape(-1, 4, 6, 6), None),

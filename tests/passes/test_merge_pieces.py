@@ -44,6 +44,8 @@ def cls_and(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         (lambda x: cls_and(x)[2].select(1, 6), ["tanh", "select"]),
         (lambda x: (lambda p: p[0] * p[1])(cls_and(x)[2].split([4, 4], 1)), ["tanh", "mul"]),
         (lambda x: (lambda p: p[1])(cls_and(x)[2].chunk(2, 1)), ["tanh"]),
+        (lambda x: (lambda none: torch.cat([none, x.tanh(), none], 1)[:, 1:3])(x.new_zeros(0)), ["tanh", "slice"]),
+        (lambda x: torch.cat([x.new_zeros(0), x.tanh(), x], 1), ["tanh", "cat"]),
         (lambda x: torch.cat(x.split([1, 3], 1), 1), []),
         (lambda x: torch.cat([x.narrow(3, 0, 2), x.narrow(3, 2, 4)], 3), []),
         (lambda x: torch.stack(x.unbind(2), 2), []),

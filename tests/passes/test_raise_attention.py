@@ -22,6 +22,7 @@ from vlexport.passes.raise_attention import RaiseAttention
 
 ATTENTION = "aten.scaled_dot_product_attention.default"
 SOFTMAXES = ("aten.softmax.int", "aten._softmax.default")
+LEAST = torch.finfo(torch.float32).min
 EXACT = 1e-12
 """Relative, in float64: sums in another order."""
 MUTATIONS: tuple[Mutation, ...] = (
@@ -264,6 +265,12 @@ NEAR: dict[str, tuple[Callable[..., Tensor], dict[str, Tensor], str]] = {
         with_mask(lambda m, x, s: s + torch.where(x[:, None, None, :, 0] > 0, 0.0, -torch.inf)), {},
         "a computed mask adds −inf: where it hides all keys, attention would give another value",
     ),
+    "computed −inf, cut and scaled": (
+        with_mask(
+            lambda m, x, s: s + (torch.where(x.repeat(1, 2, 1)[:, None, None, :, 0] > 0, 0.0, -torch.inf) * 2)[..., :6]
+        ), {},
+        "a computed mask adds −inf: where it hides all keys, attention would give another value",
+    ),
     "small fill": (
         with_mask(lambda m, x, s: s.masked_fill(~m.seen, -50.0)), {"seen": CAUSAL},
         "scores are overwritten by -50, which hides nothing for certain",
@@ -271,6 +278,30 @@ NEAR: dict[str, tuple[Callable[..., Tensor], dict[str, Tensor], str]] = {
     "two that hide": (
         with_mask(lambda m, x, s: s.masked_fill(~m.seen, -torch.inf) + m.m),
         {"seen": CAUSAL, "m": torch.zeros(6, 6).masked_fill(~SEEN, -torch.inf)},
+        "several masks hide places: together they may hide all keys of a query",
+    ),
+    "computed padding beside a stored mask": (
+        with_mask(
+            lambda m, x, s: s.masked_fill(~m.seen, -1e9).masked_fill(x[:, None, None, :, 0] > 0, LEAST)
+        ), {"seen": CAUSAL},
+        "several masks hide places: together they may hide all keys of a query",
+    ),
+    "computed padding over −inf": (
+        with_mask(
+            lambda m, x, s: s.masked_fill(~m.seen, -torch.inf).masked_fill(x[:, None, None, :, 0] > 0, LEAST)
+        ), {"seen": CAUSAL},
+        "several masks hide places: together they may hide all keys of a query",
+    ),
+    "two computed masks": (
+        with_mask(
+            lambda m, x, s: s.masked_fill(x[:, None, None, :, 0] > 0, LEAST)
+            .masked_fill(x[:, None, :, None, 1] > 0, LEAST)
+        ), {},
+        "several masks hide places: together they may hide all keys of a query",
+    ),
+    "a bias that hides beside a fill": (
+        with_mask(lambda m, x, s: (s + m.m).masked_fill(~m.seen, -1e9)),
+        {"seen": CAUSAL, "m": tokens(6, 6) - 1e9 * torch.eye(6)},
         "several masks hide places: together they may hide all keys of a query",
     ),
     "negative scale": (
