@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from vlexport.core.preprocess_configs import preprocess_from_transformers_config
 from vlexport.frontends.input_preprocess import preprocess_of
 from vlexport.frontends.model_place import place_of
 from vlexport.frontends.source import open_source
+from vlexport.frontends.transformers_model import example_inputs
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 LABELS = ("cat", "dog", "fox")
@@ -187,6 +189,7 @@ def test_code_of_the_folder_runs_only_with_consent(folder: Path, vit: Any) -> No
         ({"architectures": ["BertModel"]}, "VLX0110", "no class 'BertModel' for this config"),
         ({"architectures": ["AutoModel"]}, "VLX0110", "no class 'AutoModel'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "VLX0113", "by gptq"),
+        ({"quantization_config": "int8"}, "VLX0113", "by some method"),
         ({"num_hidden_layers": 2}, "VLX0109", "missing"),
         ({"hidden_size": 24}, "VLX0109", "of another size"),
         ({"hidden_size": "many"}, "VLX0110", "cannot make the model"),
@@ -197,6 +200,37 @@ def test_folder_is_refused_when_its_config_says(folder: Path, values: dict[str, 
         opened(changed(folder, **values))
     assert (caught.value.code, part in caught.value.message) == (code, True), caught.value.message
     assert caught.value.hint
+
+
+class Seeing(torch.nn.Module):
+    main_input_name = "pixel_values"
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return pixel_values
+
+
+@pytest.mark.parametrize(
+    ("values", "shape"),
+    [
+        ({"image_size": 8}, (1, 3, 8, 8)),
+        ({"image_size": [8, 4], "num_channels": 1}, (1, 1, 8, 4)),
+        ({"image_size": {"height": 8, "width": 4}}, (1, 3, 8, 4)),
+        ({"image_size": 8, "num_frames": 2}, (1, 2, 3, 8, 8)),
+        *(({"image_size": size}, None) for size in (-1, 0, 10**6, "8", [8], ["a", "b"], {"longest_edge": 8}, 2.5)),
+        ({"image_size": 4096, "num_channels": 1024}, None),
+        ({"image_size": 8, "num_frames": "x"}, None),
+        ({"image_size": 8, "num_channels": "x"}, (1, 3, 8, 8)),
+    ],
+)
+def test_example_image_is_of_the_config_or_must_be_given(values: dict[str, Any], shape: tuple[int, ...] | None) -> None:
+    found = example_inputs(Seeing(), SimpleNamespace(**values), None)
+    assert (None if found is None else tuple(found["pixel_values"].shape)) == shape
+
+
+def test_folder_opens_when_its_config_has_no_quantization_under_that_key(folder: Path, vit: Any) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": None}), encoding="utf-8")
+    assert_computes(opened(folder), vit)
 
 
 def test_nothing_is_fetched_when_a_config_asks_for_it(folder: Path, vit: Any) -> None:
