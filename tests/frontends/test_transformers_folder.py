@@ -20,6 +20,7 @@ from vlexport.cli.main import main
 from vlexport.core.config import BuildConfig
 from vlexport.core.errors import CapabilityError, DataError, ModelFileError, UsageError
 from vlexport.core.preprocess_configs import preprocess_from_transformers_config
+from vlexport.frontends import compat
 from vlexport.frontends.input_preprocess import preprocess_of
 from vlexport.frontends.model_place import place_of
 from vlexport.frontends.source import open_source
@@ -252,6 +253,47 @@ def test_hub_is_not_asked_when_a_config_names_another_model(folder: Path, monkey
         opened(folder)
     assert caught.value.code in ("VLX0109", "VLX0110")
     assert asked == []
+
+
+def timm_folder(folder: Path, **values: Any) -> Path:
+    """A model of timm's as transformers keeps it."""
+    import timm
+
+    net = timm.create_model("test_vit", num_classes=3, img_size=32)
+    weights = {f"timm_model.{name}": value for name, value in net.state_dict().items()}
+    folder.mkdir()
+    safetensors.save_file(weights, folder / "model.safetensors")
+    config = {
+        "model_type": "timm_wrapper", "architectures": ["TimmWrapperForImageClassification"], "num_classes": 3,
+        "architecture": "test_vit", "model_args": {"img_size": 32}, "label_names": list(LABELS),
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return changed(folder, **values)
+
+
+def test_no_other_weights_are_opened_when_a_config_gives_timm_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compat.declare_torchvision_operators()
+    import timm.models._factory as factory
+
+    def asked(*_: object, **__: object) -> None:
+        raise AssertionError("timm opened a checkpoint by its own reader, which in timm 1.0.20 runs pickles")
+
+    monkeypatch.setattr(factory, "load_checkpoint", asked)
+    torch.save({"x": Bomb(tmp_path / "ran")}, tmp_path / "evil.pth")
+    arguments = {"img_size": 32, "checkpoint_path": str(tmp_path / "evil.pth")}
+    source = opened(timm_folder(tmp_path / "net", model_args=arguments), input=("pixel_values=1x3x32x32",))
+    assert [spec.name for spec in source.program.signature.inputs] == ["pixel_values"]
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["local-dir:/elsewhere", "hf-hub:own/net", "hf_hub:own/net"])
+def test_folder_is_refused_when_timm_would_look_elsewhere(name: str, tmp_path: Path) -> None:
+    for values in ({"architecture": name}, {"parts": [{"backbone": name}]}):
+        with pytest.raises(ModelFileError, match="from elsewhere") as caught:
+            opened(timm_folder(tmp_path / next(iter(values)), **values))
+        assert caught.value.code == "VLX0110"
 
 
 def test_folder_is_refused_when_a_part_is_missing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

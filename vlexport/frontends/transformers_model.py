@@ -21,16 +21,18 @@ from torch import Tensor, nn
 from vlexport.core.errors import CapabilityError, DataError, ModelFileError
 from vlexport.core.preprocess import Preprocess
 from vlexport.frontends import compat
-from vlexport.frontends.architecture import Architecture
+from vlexport.frontends.architecture import WEIGHT_ARGUMENTS, Architecture
 from vlexport.frontends.fit_weights import listed
 from vlexport.frontends.transformers_folder import CONFIG_FILE, config_in, labels_in, preprocess_in
 
 _FETCHING = frozenset(
     {"_attn_implementation", "attn_implementation", "_attn_implementation_internal", "_experts_implementation"}
     | {"experts_implementation", "kernel_config", "use_kernels", "use_pretrained_backbone", "name_or_path"}
-    | {"_name_or_path", "transformers_weights", "fusion_config"}
+    | {"_name_or_path", "transformers_weights", "fusion_config", *WEIGHT_ARGUMENTS}
 )
 """Keys of a config that choose how or with what else a model is loaded; none says what it computes."""
+
+_TIMM_NAMES = ("architecture", "backbone")
 
 _DEFAULT_WORDS = 16
 _MOST_WORDS = 2**31
@@ -62,6 +64,11 @@ def transformers_model(
         raise ModelFileError(
             "VLX0113", f"the model is quantized already, by {method}", where=f"{folder}/{CONFIG_FILE}",
             hint="take the model from before quantization, and choose a precision with --precision",
+        )  # fmt: skip
+    if elsewhere := _elsewhere(values):
+        raise ModelFileError(
+            "VLX0110", f"the config takes a part from elsewhere: {elsewhere!r:.80}", where=f"{folder}/{CONFIG_FILE}",
+            hint="name timm's model alone, without the hub or the folder that it came from",
         )  # fmt: skip
     transformers = _transformers()
     with _offline(transformers):
@@ -133,6 +140,17 @@ def _cleaned(values: Any) -> Any:
     if isinstance(values, dict):
         return {key: _cleaned(each) for key, each in values.items() if key not in _FETCHING}
     return [_cleaned(each) for each in values] if isinstance(values, list) else values
+
+
+def _elsewhere(values: Any) -> str:
+    """What timm would look up on a hub or in another folder (``hf-hub:…``, ``local-dir:…``); empty if nothing is."""
+    if isinstance(values, list):
+        return next(filter(None, map(_elsewhere, values)), "")
+    if not isinstance(values, dict):
+        return ""
+    named = (values.get(key) for key in _TIMM_NAMES)
+    here = next((name for name in named if isinstance(name, str) and ":" in name), "")
+    return here or next(filter(None, map(_elsewhere, values.values())), "")
 
 
 def _classes(
