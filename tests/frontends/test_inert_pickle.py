@@ -331,6 +331,16 @@ def test_tensor_is_refused_when_it_reaches_beyond_its_storage(
     assert fine.tensor(fine.content).shape == (2, 2)
 
 
+def test_storage_is_refused_when_a_second_name_for_it_says_that_it_is_larger(tmp_path: Path) -> None:
+    honest = tensor_pickle(0, (4,), (1,))
+    larger = tensor_pickle(0, (9,), (1,)).replace(b"K\x04tQ", b"K\x09tQ")
+    data = b"\x80\x02" + honest[2:-1] + larger[2:-1] + b"\x86."
+    found = opened(tmp_path, zipped({DATA: data, "data/0": bytes(16), "version": b"3\n"}))
+    assert found.tensor(found.content[0]).shape == (4,)
+    with pytest.raises(InertError, match="of two sizes"):
+        found.tensor(found.content[1])
+
+
 def test_legacy_file_is_refused_when_it_ends_inside_a_tensor(tmp_path: Path) -> None:
     data = saved(WEIGHTS, legacy=True)
     with pytest.raises(InertError, match="ends before"):

@@ -16,11 +16,16 @@ from vlexport.stages.write_bundle import staging
 def test_what_came_meanwhile_is_kept_when_it_is_no_bundle(tmp_path: Path, force: bool, is_file: bool) -> None:
     output = tmp_path / "out"
     kept = output if is_file else output / "thesis.txt"
-    with pytest.raises(BundleError) as caught, staging(output, force=force) as folder:
-        (folder / BUNDLE_FILE).write_text("{}", encoding="utf-8")
-        if not is_file:
-            output.mkdir()
-        kept.write_text("precious", encoding="utf-8")
+
+    def build() -> None:
+        with staging(output, force=force) as folder:
+            (folder / BUNDLE_FILE).write_text("{}", encoding="utf-8")
+            if not is_file:
+                output.mkdir()
+            kept.write_text("precious", encoding="utf-8")
+
+    with pytest.raises(BundleError) as caught:
+        build()
     assert caught.value.code == "VLX0604"
     assert kept.read_text(encoding="utf-8") == "precious"
     assert [each.name for each in tmp_path.iterdir()] == ["out"]
