@@ -283,7 +283,11 @@ def test_no_other_weights_are_opened_when_a_config_gives_timm_a_checkpoint(
     monkeypatch.setattr(factory, "load_checkpoint", asked)
     torch.save({"x": Bomb(tmp_path / "ran")}, tmp_path / "evil.pth")
     arguments = {"img_size": 32, "checkpoint_path": str(tmp_path / "evil.pth")}
-    source = opened(timm_folder(tmp_path / "net", model_args=arguments), input=("pixel_values=1x3x32x32",))
+    folder = timm_folder(tmp_path / "net", model_args=arguments)
+    with pytest.raises(UsageError) as caught:
+        opened(folder)
+    assert "--input pixel_values=1x3x224x224" in caught.value.hint
+    source = opened(folder, input=("pixel_values=1x3x32x32",))
     assert [spec.name for spec in source.program.signature.inputs] == ["pixel_values"]
     assert not (tmp_path / "ran").exists()
 
