@@ -192,7 +192,7 @@ def test_code_of_the_folder_runs_only_with_consent(folder: Path, vit: Any) -> No
         ({"quantization_config": {"quant_method": "gptq"}}, "VLX0113", "by gptq"),
         ({"quantization_config": "int8"}, "VLX0113", "by some method"),
         ({"num_hidden_layers": 2}, "VLX0109", "missing"),
-        ({"hidden_size": 24}, "VLX0109", "of another size"),
+        ({"hidden_size": 24}, "VLX0109", "of another size: 'classifier.weight', 'vit.embeddings.cls_token'"),
         ({"hidden_size": "many"}, "VLX0110", "cannot make the model"),
     ],
 )

@@ -229,7 +229,7 @@ def _loaded(kind: Any, config: Any, weights: Mapping[str, Tensor], folder: Path)
             "VLX0109", f"the weights do not fit {kind.__name__}: {len(missing)} missing: {listed(missing)}",
             where=str(folder), hint="the folder's architectures and its weights belong to different models",
         )  # fmt: skip
-    if wrong := sorted(map(str, info["mismatched_keys"])):
+    if wrong := sorted(str(name) for name, *_ in info["mismatched_keys"]):
         raise ModelFileError(
             "VLX0109", f"the weights do not fit {kind.__name__}: {len(wrong)} of another size: {listed(wrong)}",
             where=str(folder), hint="config.json and the weights belong to different models",
