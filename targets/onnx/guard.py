@@ -19,6 +19,8 @@ from vlexport.core.bundle import inside
 from vlexport.core.errors import CapabilityError
 
 _MAX_DEPTH = 32
+_TAGS = range(1 << 3, 1 << 32)
+"""Of a field's number and wire type; ONNX Runtime's parser drops the bits above, so that 2³² + 58 is 58 to it."""
 _COMPILED = frozenset({b"EPContext"})
 
 # Message → field → message of the field, or what its bytes are (those of `_BYTES`).
@@ -105,6 +107,8 @@ def _parts(data: mmap.mmap, start: int, stop: int) -> Iterator[tuple[int, int, i
     at = start
     while at < stop:
         tag, at = _varint(data, at, stop)
+        if tag not in _TAGS:
+            raise ValueError("a field has an impossible number")
         number, wire = tag >> 3, tag & 7
         if wire == 0:
             _, at = _varint(data, at, stop)

@@ -43,6 +43,7 @@ class OnnxRuntimeSession(Session):
         require_contained(folder, artifact.path)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
+        options.add_session_config_entry("session.load_model_format", "ONNX")  # also of a file that ends in .ort
         recorded = artifact.session_options
         _require_known(artifact)
         options.intra_op_num_threads = threads or int(recorded.get("threads", 0))

@@ -218,6 +218,8 @@ def test_mutated_checkpoints_give_weights_or_an_error_of_ours_when_read(tmp_path
     assert codes["read"] > 30
 
 
+LONG = b"X" + struct.pack("<I", 60_000) + b"a" * 60_000 + b"q\x00"
+
 BOMBS: dict[str, tuple[bytes, str]] = {
     "key of nested tuples": (b"\x80\x02}" + b")" + b"\x85" * 50_000 + b"K\x01s.", "a key is a"),
     "key that doubles": (b"\x80\x02})" + b"2\x86" * 60 + b"K\x01s.", "a key is a"),
@@ -238,6 +240,24 @@ BOMBS: dict[str, tuple[bytes, str]] = {
     "name that is no text": (b"\x80\x04K\x01K\x02\x93.", "no text"),
     "tuple from too little": (b"\x80\x02K\x01\x87.", "more than it gave"),
     "key without value": (b"\x80\x02}(K\x01u.", "no value"),
+    "long name that is asked for again": (
+        b"\x80\x04" + LONG + LONG + b"q\x01](" + b"h\x00h\x01\x93" * 99 + b"e.",
+        "far more",
+    ),
+    "text that is encoded again": (
+        b"\x80\x02c_codecs\nencode\nq\x01" + LONG + b"X\x06\0\0\0latin1\x86q\x02](" + b"h\x01h\x02R" * 99 + b"e.",
+        "far more",
+    ),
+    "list that is copied again": (
+        b"\x80\x02c__builtin__\nset\nq\x01](" + b"K\x01" * 60_000 + b"e\x85q\x02](" + b"h\x01h\x02R" * 99 + b"e.",
+        "far more",
+    ),
+    "bytes that fill arrays again": (
+        b"\x80\x02cnumpy.core.multiarray\n_reconstruct\nq\x01cnumpy\nndarray\n\x85q\x02"
+        b"(K\x01M\x60\xea\x85cnumpy\ndtype\nX\x02\0\0\0u1\x85R\x89B\x60\xea\0\0" + bytes(60_000) + b"tq\x03"
+        b"](" + b"h\x01h\x02Rh\x03b" * 99 + b"e.",
+        "far more",
+    ),
 }
 
 
@@ -309,6 +329,16 @@ def test_tensor_is_refused_when_it_reaches_beyond_its_storage(
         opened(tmp_path, zipped(members))
     fine = opened(tmp_path, zipped({**members, DATA: tensor_pickle(0, (2, 2), (2, 1))}))
     assert fine.tensor(fine.content).shape == (2, 2)
+
+
+def test_storage_is_refused_when_a_second_name_for_it_says_that_it_is_larger(tmp_path: Path) -> None:
+    honest = tensor_pickle(0, (4,), (1,))
+    larger = tensor_pickle(0, (9,), (1,)).replace(b"K\x04tQ", b"K\x09tQ")
+    data = b"\x80\x02" + honest[2:-1] + larger[2:-1] + b"\x86."
+    found = opened(tmp_path, zipped({DATA: data, "data/0": bytes(16), "version": b"3\n"}))
+    assert found.tensor(found.content[0]).shape == (4,)
+    with pytest.raises(InertError, match="of two sizes"):
+        found.tensor(found.content[1])
 
 
 def test_legacy_file_is_refused_when_it_ends_inside_a_tensor(tmp_path: Path) -> None:

@@ -216,9 +216,9 @@ def test_arguments_reach_timm_when_given() -> None:
     with pytest.raises(ModelFileError) as caught:
         factory_from_text("timm:test_vit", {"nonsense": 7})
     assert (caught.value.code, caught.value.hint) == ("VLX0110", "check --arch-arg")
-    with pytest.raises(UsageError) as refused:
-        factory_from_text("timm:test_vit", {"pretrained": True})
-    assert "would fetch weights" in refused.value.message
+    for name, value in (("pretrained", True), ("checkpoint_path", "other.pth")):
+        with pytest.raises(UsageError, match=f"{name} would fetch weights"):
+            factory_from_text("timm:test_vit", {name: value})
 
 
 WEIGHTS = {"a": torch.ones(2), "b.c": torch.ones(3)}

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,11 @@ from vlexport.cli.main import main
 from vlexport.core.config import BuildConfig
 from vlexport.core.errors import CapabilityError, DataError, ModelFileError, UsageError
 from vlexport.core.preprocess_configs import preprocess_from_transformers_config
+from vlexport.frontends import compat
 from vlexport.frontends.input_preprocess import preprocess_of
 from vlexport.frontends.model_place import place_of
 from vlexport.frontends.source import open_source
+from vlexport.frontends.transformers_model import example_inputs
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 LABELS = ("cat", "dog", "fox")
@@ -187,8 +190,9 @@ def test_code_of_the_folder_runs_only_with_consent(folder: Path, vit: Any) -> No
         ({"architectures": ["BertModel"]}, "VLX0110", "no class 'BertModel' for this config"),
         ({"architectures": ["AutoModel"]}, "VLX0110", "no class 'AutoModel'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "VLX0113", "by gptq"),
+        ({"quantization_config": "int8"}, "VLX0113", "by some method"),
         ({"num_hidden_layers": 2}, "VLX0109", "missing"),
-        ({"hidden_size": 24}, "VLX0109", "of another size"),
+        ({"hidden_size": 24}, "VLX0109", "of another size: 'classifier.weight', 'vit.embeddings.cls_token'"),
         ({"hidden_size": "many"}, "VLX0110", "cannot make the model"),
     ],
 )
@@ -197,6 +201,37 @@ def test_folder_is_refused_when_its_config_says(folder: Path, values: dict[str, 
         opened(changed(folder, **values))
     assert (caught.value.code, part in caught.value.message) == (code, True), caught.value.message
     assert caught.value.hint
+
+
+class Seeing(torch.nn.Module):
+    main_input_name = "pixel_values"
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return pixel_values
+
+
+@pytest.mark.parametrize(
+    ("values", "shape"),
+    [
+        ({"image_size": 8}, (1, 3, 8, 8)),
+        ({"image_size": [8, 4], "num_channels": 1}, (1, 1, 8, 4)),
+        ({"image_size": {"height": 8, "width": 4}}, (1, 3, 8, 4)),
+        ({"image_size": 8, "num_frames": 2}, (1, 2, 3, 8, 8)),
+        *(({"image_size": size}, None) for size in (-1, 0, 10**6, "8", [8], ["a", "b"], {"longest_edge": 8}, 2.5)),
+        ({"image_size": 4096, "num_channels": 1024}, None),
+        ({"image_size": 8, "num_frames": "x"}, None),
+        ({"image_size": 8, "num_channels": "x"}, (1, 3, 8, 8)),
+    ],
+)
+def test_example_image_is_of_the_config_or_must_be_given(values: dict[str, Any], shape: tuple[int, ...] | None) -> None:
+    found = example_inputs(Seeing(), SimpleNamespace(**values), None)
+    assert (None if found is None else tuple(found["pixel_values"].shape)) == shape
+
+
+def test_folder_opens_when_its_config_has_no_quantization_under_that_key(folder: Path, vit: Any) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": None}), encoding="utf-8")
+    assert_computes(opened(folder), vit)
 
 
 def test_nothing_is_fetched_when_a_config_asks_for_it(folder: Path, vit: Any) -> None:
@@ -218,6 +253,51 @@ def test_hub_is_not_asked_when_a_config_names_another_model(folder: Path, monkey
         opened(folder)
     assert caught.value.code in ("VLX0109", "VLX0110")
     assert asked == []
+
+
+def timm_folder(folder: Path, **values: Any) -> Path:
+    """A model of timm's as transformers keeps it."""
+    import timm
+
+    net = timm.create_model("test_vit", num_classes=3, img_size=32)
+    weights = {f"timm_model.{name}": value for name, value in net.state_dict().items()}
+    folder.mkdir()
+    safetensors.save_file(weights, folder / "model.safetensors")
+    config = {
+        "model_type": "timm_wrapper", "architectures": ["TimmWrapperForImageClassification"], "num_classes": 3,
+        "architecture": "test_vit", "model_args": {"img_size": 32}, "label_names": list(LABELS),
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return changed(folder, **values)
+
+
+def test_no_other_weights_are_opened_when_a_config_gives_timm_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compat.declare_torchvision_operators()
+    import timm.models._factory as factory
+
+    def asked(*_: object, **__: object) -> None:
+        raise AssertionError("timm opened a checkpoint by its own reader, which in timm 1.0.20 runs pickles")
+
+    monkeypatch.setattr(factory, "load_checkpoint", asked)
+    torch.save({"x": Bomb(tmp_path / "ran")}, tmp_path / "evil.pth")
+    arguments = {"img_size": 32, "checkpoint_path": str(tmp_path / "evil.pth")}
+    folder = timm_folder(tmp_path / "net", model_args=arguments)
+    with pytest.raises(UsageError) as caught:
+        opened(folder)
+    assert "--input pixel_values=1x3x224x224" in caught.value.hint
+    source = opened(folder, input=("pixel_values=1x3x32x32",))
+    assert [spec.name for spec in source.program.signature.inputs] == ["pixel_values"]
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["local-dir:/elsewhere", "hf-hub:own/net", "hf_hub:own/net"])
+def test_folder_is_refused_when_timm_would_look_elsewhere(name: str, tmp_path: Path) -> None:
+    for values in ({"architecture": name}, {"parts": [{"backbone": name}]}):
+        with pytest.raises(ModelFileError, match="from elsewhere") as caught:
+            opened(timm_folder(tmp_path / next(iter(values)), **values))
+        assert caught.value.code == "VLX0110"
 
 
 def test_folder_is_refused_when_a_part_is_missing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -142,11 +143,44 @@ def test_file_is_refused_when_its_graphs_are_nested_without_end(tmp_path: Path) 
     assert (error.code, "nested deeper" in error.message) == ("VLX0505", True)
 
 
-def _length(message: bytes) -> bytes:
-    size, found = len(message), b""
+def _length(message: bytes | int) -> bytes:
+    """The bytes of a length, or of any number, as protocol buffers write it."""
+    size, found = message if isinstance(message, int) else len(message), b""
     while size > 127:
         found, size = found + bytes([size & 127 | 128]), size >> 7
     return found + bytes([size])
+
+
+@pytest.mark.parametrize("above", [1 << 32, 1 << 34])
+def test_file_is_refused_when_a_field_has_bits_that_a_runtime_drops(above: int, tmp_path: Path) -> None:
+    model = model_with(external("w", "weights.bin"))
+    graph = model.graph.SerializeToString()
+    model.ClearField("graph")
+    tag = 7 << 3 | 2
+    rest, graph = model.SerializeToString(), _length(len(graph)) + graph
+    content = [rest + _length(number) + graph for number in (tag, tag + above)]
+    plain, wide = written(tmp_path, model) / "main.onnx", tmp_path / "wide.onnx"
+    plain.write_bytes(content[0])
+    wide.write_bytes(content[1])
+    for file in (plain, wide):  # the runtime finds the graph, and its weights, in both
+        made = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        np.testing.assert_array_equal(made.run(None, {"x": np.zeros(2, np.float32)})[0], np.ones(2, np.float32))
+    require_contained(tmp_path, plain.name)
+    with pytest.raises(VlexportError, match="impossible number") as caught:
+        require_contained(tmp_path, wide.name)
+    assert caught.value.code == "VLX0505"
+
+
+def test_other_format_is_not_read_when_a_file_is_named_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "main.ort")
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.add_session_config_entry("session.save_model_format", "ORT")
+    onnxruntime.InferenceSession(model_with().SerializeToString(), options, providers=["CPUExecutionProvider"])
+    onnxruntime.InferenceSession(tmp_path / "main.ort", providers=["CPUExecutionProvider"])  # it is read by its name
+    monkeypatch.setattr(session, "require_contained", lambda *_: None)  # a file may be both formats at once
+    with pytest.raises(VlexportError, match="INVALID_PROTOBUF"):
+        session.open_session(tmp_path, artifact().model_copy(update={"path": "main.ort"}), 1)
 
 
 def artifact(**options: int | str) -> Artifact:

@@ -22,6 +22,9 @@ from vlexport.core.preprocess_configs import preprocess_from_timm_config
 from vlexport.core.user_code import code_folders, import_user_file, import_user_module, on_path
 from vlexport.frontends import compat
 
+WEIGHT_ARGUMENTS = ("pretrained", "checkpoint_path")
+"""Arguments of ``timm.create_model`` that make it load or fetch weights, by readers of its own."""
+
 _DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
 
 
@@ -170,10 +173,11 @@ def _from_timm(name: str, arguments: Mapping[str, Any]) -> Architecture:
     timm = _timm()
     _known(timm, name)
     recorded = _pretrained_config(timm, name)
-    if "pretrained" in arguments:
+    if wrong := next((each for each in WEIGHT_ARGUMENTS if each in arguments), None):
         raise UsageError(
-            "VLX0703", "--arch-arg pretrained would fetch weights", where="--arch-arg", hint="leave it out"
-        )
+            "VLX0703", f"--arch-arg {wrong} would fetch weights, or load others than MODEL's", where="--arch-arg",
+            hint="leave it out",
+        )  # fmt: skip
     try:
         module = timm.create_model(name, pretrained=False, **arguments)
     except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:

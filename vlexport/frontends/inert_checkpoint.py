@@ -64,6 +64,8 @@ class InertCheckpoint:
         if key not in self._storages:
             self._storages[key] = self._read(value.storage)
         held = self._storages[key]
+        if held.numel() < value.storage.size_bytes:
+            raise InertError(f"storage {key[:40]!r} is said to be of two sizes, one larger than it is")
         whole = held[: held.numel() // value.dtype.itemsize * value.dtype.itemsize].view(value.dtype)
         return whole.as_strided(value.shape, value.stride, value.offset)
 

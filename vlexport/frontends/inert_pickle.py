@@ -10,6 +10,7 @@ Source: the opcodes are those of Python's ``pickletools``, which also takes the 
 
 from __future__ import annotations
 
+import io
 import pickletools
 import struct
 from collections.abc import Callable
@@ -20,6 +21,10 @@ from vlexport.frontends.inert_values import BUILDERS, DTYPES, InertError, Stub, 
 MAX_BYTES = 256 * 2**20
 MAX_OPCODES = 20_000_000
 _MAX_ASKED = 1000
+_FREE_MADE = 2**20
+_MAX_MADE_RATIO = 4
+"""What calls take, in characters, bytes and items, may be this much and so many times what was read: an honest pickle
+gives each call arguments of its own, a bomb gives the same text or list to a call every five bytes."""
 
 Persistent = Callable[[object], object]
 """Makes a value from a persistent id; torch writes storages so."""
@@ -30,7 +35,12 @@ class _Bounded:
 
     def __init__(self, file: BinaryIO, limit: int) -> None:
         self._file = file
+        self._limit = limit
         self._left = limit
+
+    def given(self) -> int:
+        """Bytes that were read so far."""
+        return self._limit - self._left
 
     def read(self, size: int) -> bytes:
         return self._given(self._file.read(min(size, self._left + 1)))
@@ -64,6 +74,8 @@ class InertUnpickler:
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
+        self._source = _Bounded(io.BytesIO(), 0)
+        self._taken = 0
 
     def load(self, file: BinaryIO, *, limit: int = MAX_BYTES) -> Any:
         """The value of the pickle that begins where the file stands; the file then stands behind it.
@@ -72,9 +84,10 @@ class InertUnpickler:
             InertError: Damaged, or larger than ``limit`` bytes or :data:`MAX_OPCODES`.
         """
         self._stack, self._marks, self._memo = [], [], {}
+        self._source, self._taken = _Bounded(file, limit), 0
         count = 0
         try:
-            for opcode, argument, _ in pickletools.genops(_Bounded(file, limit)):  # type: ignore[arg-type]
+            for opcode, argument, _ in pickletools.genops(self._source):  # type: ignore[arg-type]
                 count += 1
                 if count > MAX_OPCODES:
                     raise InertError("the pickle has more steps than any honest one")
@@ -218,7 +231,14 @@ class InertUnpickler:
             raise InertError("a name is no text")
         self._stack.append(self._named(module, name))
 
+    def _count(self, *given: object) -> None:
+        """Copies are made of what a call takes; a memo gives the same to many calls for few bytes."""
+        self._taken += sum(len(each) for each in given if isinstance(each, _SIZED))
+        if self._taken > _FREE_MADE + _MAX_MADE_RATIO * self._source.given():
+            raise InertError("the pickle asks for far more than it holds")
+
     def _named(self, module: str, name: str) -> Any:
+        self._count(module, name)
         full = f"{module}.{name}"
         return DTYPES.get(full) or Stub(full if full.isprintable() else ascii(full))
 
@@ -243,11 +263,15 @@ class InertUnpickler:
 
     def _build(self, _: Any) -> None:
         (state,) = self._take(1)
+        if isinstance(state, tuple):
+            self._count(*state)
         fill(self._stack[-1], state)
 
     def _made(self, function: object, arguments: object) -> Any:
         if not isinstance(function, Stub):
             raise InertError(f"the pickle calls a {type(function).__name__}")
+        if isinstance(arguments, tuple):
+            self._count(*arguments)
         builder = BUILDERS.get(function.name)
         made = builder(arguments) if builder is not None and isinstance(arguments, tuple) else NotImplemented
         if made is not NotImplemented:
@@ -265,6 +289,7 @@ class InertUnpickler:
         self._persid(self._take(1)[0])
 
 
+_SIZED = (str, bytes, bytearray, list, tuple, dict, set, frozenset)
 _CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_DICT": dict, "EMPTY_SET": set}
 _PUSHES = frozenset(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -119,8 +120,9 @@ def captured_module(
     inputs: Any = input_specs(config.input) or made.inputs
     if inputs is None:
         raise UsageError(
-            "VLX0703", "the input's shape is not known", where="--input", hint="give it, as --input image=1x3x224x224"
-        )
+            "VLX0703", "the input's shape is not known", where="--input",
+            hint=f"give it, as --input {_input_of(made.module)}=1x3x224x224",
+        )  # fmt: skip
     steps, labels = made.preprocess, made.labels
     module: nn.Module = made.module if own else copied(made.module)
     del made  # if not its own, it goes before the capture copies it once more
@@ -138,6 +140,14 @@ def captured_module(
         notes += (f"{len(labels)} labels do not belong to the first output, {signature.outputs[0].name}",)
         labels = ()
     return Opened(captured, preprocess, labels, source_hash, (*notes, *captured.notes))
+
+
+def _input_of(module: nn.Module) -> str:
+    """What ``forward`` calls its main input, as a model of transformers says, or its first one."""
+    taken = inspect.signature(module.forward).parameters
+    main = getattr(module, "main_input_name", None)
+    named = (each.name for each in taken.values() if each.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return main if isinstance(main, str) and main in taken else next(named, "image")
 
 
 def digest_of(identity: bytes, file: Path) -> str:

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import importlib
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,18 +21,25 @@ from torch import Tensor, nn
 from vlexport.core.errors import CapabilityError, DataError, ModelFileError
 from vlexport.core.preprocess import Preprocess
 from vlexport.frontends import compat
-from vlexport.frontends.architecture import Architecture
+from vlexport.frontends.architecture import WEIGHT_ARGUMENTS, Architecture
 from vlexport.frontends.fit_weights import listed
 from vlexport.frontends.transformers_folder import CONFIG_FILE, config_in, labels_in, preprocess_in
 
 _FETCHING = frozenset(
     {"_attn_implementation", "attn_implementation", "_attn_implementation_internal", "_experts_implementation"}
     | {"experts_implementation", "kernel_config", "use_kernels", "use_pretrained_backbone", "name_or_path"}
-    | {"_name_or_path", "transformers_weights", "fusion_config"}
+    | {"_name_or_path", "transformers_weights", "fusion_config", *WEIGHT_ARGUMENTS}
 )
 """Keys of a config that choose how or with what else a model is loaded; none says what it computes."""
 
+_TIMM_NAMES = ("architecture", "backbone")
+
 _DEFAULT_WORDS = 16
+_MOST_WORDS = 2**31
+_LARGEST_EDGE = 4096
+_MOST_CHANNELS = 1024
+_MOST_ELEMENTS = 2**28
+"""Of an example image: a config may claim any size, and memory is taken for it."""
 
 
 def transformers_identity(folder: Path) -> bytes:
@@ -50,11 +58,17 @@ def transformers_model(
         CapabilityError: VLX0501 when transformers is not installed.
     """
     values = config_in(folder)
-    if "quantization_config" in values:
-        method = str((values["quantization_config"] or {}).get("quant_method", "some method"))
+    quantized = values.get("quantization_config")
+    if quantized is not None:
+        method = str(quantized.get("quant_method", "some method")) if isinstance(quantized, dict) else "some method"
         raise ModelFileError(
             "VLX0113", f"the model is quantized already, by {method}", where=f"{folder}/{CONFIG_FILE}",
             hint="take the model from before quantization, and choose a precision with --precision",
+        )  # fmt: skip
+    if elsewhere := _elsewhere(values):
+        raise ModelFileError(
+            "VLX0110", f"the config takes a part from elsewhere: {elsewhere!r:.80}", where=f"{folder}/{CONFIG_FILE}",
+            hint="name timm's model alone, without the hub or the folder that it came from",
         )  # fmt: skip
     transformers = _transformers()
     with _offline(transformers):
@@ -74,33 +88,42 @@ def example_inputs(module: nn.Module, config: Any, steps: Preprocess | None) -> 
     both = hasattr(config, "vision_config") and hasattr(config, "text_config")
     if "input_ids" in taken and (main == "input_ids" or both):
         text = getattr(config, "text_config", None) or config
-        length = min(_DEFAULT_WORDS, int(getattr(text, "max_position_embeddings", None) or _DEFAULT_WORDS))
-        words = int(getattr(text, "vocab_size", 2))
-        found["input_ids"] = torch.randint(0, max(words, 2), (1, length), generator=generator)
+        length = _count(getattr(text, "max_position_embeddings", None), _MOST_WORDS) or _DEFAULT_WORDS
+        words = _count(getattr(text, "vocab_size", None), _MOST_WORDS) or 2
+        shape = (1, min(length, _DEFAULT_WORDS))
+        found["input_ids"] = torch.randint(0, max(words, 2), shape, generator=generator)
         if "attention_mask" in taken and not both:
-            found["attention_mask"] = torch.ones(1, length, dtype=torch.int64)
+            found["attention_mask"] = torch.ones(shape, dtype=torch.int64)
     if "pixel_values" in taken and (main == "pixel_values" or both):
-        shape = _image_shape(config, steps)
-        if shape is None:
+        image = _image_shape(config, steps)
+        if image is None:
             return None
-        found["pixel_values"] = torch.randn((1, *shape), generator=generator)
+        found["pixel_values"] = torch.randn((1, *image), generator=generator)
     return {name: found[name] for name in taken if name in found} or None
 
 
 def _image_shape(config: Any, steps: Preprocess | None) -> tuple[int, ...] | None:
-    """Frames if it takes a video, channels, height, width."""
+    """Frames if it takes a video, channels, height, width; None where the config says none that can be meant."""
     parts = [config, *(getattr(config, name, None) for name in ("vision_config", "backbone_config"))]
     held = next((part for part in parts if getattr(part, "image_size", None)), None)
     size = getattr(held, "image_size", None)
     if size is None:
-        made = steps.output_shape[1:] if steps is not None else ()
-        size = [edge for edge in made if isinstance(edge, int)]
-    edges = (size, size) if isinstance(size, int) else tuple(map(int, size))
-    if len(edges) != 2:
-        return None
-    channels = next((int(part.num_channels) for part in parts if getattr(part, "num_channels", None)), 3)
+        size = list(steps.output_shape[1:]) if steps is not None else []
+    if isinstance(size, dict):
+        size = [size.get(name) for name in ("height", "width")]
+    edges = [_count(edge, _LARGEST_EDGE) for edge in (size if isinstance(size, list | tuple) else (size, size))]
+    stated = (_count(getattr(part, "num_channels", None), _MOST_CHANNELS) for part in parts)
+    channels = next((count for count in stated if count is not None), 3)
     frames = getattr(held, "num_frames", None)
-    return (channels, *edges) if not isinstance(frames, int) else (frames, channels, *edges)
+    shape = (*(() if frames is None else (_count(frames, _LARGEST_EDGE),)), channels, *edges)
+    known = tuple(count for count in shape if count is not None)
+    whole = len(edges) == 2 and len(known) == len(shape) and math.prod(known) <= _MOST_ELEMENTS
+    return known if whole else None
+
+
+def _count(value: object, most: int) -> int | None:
+    """A number of a config as a size: None for what is no number, or none that can be meant."""
+    return value if type(value) is int and 0 < value <= most else None
 
 
 def _transformers() -> Any:
@@ -117,6 +140,17 @@ def _cleaned(values: Any) -> Any:
     if isinstance(values, dict):
         return {key: _cleaned(each) for key, each in values.items() if key not in _FETCHING}
     return [_cleaned(each) for each in values] if isinstance(values, list) else values
+
+
+def _elsewhere(values: Any) -> str:
+    """What timm would look up on a hub or in another folder (``hf-hub:…``, ``local-dir:…``); empty if nothing is."""
+    if isinstance(values, list):
+        return next(filter(None, map(_elsewhere, values)), "")
+    if not isinstance(values, dict):
+        return ""
+    named = (values.get(key) for key in _TIMM_NAMES)
+    here = next((name for name in named if isinstance(name, str) and ":" in name), "")
+    return here or next(filter(None, map(_elsewhere, values.values())), "")
 
 
 def _classes(
@@ -195,7 +229,7 @@ def _loaded(kind: Any, config: Any, weights: Mapping[str, Tensor], folder: Path)
             "VLX0109", f"the weights do not fit {kind.__name__}: {len(missing)} missing: {listed(missing)}",
             where=str(folder), hint="the folder's architectures and its weights belong to different models",
         )  # fmt: skip
-    if wrong := sorted(map(str, info["mismatched_keys"])):
+    if wrong := sorted(str(name) for name, *_ in info["mismatched_keys"]):
         raise ModelFileError(
             "VLX0109", f"the weights do not fit {kind.__name__}: {len(wrong)} of another size: {listed(wrong)}",
             where=str(folder), hint="config.json and the weights belong to different models",

@@ -97,7 +97,7 @@ def build(config: BuildConfig, *, reporter: Reporter | None = None) -> BuildResu
     output = output_of(config)
     require_free(output, force=config.force)
     prepared = prepare(config, (order,), reporter)
-    with staging(output) as folder:
+    with staging(output, force=config.force) as folder:
         result = build_prepared(order, prepared, folder, reporter)
     return result.standing(output)
 

@@ -61,7 +61,7 @@ def build_each(config: BuildConfig, *, reporter: Reporter | None = None) -> Buil
     require_free(output, force=config.force, several=True)
     prepared = prepare(config, tuple(orders.values()), reporter)
     results: dict[str, BuildResult] = {}
-    with staging(output) as folder:
+    with staging(output, force=config.force, several=True) as folder:
         for name, order in orders.items():
             (folder / name).mkdir()
             try:

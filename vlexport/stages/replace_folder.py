@@ -47,6 +47,8 @@ def replace_folder(folder: Path, output: Path) -> None:
         os.rename(folder, output)
         return
     if exchanged(folder, output):
+        if folder.is_symlink():  # what it points to is not the output, and stays
+            folder.unlink()
         shutil.rmtree(folder, ignore_errors=True)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))

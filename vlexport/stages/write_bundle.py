@@ -109,8 +109,14 @@ def require_folder(dump: str | None) -> None:
 
 
 @contextlib.contextmanager
-def staging(output: Path) -> Iterator[Path]:
-    """A temporary sibling of ``output`` that takes its place when the block ends well, and vanishes otherwise."""
+def staging(output: Path, *, force: bool = False, several: bool = False) -> Iterator[Path]:
+    """A temporary sibling of ``output`` that takes its place when the block ends well, and vanishes otherwise.
+
+    What came to stand there meanwhile is judged again, as :func:`require_free` does.
+
+    Raises:
+        BundleError: VLX0604, VLX0607.
+    """
     output = output.absolute()
     with contextlib.ExitStack() as held:
         try:
@@ -123,6 +129,7 @@ def staging(output: Path) -> Iterator[Path]:
             yield folder
             _flush(folder)
             _readable(folder)
+            require_free(output, force=force, several=several)
             replace_folder(folder, output)
         except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,60 @@
+"""The output takes its place in one step, and nothing that stands there by then is lost unasked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vlexport.core.bundle import BUNDLE_FILE
+from vlexport.core.errors import BundleError
+from vlexport.stages.write_bundle import staging
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("is_file", [False, True])
+def test_what_came_meanwhile_is_kept_when_it_is_no_bundle(tmp_path: Path, force: bool, is_file: bool) -> None:
+    output = tmp_path / "out"
+    kept = output if is_file else output / "thesis.txt"
+
+    def build() -> None:
+        with staging(output, force=force) as folder:
+            (folder / BUNDLE_FILE).write_text("{}", encoding="utf-8")
+            if not is_file:
+                output.mkdir()
+            kept.write_text("precious", encoding="utf-8")
+
+    with pytest.raises(BundleError) as caught:
+        build()
+    assert caught.value.code == "VLX0604"
+    assert kept.read_text(encoding="utf-8") == "precious"
+    assert [each.name for each in tmp_path.iterdir()] == ["out"]
+
+
+def test_other_build_is_not_replaced_when_it_was_quicker_unless_forced(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+
+    def build(*, force: bool) -> None:
+        with staging(output, force=force) as folder:
+            (folder / BUNDLE_FILE).write_text("slower", encoding="utf-8")
+            output.mkdir(exist_ok=True)
+            (output / BUNDLE_FILE).write_text("quicker", encoding="utf-8")
+
+    with pytest.raises(BundleError, match="exists already"):
+        build(force=False)
+    assert (output / BUNDLE_FILE).read_text(encoding="utf-8") == "quicker"
+    build(force=True)
+    assert (output / BUNDLE_FILE).read_text(encoding="utf-8") == "slower"
+    assert [each.name for each in tmp_path.iterdir()] == ["out"]
+
+
+def test_nothing_is_left_beside_when_a_link_is_replaced(tmp_path: Path) -> None:
+    real, output = tmp_path / "real", tmp_path / "out"
+    real.mkdir()
+    (real / BUNDLE_FILE).write_text("old", encoding="utf-8")
+    output.symlink_to(real)
+    with staging(output, force=True) as folder:
+        (folder / BUNDLE_FILE).write_text("new", encoding="utf-8")
+    assert not output.is_symlink()
+    assert [(path / BUNDLE_FILE).read_text(encoding="utf-8") for path in (output, real)] == ["new", "old"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["out", "real"]
