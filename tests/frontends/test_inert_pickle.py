@@ -269,6 +269,16 @@ def test_pickle_is_refused_when_it_is_a_bomb(name: str) -> None:
     assert part in str(caught.value)
 
 
+def test_bomb_is_refused_before_torch_reads_it_when_it_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, part = BOMBS["text that is encoded again"]
+    file = tmp_path / "bomb.pt"
+    file.write_bytes(zipped({DATA: data, "version": b"3\n", "byteorder": b"little"}))
+    assert len(torch.load(file, weights_only=True)) == 99
+    monkeypatch.setattr(torch, "load", None)
+    with pytest.raises(ModelFileError, match=part):
+        read_weights(file)
+
+
 @pytest.mark.parametrize("steps", [b"]" * 60_000 + b"a" * 59_999, b")" + b"\x85" * 60_000], ids=["lists", "tuples"])
 def test_deep_containers_are_no_danger_when_nobody_hashes_them(steps: bytes) -> None:
     assert isinstance(loaded(b"\x80\x02" + steps + b"."), list | tuple)

@@ -89,15 +89,17 @@ def read_weights(path: Path, *, weights_key: str | None = None, expected: Iterab
 
 
 def _opened(path: Path) -> InertCheckpoint:
+    """By torch's reader where it can, once ours has seen that no part grows far beyond the bytes that it takes."""
+    try:
+        scanned = read_inert(path)
+    except InertError as error:
+        raise _damaged(path, error) from error
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle protocols that this reader may not know: then ours reads on
             content = torch.load(path, weights_only=True, map_location="cpu")
-    except LOAD_ERRORS as error:
-        try:
-            return read_inert(path)
-        except InertError as inner:
-            raise _damaged(path, inner) from error
+    except LOAD_ERRORS:
+        return scanned
     return InertCheckpoint(content, (), _read_already)
 
 
