@@ -199,11 +199,13 @@ def test_build_keeps_existing_output_when_force_is_not_given(cli: Any, here: Pat
     cli.refused(1, "VLX0604", *BUILD, said="--force")
 
 
-@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+@pytest.mark.parametrize("kind", ["folder", "other tool", "file", "link"])
 def test_build_keeps_existing_output_when_forced_and_it_is_no_bundle(kind: str, cli: Any, here: Path) -> None:
-    if kind == "folder":
+    if kind in ("folder", "other tool"):
         Path("made").mkdir()
         (Path("made") / "thesis.txt").write_text("mine")
+        if kind == "other tool":
+            (Path("made") / "bundle.json").write_text('{"name": "thesis"}')
     elif kind == "file":
         Path("made").write_text("mine")
     else:

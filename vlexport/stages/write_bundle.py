@@ -65,7 +65,7 @@ def require_free(output: Path, *, force: bool, several: bool = False) -> None:
                 hint="choose another -o, or replace it with --force",
             )
         empty = output.is_dir() and not any(output.iterdir())
-        if not empty and not any((output / name).is_file() for name in (BUNDLE_FILE, COMPARE_FILE)):
+        if not empty and not _is_ours(output / BUNDLE_FILE) and not (output / COMPARE_FILE).is_file():
             raise BundleError(
                 "VLX0604",
                 "the output exists and is no bundle, so --force does not replace it",
@@ -106,6 +106,14 @@ def require_folder(dump: str | None) -> None:
     found = next(p for p in (path, *path.parents) if os.path.lexists(p))
     if not found.is_dir():
         raise BundleError("VLX0607", "--dump names a folder, this is a file", where=dump, hint="choose another --dump")
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether a ``bundle.json`` says that vlexport wrote it, damaged or not: other tools write files of that name."""
+    try:
+        return b'"vlexport"' in file.read_bytes()
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager
