@@ -9,7 +9,6 @@ Exits with 1 when a row breaks the zoo's promise (see :func:`failures`) and is n
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.zoo_child import run_alone
+from tests.zoo_record import write_record
 from tests.zoo_targets import page
 
 IDEAS = ("attention", "norm", "activation")
@@ -445,19 +445,8 @@ def _run(given: argparse.Namespace, kept: dict[tuple[str, str], Row]) -> None:
 
 
 def _write(file: Path, kept: dict[tuple[str, str], Row], models: Sequence[str], now: str) -> None:
-    from vlexport.core.devices import this_machine
-
     rows = sorted(kept.values(), key=lambda row: models.index(row.model))
-    whole = {
-        "command": "python -m tests.zoo_raising",
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "machine": this_machine().model_dump(mode="json"),
-        "versions": now,
-        "rows": [asdict(row) for row in rows],
-    }
-    half = file.with_suffix(".part")
-    half.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-    half.replace(file)
+    write_record(file, "python -m tests.zoo_raising", now, rows)
 
 
 if __name__ == "__main__":

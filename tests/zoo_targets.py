@@ -9,7 +9,6 @@ versions is not done again. Exits with 1 when a row breaks the zoo's promise (se
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.metadata
 import json
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.zoo_child import run_alone
+from tests.zoo_record import write_record
 
 TARGETS = ("onnxruntime", "tensorrt", "coreml")
 RANGE = "1:2:4"
@@ -371,19 +371,8 @@ def _run(given: argparse.Namespace, kept: dict[tuple[str, str, str], Row]) -> No
 
 
 def _write(file: Path, kept: dict[tuple[str, str, str], Row], models: Sequence[str], now: str) -> None:
-    from vlexport.core.devices import this_machine
-
     rows = sorted(kept.values(), key=lambda r: (models.index(r.model), r.key[2], TARGETS.index(r.target)))
-    whole = {
-        "command": "python -m tests.zoo_targets",
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "machine": this_machine().model_dump(mode="json"),
-        "versions": now,
-        "rows": [asdict(row) for row in rows],
-    }
-    half = file.with_suffix(".part")
-    half.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-    half.replace(file)
+    write_record(file, "python -m tests.zoo_targets", now, rows)
 
 
 if __name__ == "__main__":

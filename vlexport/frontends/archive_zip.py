@@ -26,7 +26,7 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _DESCRIPTOR_BIT, _UTF8_BIT = 0x8, 0x800
 _DESCRIPTOR_SIZES = (12, 16, 20, 24)  # CRC and two sizes of 4 or 8 bytes, with or without a signature
-_ZIP_ERRORS = (
+ZIP_ERRORS = (
     zipfile.BadZipFile,
     ArithmeticError,
     EOFError,
@@ -37,6 +37,7 @@ _ZIP_ERRORS = (
     struct.error,
     ValueError,
 )
+"""What the standard library raises at the directory of a damaged or hostile archive."""
 
 
 def refused(message: str, where: str) -> ModelFileError:
@@ -96,7 +97,7 @@ def _members(file: BinaryIO, part: _Part, size: int) -> dict[str, memoryview]:
     try:
         with zipfile.ZipFile(file) as archive:
             infos, directory_start, comment = archive.infolist(), archive.start_dir, archive.comment
-    except _ZIP_ERRORS as error:
+    except ZIP_ERRORS as error:
         raise damaged(f"the archive is truncated or damaged: {error}") from error
     if comment or bytes(part(max(0, size - 22), max(0, size - 18))) != b"PK\x05\x06":
         raise damaged("the archive is truncated, or bytes follow its end")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import struct
 import zipfile
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from vlexport.core.errors import ModelFileError
+from vlexport.frontends.archive_zip import ZIP_ERRORS
 from vlexport.frontends.safetensors_file import index_in
 
 Kind = Literal["vlexport-archive", "foreign-pt2", "checkpoint", "torchscript", "safetensors", "shards", "unknown"]
@@ -65,17 +65,7 @@ def _kind_of_zip(path: Path) -> Kind:
     try:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
-    except (
-        zipfile.BadZipFile,
-        ArithmeticError,
-        EOFError,
-        LookupError,
-        NotImplementedError,
-        OSError,
-        RuntimeError,
-        struct.error,
-        ValueError,
-    ) as error:
+    except ZIP_ERRORS as error:
         raise ModelFileError(
             "VLX0105",
             f"the file begins as an archive but is truncated or damaged: {error}",
