@@ -41,8 +41,8 @@ from vlexport.core.errors import GateError, UsageError, nearest
 from vlexport.ir import dialect, provenance
 from vlexport.ir.program import Program
 from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
-from vlexport.passes.half_choice import candidates, choose, comparisons, fixed, parts, singles
-from vlexport.passes.half_ranges import measure
+from vlexport.passes.half.choice import candidates, choose, comparisons, fixed, parts, singles
+from vlexport.passes.half.ranges import measure
 from vlexport.passes.statistic import Statistic
 
 HalfName = Literal["fp16", "bf16"]

@@ -28,7 +28,7 @@ from torch.fx import Node
 from vlexport.ir import dialect, provenance
 from vlexport.ir.program import Program
 from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
-from vlexport.passes.layout import LAYOUT, chains_to, shape_of
+from vlexport.passes.layout.views import LAYOUT, chains_to, shape_of
 
 
 class EliminateLayout(Pass[Program]):

@@ -15,9 +15,9 @@ Before → after::
     chunk(x, 3, 2), and a permute of each piece  →   chunk(permute(x), 3, 3)
 
 A region of operators works on the other layout: elementwise ones on operands that lie otherwise, softmax, mean, cat and
-split along another axis, norms and linear where their axis is last in both (``passes/axis_rules``). At its edge layout
-operators come, go or merge (``passes/layout_region``). It is moved only if fewer of them are left, so that nothing
-moves for nothing and the pass ends.
+split along another axis, norms and linear where their axis is last in both (``passes/layout/axis_rules``). At its
+edge layout operators come, go or merge (``passes/layout/region``). It is moved only if fewer of them are left, so that
+nothing moves for nothing and the pass ends.
 
 Equation: ``f ∘ P = P ∘ f'`` where ``f'`` is ``f`` along the axes that ``P`` takes to those of ``f``; ``P⁻¹ ∘ P = 1``.
 
@@ -42,11 +42,11 @@ from torch.fx.node import map_arg
 
 from vlexport.ir import dialect, provenance
 from vlexport.ir.program import Program
-from vlexport.passes.axis_maps import AxisMap, Permute, steps
-from vlexport.passes.axis_rules import Moved, moved
 from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
-from vlexport.passes.layout import chains_to, emit, is_layout, map_of, shape_of, together
-from vlexport.passes.layout_region import Crossing, Plan, cheapest, regions_from
+from vlexport.passes.layout.axis_maps import AxisMap, Permute, steps
+from vlexport.passes.layout.axis_rules import Moved, moved
+from vlexport.passes.layout.region import Crossing, Plan, cheapest, regions_from
+from vlexport.passes.layout.views import chains_to, emit, is_layout, map_of, shape_of, together
 
 _PATTERN = "layout → … → layout"
 COPY_LIMIT = 4096

@@ -8,9 +8,9 @@ Before → after::
     %4 = permute(%3, [0,3,1,2])     → f32[batch,64,8,8]       (gone: %4 is x)
     %5 = unsqueeze(%4, 1)                                     %5 = unsqueeze(x, 1)
 
-Any chain of reshape, permute, unsqueeze and squeeze is one order of the atoms of its axes (``passes/axis_maps``). The
-shortest chain with that order replaces it: nothing, one reshape (or unsqueeze, squeeze), one permute, or two or three
-of them. A permute that only moves axes of size 1 is a reshape.
+Any chain of reshape, permute, unsqueeze and squeeze is one order of the atoms of its axes
+(``passes/layout/axis_maps``). The shortest chain with that order replaces it: nothing, one reshape (or unsqueeze,
+squeeze), one permute, or two or three of them. A permute that only moves axes of size 1 is a reshape.
 
 Equation: a chain of bijections of index tuples is a bijection; two chains with the same one are equal.
 
@@ -33,7 +33,17 @@ from torch.fx import Node
 from vlexport.ir import dialect, provenance
 from vlexport.ir.program import Program
 from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
-from vlexport.passes.layout import Call, Chain, calls_of, chains_to, emit, entries_of, is_layout, operand_of, shape_of
+from vlexport.passes.layout.views import (
+    Call,
+    Chain,
+    calls_of,
+    chains_to,
+    emit,
+    entries_of,
+    is_layout,
+    operand_of,
+    shape_of,
+)
 
 _PATTERN = "layout → layout"
 

@@ -30,7 +30,7 @@ from torch.fx import Node
 from vlexport.ir import dialect, provenance
 from vlexport.ir.program import Program
 from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
-from vlexport.passes.layout import shape_of
+from vlexport.passes.layout.views import shape_of
 
 aten = torch.ops.aten
 _SLICE, _NARROW, _SELECT, _CAT, _STACK = (

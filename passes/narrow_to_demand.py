@@ -40,8 +40,8 @@ from vlexport.ir import dialect, provenance
 from vlexport.ir.cost import cost
 from vlexport.ir.program import Program
 from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
-from vlexport.passes.demand_analysis import Demand
-from vlexport.passes.demand_rewrite import Rewrite
+from vlexport.passes.demand.analysis import Demand
+from vlexport.passes.demand.rewrite import Rewrite
 
 _PATTERN = "value of which a part is read"
 

@@ -41,14 +41,14 @@ from torch.fx import Node
 from vlexport.ir import dialect, provenance
 from vlexport.ir.cost import node_macs, saving
 from vlexport.ir.program import Program
-from vlexport.passes.arrangement import emit, is_same
-from vlexport.passes.attention_channels import is_over_channels
-from vlexport.passes.attention_form import attention_tree
-from vlexport.passes.attention_scores import SOFTMAXES, RefusedError
-from vlexport.passes.attention_site import ATTENTION, Site, site_of_attention, site_of_softmax
-from vlexport.passes.axes import sizes_of
+from vlexport.passes.attention.arrangement import emit, is_same
+from vlexport.passes.attention.axes import sizes_of
+from vlexport.passes.attention.channels import is_over_channels
+from vlexport.passes.attention.form import attention_tree
+from vlexport.passes.attention.scores import SOFTMAXES, RefusedError
+from vlexport.passes.attention.site import ATTENTION, Site, site_of_attention, site_of_softmax
+from vlexport.passes.attention.stored_values import StoredValues
 from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
-from vlexport.passes.stored_values import StoredValues
 
 _PATTERN = "softmax(q · k) · v"
 

@@ -47,10 +47,10 @@ from vlexport.ir import dialect, provenance
 from vlexport.ir.cost import parameters_stored
 from vlexport.ir.program import Program
 from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
-from vlexport.passes.hand_norms import hand_norm
 from vlexport.passes.idioms import is_spelled, spell_l2_normalize
 from vlexport.passes.match import Failed
-from vlexport.passes.norm_plan import NormPlan, plan, plan_behind
+from vlexport.passes.norms.by_hand import hand_norm
+from vlexport.passes.norms.plan import NormPlan, plan, plan_behind
 
 aten = torch.ops.aten
 _OPERATORS = ("aten.layer_norm.default", "aten.rms_norm.default", "aten.group_norm.default")

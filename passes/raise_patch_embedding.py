@@ -41,9 +41,9 @@ from torch.fx import Node
 from vlexport.ir import dialect, provenance
 from vlexport.ir.cost import node_macs
 from vlexport.ir.program import Program
-from vlexport.passes.axis_maps import AxisMap, steps
 from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
-from vlexport.passes.layout import PERMUTE, Call, calls_of, chains_to, emit, is_layout, shape_of
+from vlexport.passes.layout.axis_maps import AxisMap, steps
+from vlexport.passes.layout.views import PERMUTE, Call, calls_of, chains_to, emit, is_layout, shape_of
 
 aten = torch.ops.aten
 _LINEAR, _MATMUL, _IM2COL = "aten.linear.default", "aten.matmul.default", "aten.im2col.default"

@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from vlexport.passes.axis_maps import AxisMap, Permute, Reshape, Step, permuted, reshaped, sizes_of, steps
+from vlexport.passes.layout.axis_maps import AxisMap, Permute, Reshape, Step, permuted, reshaped, sizes_of, steps
 
 BATCH = sympy.Symbol("batch", integer=True, positive=True)
 

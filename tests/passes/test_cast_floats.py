@@ -26,7 +26,7 @@ from vlexport.ir.text import fingerprint, text
 from vlexport.passes.base import Match, NearMiss
 from vlexport.passes.cast_floats import DTYPES, CastFloats, CastFloatsOptions, HalfName
 from vlexport.passes.gate import NumericGate
-from vlexport.passes.half_choice import candidates
+from vlexport.passes.half.choice import candidates
 from vlexport.passes.pipeline import run_pass
 from vlexport.passes.probes import make_probes
 

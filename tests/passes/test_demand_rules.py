@@ -17,9 +17,9 @@ from torch.fx import Node
 
 from tests.strategies import Grower, _seed_program
 from vlexport.ir import dialect
-from vlexport.passes.demand_box import Box, box_of
-from vlexport.passes.demand_rules import RULES, narrowing
-from vlexport.passes.demand_site import Read, Site
+from vlexport.passes.demand.box import Box, box_of
+from vlexport.passes.demand.rules import RULES, narrowing
+from vlexport.passes.demand.site import Read, Site
 
 aten = torch.ops.aten
 TOKENS, IMAGE = (6, 4), (4, 6, 6)

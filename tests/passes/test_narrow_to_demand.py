@@ -17,8 +17,8 @@ from tests.strategies import Grower, _finished, _seed_program
 from vlexport.core.errors import GateError
 from vlexport.ir import provenance
 from vlexport.ir.program import Program
-from vlexport.passes import demand_rules
 from vlexport.passes.canonicalize import Canonicalize
+from vlexport.passes.demand import rules as demand_rules
 from vlexport.passes.fold_constants import FoldConstants
 from vlexport.passes.narrow_to_demand import NarrowToDemand
 

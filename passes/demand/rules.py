@@ -1,11 +1,11 @@
 """What an operator must read for a part of its value: one rule per kind of operator, as data.
 
-A rule gets a call and the box that is asked of its value, and gives a :class:`~vlexport.passes.demand_site.Narrowing`:
+A rule gets a call and the box that is asked of its value, and gives a :class:`~vlexport.passes.demand.site.Narrowing`:
 the call that computes that box (or the least one around it that it can compute) from boxes of its operands. Operators
 without a rule read everything.
 
 Here are those that work on each element, and those that mix some axes and leave the others apart. Rules of products are
-in ``demand_products``, of what moves elements in ``demand_views``, of what picks elements in ``demand_picks``.
+in ``products``, of what moves elements in ``views``, of what picks elements in ``picks``.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 from torch.fx import Node
 
 from vlexport.ir import dialect
-from vlexport.passes import demand_picks, demand_products, demand_views
-from vlexport.passes.demand_box import Box
-from vlexport.passes.demand_site import Narrowing, Read, Site, is_one, shape_of
+from vlexport.passes.demand import picks, products, views
+from vlexport.passes.demand.box import Box
+from vlexport.passes.demand.site import Narrowing, Read, Site, is_one, shape_of
 
 Rule = Callable[[Site, Box], Narrowing]
 _SHAPED_OTHERWISE = ("aten.glu.default", "aten.type_as.default", "aten.prelu.default")
@@ -109,9 +109,9 @@ RULES: Mapping[str, Rule] = {
         "upsample_bicubic2d.default _upsample_bicubic2d_aa.default _upsample_bilinear2d_aa.default tril.default "
         "triu.default",
     ),
-    **demand_products.RULES,
-    **demand_views.RULES,
-    **demand_picks.RULES,
+    **products.RULES,
+    **views.RULES,
+    **picks.RULES,
 }
 """``aten.NAME.OVERLOAD`` → its rule."""
 

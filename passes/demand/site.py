@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from vlexport.ir import dialect
 from vlexport.ir.program import Program
-from vlexport.passes.demand_box import WHOLE, Box
+from vlexport.passes.demand.box import WHOLE, Box
 
 SPLITS = (
     "aten.split.Tensor", "aten.split_with_sizes.default", "aten.chunk.default", "aten.unbind.int",

@@ -15,8 +15,8 @@ from torch.fx import Node
 
 from vlexport.ir import dialect
 from vlexport.ir.program import Program
-from vlexport.passes.attention_product import PRODUCTS, Product, product_of
-from vlexport.passes.axes import Axes, aligned, axes_after, is_layout, sizes_of
+from vlexport.passes.attention.axes import Axes, aligned, axes_after, is_layout, sizes_of
+from vlexport.passes.attention.product import PRODUCTS, Product, product_of
 
 SOFTMAXES = ("aten.softmax.int", "aten._softmax.default")
 _MAX_VISITS = 64

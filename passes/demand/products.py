@@ -13,8 +13,8 @@ import torch
 from torch.fx import Node
 
 from vlexport.ir import dialect
-from vlexport.passes.demand_box import WHOLE, Box, Rows
-from vlexport.passes.demand_site import Narrowing, Read, Site, is_one, shape_of
+from vlexport.passes.demand.box import WHOLE, Box, Rows
+from vlexport.passes.demand.site import Narrowing, Read, Site, is_one, shape_of
 
 _QUERY, _KEY, _VALUE, _MASK, _DROP, _CAUSAL = range(6)
 """Places of attention's operands."""

@@ -13,8 +13,8 @@ from torch.fx import Node
 
 from vlexport.ir import dialect
 from vlexport.ir.program import Program
-from vlexport.passes.attention_site import Operand, Site
-from vlexport.passes.axes import Atom, Axes, Axis, axes_before, is_layout, leaves, sizes_of, whole
+from vlexport.passes.attention.axes import Atom, Axes, Axis, axes_before, is_layout, leaves, sizes_of, whole
+from vlexport.passes.attention.site import Operand, Site
 
 _LAST = ("aten.linear.default", "aten.addmm.default", "aten.mm.default")
 _NORMS = ("aten.layer_norm.default", "aten.rms_norm.default", "aten.batch_norm.default")

@@ -17,8 +17,8 @@ from torch.fx import Node
 
 from vlexport.ir import dialect
 from vlexport.ir.program import Program
-from vlexport.passes.hand_norms import HandNorm
 from vlexport.passes.match import Failed, Place, place_of, privacy, same_shape
+from vlexport.passes.norms.by_hand import HandNorm
 
 Layout = Literal["last", "channels first", "groups", "l2"]
 _RESHAPE = "aten.reshape.default"

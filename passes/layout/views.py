@@ -1,6 +1,6 @@
 """Layout operators in a graph: chains of reshapes and permutes, what they do together, and how that is written.
 
-What ``passes/axis_maps`` says of sizes is read off nodes here, and written as calls again. ``unsqueeze`` and
+What ``passes/layout/axis_maps`` says of sizes is read off nodes here, and written as calls again. ``unsqueeze`` and
 ``squeeze`` count as reshapes, and are written where one axis of size 1 comes or goes: they need no sizes.
 """
 
@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from vlexport.ir import dialect
 from vlexport.ir.program import Program
-from vlexport.passes.axis_maps import AxisMap, Permute, Reshape, Size, Step, permuted, reshaped, sizes_of, steps
+from vlexport.passes.layout.axis_maps import AxisMap, Permute, Reshape, Size, Step, permuted, reshaped, sizes_of, steps
 
 aten = torch.ops.aten
 PERMUTE = "aten.permute.default"

@@ -17,9 +17,9 @@ from torch.fx import Node
 from vlexport.ir import dialect
 from vlexport.ir.cost import node_macs, shaped_macs
 from vlexport.ir.program import Program
-from vlexport.passes.demand_box import WHOLE, Box, hull, joined
-from vlexport.passes.demand_rules import narrowing
-from vlexport.passes.demand_site import SPLITS, Narrowing, Read, Site, shape_of
+from vlexport.passes.demand.box import WHOLE, Box, hull, joined
+from vlexport.passes.demand.rules import narrowing
+from vlexport.passes.demand.site import SPLITS, Narrowing, Read, Site, shape_of
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from vlexport.passes.axis_maps import AxisMap, Permute, Step, permuted, reshaped, steps
-from vlexport.passes.axis_rules import Moved, keeps_shape, moved, resized
-from vlexport.passes.layout import Chain, calls_of, chains_to, entries_of, is_layout, map_of, shape_of, together
+from vlexport.passes.layout.axis_maps import AxisMap, Permute, Step, permuted, reshaped, steps
+from vlexport.passes.layout.axis_rules import Moved, keeps_shape, moved, resized
+from vlexport.passes.layout.views import Chain, calls_of, chains_to, entries_of, is_layout, map_of, shape_of, together
 
 LARGEST = 40
 """Operators of a region."""

@@ -10,8 +10,9 @@ from torch.fx import Node
 from vlexport.ir import dialect
 from vlexport.ir.cost import node_macs
 from vlexport.ir.program import Program
-from vlexport.passes.attention_product import Product, product_of
-from vlexport.passes.attention_scores import (
+from vlexport.passes.attention.axes import Atom, Axes, Axis, aligned, axes_after, is_layout, leaves, sizes_of, whole
+from vlexport.passes.attention.product import Product, product_of
+from vlexport.passes.attention.scores import (
     Factor,
     Hidden,
     RefusedError,
@@ -19,7 +20,6 @@ from vlexport.passes.attention_scores import (
     read_scores,
     way_up,
 )
-from vlexport.passes.axes import Atom, Axes, Axis, aligned, axes_after, is_layout, leaves, sizes_of, whole
 
 ATTENTION = "aten.scaled_dot_product_attention.default"
 _MAX_STEPS = 8

@@ -19,7 +19,7 @@ from torch.fx import Node
 from vlexport.ir import compat, dialect, provenance
 from vlexport.ir.program import Program
 from vlexport.ir.rounded import nearest_half
-from vlexport.passes.half_ranges import Seen, has_product
+from vlexport.passes.half.ranges import Seen, has_product
 
 MANY = 64
 """Terms from which a sum stays in float32: a half sum of n equal terms may be n·2⁻¹² off."""

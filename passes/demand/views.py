@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlexport.passes.demand_box import Box, box_of
-from vlexport.passes.demand_site import Narrowing, Read, Site, is_one, shape_of
+from vlexport.passes.demand.box import Box, box_of
+from vlexport.passes.demand.site import Narrowing, Read, Site, is_one, shape_of
 
 aten = torch.ops.aten
 _PRIMES = (1_000_003, 1_000_033, 1_000_037, 1_000_039, 1_000_081, 1_000_099, 1_000_117, 1_000_121)

@@ -8,7 +8,7 @@ from typing import Any
 from torch.fx import Node
 
 from vlexport.ir import dialect
-from vlexport.passes.axes import Axes, Axis, sizes_of, whole
+from vlexport.passes.attention.axes import Axes, Axis, sizes_of, whole
 
 _MATMULS = ("aten.matmul.default", "aten.mm.default", "aten.bmm.default")
 _ADDED = "aten.baddbmm.default"

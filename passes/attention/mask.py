@@ -20,11 +20,11 @@ from torch.fx import Node
 
 from vlexport.ir import dialect
 from vlexport.ir.program import Program
-from vlexport.passes.arrangement import Made, Stored, Tree, arranged, made_count
-from vlexport.passes.attention_scores import Hidden, RefusedError, Term, number_of
-from vlexport.passes.attention_site import Site
-from vlexport.passes.axes import Axes, Axis, aligned, axes_before, is_layout, leaves, sizes_of
-from vlexport.passes.stored_values import StoredValues
+from vlexport.passes.attention.arrangement import Made, Stored, Tree, arranged, made_count
+from vlexport.passes.attention.axes import Axes, Axis, aligned, axes_before, is_layout, leaves, sizes_of
+from vlexport.passes.attention.scores import Hidden, RefusedError, Term, number_of
+from vlexport.passes.attention.site import Site
+from vlexport.passes.attention.stored_values import StoredValues
 
 aten = torch.ops.aten
 HIDES = -3e4

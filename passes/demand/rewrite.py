@@ -12,10 +12,10 @@ from torch.fx import Node
 
 from vlexport.ir import dialect
 from vlexport.ir.program import Program
-from vlexport.passes.demand_analysis import Region
-from vlexport.passes.demand_box import Box, Drawn, Rows
-from vlexport.passes.demand_drawn import compute_first, drawn_out
-from vlexport.passes.demand_site import Narrowing, Read, Site
+from vlexport.passes.demand.analysis import Region
+from vlexport.passes.demand.box import Box, Drawn, Rows
+from vlexport.passes.demand.drawn import compute_first, drawn_out
+from vlexport.passes.demand.site import Narrowing, Read, Site
 
 aten = torch.ops.aten
 _NARROWED = re.compile(r"_narrowed(?=\.|$)")

@@ -11,12 +11,12 @@ from torch.fx import Node
 
 from vlexport.ir import dialect
 from vlexport.ir.program import Program
-from vlexport.passes.arrangement import Made, Tree, arranged, made_count
-from vlexport.passes.attention_mask import mask_of
-from vlexport.passes.attention_scores import Factor, RefusedError, number_of
-from vlexport.passes.attention_site import Operand, Site
-from vlexport.passes.axes import Axes, Axis, axes_before, is_layout, leaves, product, regrouped, sizes_of
-from vlexport.passes.stored_values import StoredValues
+from vlexport.passes.attention.arrangement import Made, Tree, arranged, made_count
+from vlexport.passes.attention.axes import Axes, Axis, axes_before, is_layout, leaves, product, regrouped, sizes_of
+from vlexport.passes.attention.mask import mask_of
+from vlexport.passes.attention.scores import Factor, RefusedError, number_of
+from vlexport.passes.attention.site import Operand, Site
+from vlexport.passes.attention.stored_values import StoredValues
 
 aten = torch.ops.aten
 _SCALES = ("aten.mul.Tensor", "aten.div.Tensor", "aten.mul.Scalar", "aten.div.Scalar")

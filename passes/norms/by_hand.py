@@ -22,9 +22,9 @@ from torch.fx import Node
 from vlexport.ir import dialect
 from vlexport.ir.program import Program
 from vlexport.passes.match import Failed, as_number, same_shape
-from vlexport.passes.moments import Moment, elements, moment, reduced, square
+from vlexport.passes.norms.moments import Moment, elements, moment, reduced, square
+from vlexport.passes.norms.quotient import Quotient, quotient
 from vlexport.passes.polynomial import LAYOUT, ROUNDING, Polynomial, is_arithmetic, polynomial
-from vlexport.passes.quotient import Quotient, quotient
 
 NormKind = Literal["layer_norm", "rms_norm", "l2_normalize"]
 _HALVES = (torch.float16, torch.bfloat16)

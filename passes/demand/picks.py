@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from vlexport.ir import dialect
-from vlexport.passes.demand_box import WHOLE, Box, Drawn, box_of
-from vlexport.passes.demand_drawn import is_one_a_sample
-from vlexport.passes.demand_site import SPLITS, Narrowing, Read, Site, shape_of
+from vlexport.passes.demand.box import WHOLE, Box, Drawn, box_of
+from vlexport.passes.demand.drawn import is_one_a_sample
+from vlexport.passes.demand.site import SPLITS, Narrowing, Read, Site, shape_of
 
 aten = torch.ops.aten
 _DECIDED = "which part is read is decided by the input"

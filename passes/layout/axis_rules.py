@@ -1,6 +1,6 @@
 """What operators do to axes: how each may work on a value whose axes lie otherwise.
 
-An operator works on a value in one layout; a map of ``passes/axis_maps`` leads from another layout to it.
+An operator works on a value in one layout; a map of ``passes/layout/axis_maps`` leads from another layout to it.
 A rule says whether the operator can work on that other layout as well, how it is called then, and which map leads from
 its result there to its result here::
 
@@ -22,8 +22,8 @@ import torch
 from torch.fx import Node
 
 from vlexport.ir import dialect
-from vlexport.passes.axis_maps import AxisMap, Size
-from vlexport.passes.layout import shape_of
+from vlexport.passes.layout.axis_maps import AxisMap, Size
+from vlexport.passes.layout.views import shape_of
 
 MOST_AXES = 4
 """Axes of the other layout, unless there are as many already: runtimes are slow above, or refuse more than five."""

@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from vlexport.ir import dialect
 from vlexport.ir.program import Program
-from vlexport.passes.demand_site import shape_of
+from vlexport.passes.demand.site import shape_of
 
 _RANGES = ("aten.arange.default", "aten.arange.start")
 _PLACES = ("aten.argmax.default", "aten.argmin.default")

@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from vlexport.ir import dialect
 from vlexport.ir.program import Program
-from vlexport.passes.axes import Axes, Axis, Size, flat, product, settled, sizes_of
+from vlexport.passes.attention.axes import Axes, Axis, Size, flat, product, settled, sizes_of
 
 aten = torch.ops.aten
 

@@ -14,7 +14,7 @@ from torch.fx import Node
 from vlexport.ir import dialect
 from vlexport.ir.program import Program
 from vlexport.passes.match import as_number
-from vlexport.passes.moments import moment
+from vlexport.passes.norms.moments import moment
 from vlexport.passes.polynomial import LAYOUT
 
 _MOST_STEPS = 12

@@ -1,0 +1,1 @@
+"""How raise-attention reads an attention that was written by hand."""

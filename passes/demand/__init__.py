@@ -1,0 +1,1 @@
+"""How narrow-to-demand works out what of a value is read."""

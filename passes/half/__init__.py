@@ -1,0 +1,1 @@
+"""How cast-floats decides what half types can hold."""

@@ -1,0 +1,1 @@
+"""How axes move through operators: what the layout passes share."""

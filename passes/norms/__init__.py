@@ -1,0 +1,1 @@
+"""How raise-norms reads a norm that was written by hand."""
