@@ -257,3 +257,28 @@ def test_operators_stay_and_say_why_when(case: str) -> None:
     program = captured(randomize(model), image(*shape))
     assert near_misses(Reparameterize(), program) == reasons
     check_pass(Reparameterize(), program, expect_changes=0)
+
+
+class Mixed(nn.Module):
+    """A training-time block with a skip, a squeeze of its own and a head that a transposed convolution makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rep = Branches(normed(4, 4), normed(4, 4, 1), nn.BatchNorm2d(4))
+        self.mix = LayerScale(Branches(normed(4, 4, groups=4), nn.BatchNorm2d(4)), 4)
+        self.up = nn.Sequential(nn.ConvTranspose2d(4, 2, 2, 2), nn.BatchNorm2d(2))
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.mix(F.relu(self.rep(x)))
+        return self.up(F.relu(x)), self.norm(x)
+
+
+def test_text_is_golden_when_blocks_stand_in_a_row() -> None:
+    torch.manual_seed(0)
+    checked = check_pass(Reparameterize(), randomize(Mixed()), image(*PICTURE), golden="reparameterize")
+    record = next(change for change in checked.changes if "rep" in change.where[0])
+    assert record.what == "7 operators merged into conv2d, weights 208 → 148, MACs 10,240 → 9,216"
+    assert (record.saved_nodes, record.saved_macs) == (6, 1024)
+    assert "rep.branches.0.0" in record.where
+    assert "rep.branches.2" in record.where
