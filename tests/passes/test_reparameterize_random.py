@@ -1,7 +1,7 @@
 """reparameterize on random affine graphs: one operator where theory says so, equal values, true reasons elsewhere.
 
-Every value below is affine in the input, and every way to it has one stride in all. Kernels with padding stand where their
-operand is the input or unbiased and pointwise, so that the border is exact by construction.
+Every value of a sum is affine in the input, and every way to it has one stride in all. Kernels with padding stand where
+their operand is the input or unbiased and pointwise, so that the border is exact by construction.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ class Branch:
     def grown(self, x: Node) -> Node:
         """A branch of the kinds that the sum of 3×3 kernels holds at no cost."""
         g = self.g
-        kind = g.pick("3×3", "grouped", "1×1", "1×1, then 3×3", "pool", "identity", "cut", "5×5, dilated", "1×1 and 1×1")
+        kind = g.pick(
+            "3×3", "grouped", "1×1", "1×1, then 3×3", "pool", "identity", "cut", "5×5, dilated", "1×1 and 1×1"
+        )
         groups = g.pick(1, 2, 4)
         bias = g.pick(True, False)
         if kind in ("3×3", "grouped"):
@@ -123,7 +125,7 @@ def test_one_convolution_is_left_when_branches_fit_in_one_of_them(program: Progr
 
 
 AFFINE = (
-    "conv2d", "conv2d, batch_norm", "batch_norm", "conv_transpose2d", "conv_transpose2d, batch_norm", "linear", "mul",
+    "conv2d", "conv2d, batch_norm", "linear, batch_norm", "conv2d read twice, batch_norm", "tied linears", "batch_norm", "conv_transpose2d", "conv_transpose2d, batch_norm", "linear", "mul",
     "add", "sub", "residual", "cat", "split", "pool", "permute", "flatten", "split axis", "layout chain", "slice",
 )  # fmt: skip
 
