@@ -63,7 +63,8 @@ FAULTS = {
         layers(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 4, 3, padding=1), shape=(1, 4, 6, 6)), "gate",
     ),
     "padding between two kernels is merged": Fault(
-        expression, "_border", "return \"zero padding stands between the two kernels, so the border is no convolution\"",
+        expression, "_border",
+        "return \"zero padding stands between the two kernels, so the border is no convolution\"",
         "pass",
         layers(
             nn.Conv2d(4, 8, 3, padding=1, bias=False), nn.Conv2d(8, 1, 3, padding=1, bias=False), shape=(1, 4, 6, 6)
