@@ -21,7 +21,6 @@ CATALOGUE: dict[str, str] = {
     "fold-constants": "vlexport.passes.fold_constants:FoldConstants",
     "eliminate-dead": "vlexport.passes.eliminate_dead:EliminateDead",
     "merge-duplicates": "vlexport.passes.merge_duplicates:MergeDuplicates",
-    "fold-batch-norm": "vlexport.passes.fold_batch_norm:FoldBatchNorm",
     "legalize-repeats": "vlexport.passes.legalize_repeats:LegalizeRepeats",
     "eliminate-layout": "vlexport.passes.eliminate_layout:EliminateLayout",
     "merge-pieces": "vlexport.passes.merge_pieces:MergePieces",
@@ -31,6 +30,7 @@ CATALOGUE: dict[str, str] = {
     "raise-norms": "vlexport.passes.raise_norms:RaiseNorms",
     "raise-activations": "vlexport.passes.raise_activations:RaiseActivations",
     "raise-attention": "vlexport.passes.raise_attention:RaiseAttention",
+    "reparameterize": "vlexport.passes.reparameterize:Reparameterize",
     "narrow-to-demand": "vlexport.passes.narrow_to_demand:NarrowToDemand",
 }
 """Id → where the class lies, in pipeline order. Imported when used. These run in every build."""

@@ -1,0 +1,140 @@
+"""Which forms are written: the farthest root of which one operator costs no more than what it replaces.
+
+Readers are asked before operands, so that what a merge no longer reads is not written either. What a merge replaces is
+counted on the graph as it stands: a value that something else reads stays, and is no saving.
+
+The rule: fewer calls or fewer MACs, never more MACs, and no more weights read unless MACs fall. Weights are counted
+where they are read; one that another operator shares stays stored for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from vlexport.ir import dialect
+from vlexport.ir.cost import node_macs
+from vlexport.ir.program import Program
+from vlexport.passes.affine.analysis import Analysis, Form, Miss
+from vlexport.passes.affine.expression import elements, is_identity
+from vlexport.passes.affine.taps import Taps
+
+
+@dataclass(frozen=True)
+class Merge:
+    """One operator in place of several.
+
+    Attributes:
+        value: The node whose value it computes.
+        form: What it computes.
+        taps: Of its kernel.
+        padding: Of every axis.
+        consumed: Calls that nobody reads afterwards, ``value`` among them, operands before readers.
+        macs: MACs of those calls, and of the one operator.
+        weights: Weights that those calls read, and those of the one operator.
+    """
+
+    value: Node
+    form: Form
+    taps: tuple[Taps, ...]
+    padding: tuple[int, ...]
+    consumed: tuple[Node, ...]
+    macs: tuple[int, int]
+    weights: tuple[int, int]
+
+
+def merges(analysis: Analysis) -> Iterator[Merge | tuple[Node, Miss]]:
+    """Every merge, readers before operands, and every call that stays as it is though it is part of a map."""
+    asked: set[Node] = set()
+    for node in reversed(analysis.program.graph.nodes):
+        if node.op in ("placeholder", "get_attr"):
+            continue
+        if node in analysis.readings and node not in asked:
+            continue
+        found = _merge(analysis, node) if node in analysis.readings else None
+        if isinstance(found, Merge):
+            asked.add(found.form.root)
+            yield found
+            continue
+        asked.update(node.all_input_nodes)
+        miss = found or analysis.misses.get(node)
+        if miss is not None:
+            yield node, miss
+
+
+def _merge(analysis: Analysis, node: Node) -> Merge | Miss | None:
+    """The first of the node's forms that is worth it."""
+    why: Miss | None = None
+    for form in analysis.forms[node]:
+        found = _worth(analysis, node, form)
+        if isinstance(found, Merge):
+            return found
+        why = why or found
+    return why
+
+
+def _worth(analysis: Analysis, node: Node, form: Form) -> Merge | Miss | None:
+    if is_identity(form.expression):
+        return None
+    fit = analysis.fitted(form)
+    if fit is None:
+        return Miss("sum of branches", "one convolution would need unequal padding on both sides")
+    consumed = _consumed(node, form.root)
+    if len(consumed) < 2:
+        return None
+    program = analysis.program
+    spec = form.expression.spec
+    macs = sum(node_macs(program, each, {}) for each in consumed)
+    weights = sum(_weights(program, each) for each in consumed)
+    own = elements(spec, fit[0]) + (spec.outputs if spec.biased else 0)
+    if form.macs > macs:
+        return Miss("one convolution", _dearer(consumed, node, form, macs))
+    if form.macs == macs and own > weights:
+        return Miss("one convolution", f"it would need {own:,} weights for {weights:,}, and no fewer MACs")
+    if not any(form.root in each.all_input_nodes for each in consumed):
+        return None
+    return Merge(node, form, *fit, consumed, (macs, form.macs), (weights, own))
+
+
+def _dearer(consumed: tuple[Node, ...], node: Node, form: Form, macs: int) -> str:
+    kept = [
+        (each, len(users))
+        for each in _inside(node, form.root)
+        if each not in consumed and (users := [u for u in each.users if u not in consumed])
+    ]
+    if kept:
+        shared, others = kept[-1]
+        return f"the {dialect.plain_name(shared)}'s output is used by {others} other(s)"
+    return f"as one operator it would cost {form.macs:,} MACs, as it stands {macs:,}"
+
+
+def _inside(node: Node, root: Node) -> list[Node]:
+    """Calls between a root and a value, operands before readers."""
+    seen: dict[Node, None] = {}
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if current not in seen and current is not root and current.op == "call_function":
+            seen[current] = None
+            pending.extend(current.all_input_nodes)
+    return list(reversed(seen))
+
+
+def _consumed(node: Node, root: Node) -> tuple[Node, ...]:
+    """What nobody reads when nobody reads ``node`` any more, up to ``root``; operands before readers."""
+    gone: dict[Node, None] = {node: None}
+    pending = [each for each in node.all_input_nodes if each is not root]
+    while pending:
+        operand = pending.pop()
+        if operand in gone or operand.op != "call_function" or not gone.keys() >= set(operand.users):
+            continue
+        gone[operand] = None
+        pending.extend(each for each in operand.all_input_nodes if each is not root)
+    return tuple(reversed(gone))
+
+
+def _weights(program: Program, node: Node) -> int:
+    stored = (program.tensor_of(each) for each in node.all_input_nodes)
+    return sum(tensor.numel() for tensor in stored if tensor is not None and tensor.is_floating_point())
