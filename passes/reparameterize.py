@@ -9,7 +9,7 @@ Before → after::
     %5 = batch_norm(x, …)
     %6 = add(add(%2, %4), %5)
 
-Equation: ``y[o, i] = Σ W[o, c, t] · x̄[c, stride · i + t] + b[o]``, where ``x̄`` is ``x`` with zeros on all sides, is closed
+Equation: ``y[o, i] = Σ W[o, c, t] · x0[c, stride · i + t] + b[o]``, where ``x0`` is ``x`` with zeros on all sides, is closed
 under sums, per-channel scales, joins along the channels and, where the border allows it, composition. Every value is
 carried as such an expression of the values before it (``passes/affine``); the weights of the ones that are written are
 computed in float64 and cast once. A batch norm is ``s = gamma / sqrt(var + eps)`` times its input plus ``beta − s · mean``.
@@ -39,8 +39,6 @@ from vlexport.passes.affine.emit import write
 from vlexport.passes.affine.reading import BATCH_NORM
 from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
 
-_NORM_PATTERN = "conv → batch_norm"
-
 
 class Reparameterize(Pass[Program]):
     """Branches, batch norms and convolutions in a row become the one convolution that they compute."""
@@ -51,13 +49,11 @@ class Reparameterize(Pass[Program]):
     establishes: ClassVar[frozenset[str]] = frozenset({"no-foldable-batch-norm"})
 
     def find(self, ir: Program) -> Iterator[Match | NearMiss]:
-        told: set[Node] = set()
         for found in merges(Analysis(ir)):
             if isinstance(found, Merge):
                 yield Match(found.value, found.consumed, found)
             else:
                 node, miss = found
-                told.add(node)
                 yield NearMiss(miss.pattern, node, miss.reason)
 
     def apply(self, ir: Program, match: Match) -> Change:

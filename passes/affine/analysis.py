@@ -13,10 +13,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import torch
 from torch.fx import Node
 
-from vlexport.ir import dialect
 from vlexport.ir.cost import node_macs
 from vlexport.ir.program import Program
 from vlexport.passes.affine import expression as ex
@@ -67,6 +65,7 @@ class Analysis:
         forms: Value → forms, that of the farthest root first.
         readings: Call → what it does.
         misses: Call → why it could not be merged with what it reads.
+        refused: Call that is affine in general → why it is not here.
     """
 
     def __init__(self, program: Program) -> None:
@@ -74,6 +73,7 @@ class Analysis:
         self.forms: dict[Node, tuple[Form, ...]] = {}
         self.readings: dict[Node, Reading] = {}
         self.misses: dict[Node, Miss] = {}
+        self.refused: dict[Node, str] = {}
         self._place: dict[Node, int] = {}
         self._sizes: dict[Node, tuple[int, ...]] = {}
         for place, node in enumerate(program.graph.nodes):
@@ -114,7 +114,7 @@ class Analysis:
     def _look(self, node: Node) -> None:
         reading = read(self.program, node)
         if isinstance(reading, Refused):
-            self.misses[node] = Miss(reading.pattern, reading.reason)
+            self.refused[node] = reading.reason
         if reading is None or isinstance(reading, Refused):
             return
         self.readings[node] = reading
@@ -227,14 +227,4 @@ def is_same(spec: ex.Spec) -> bool:
     """Whether the padding ``same`` of a convolution is that of a map: one more on the right where it is odd."""
     if spec.scatter is not None or any(stride != 1 for stride in spec.stride):
         return False
-    return all(
-        reach == 0 and -taps.start == taps.span // 2 for reach, taps in zip(spec.reach, spec.taps, strict=True)
-    )
-
-
-def is_affine(analysis: Analysis, node: Node) -> bool:
-    """Whether a call has a form."""
-    return bool(analysis.forms.get(node))
-
-
-__all__ = ["Analysis", "Form", "Miss", "dialect", "is_affine", "is_same", "torch"]
+    return all(reach == 0 and -taps.start == taps.span // 2 for reach, taps in zip(spec.reach, spec.taps, strict=True))

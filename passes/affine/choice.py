@@ -19,6 +19,7 @@ from vlexport.ir.cost import node_macs
 from vlexport.ir.program import Program
 from vlexport.passes.affine.analysis import Analysis, Form, Miss
 from vlexport.passes.affine.expression import elements, is_identity
+from vlexport.passes.affine.reasons import reason_for
 from vlexport.passes.affine.taps import Taps
 
 
@@ -59,7 +60,7 @@ def merges(analysis: Analysis) -> Iterator[Merge | tuple[Node, Miss]]:
             yield found
             continue
         asked.update(node.all_input_nodes)
-        miss = found or analysis.misses.get(node)
+        miss = found or analysis.misses.get(node) or reason_for(analysis, node)
         if miss is not None:
             yield node, miss
 
@@ -83,7 +84,8 @@ def _worth(analysis: Analysis, node: Node, form: Form) -> Merge | Miss | None:
         return Miss("sum of branches", "one convolution would need unequal padding on both sides")
     consumed = _consumed(node, form.root)
     if len(consumed) < 2:
-        return None
+        shared = _shared(consumed, node, form)
+        return Miss("one convolution", shared) if shared and form.pays else None
     program = analysis.program
     spec = form.expression.spec
     macs = sum(node_macs(program, each, {}) for each in consumed)
@@ -99,19 +101,21 @@ def _worth(analysis: Analysis, node: Node, form: Form) -> Merge | Miss | None:
 
 
 def _dearer(consumed: tuple[Node, ...], node: Node, form: Form, macs: int) -> str:
-    kept = [
-        (each, len(users))
-        for each in _inside(node, form.root)
-        if each not in consumed and (users := [u for u in each.users if u not in consumed])
-    ]
-    if kept:
-        shared, others = kept[-1]
-        return f"the {dialect.plain_name(shared)}'s output is used by {others} other(s)"
-    return f"as one operator it would cost {form.macs:,} MACs, as it stands {macs:,}"
+    shared = _shared(consumed, node, form)
+    return shared or f"as one operator it would cost {form.macs:,} MACs, as it stands {macs:,}"
+
+
+def _shared(consumed: tuple[Node, ...], node: Node, form: Form) -> str:
+    """The first value on the way that something else reads too."""
+    for each in _inside(node, form.root):
+        others = [user for user in each.users if user not in consumed]
+        if each not in consumed and others:
+            return f"the {dialect.plain_name(each)}'s output is used by {len(others)} other(s)"
+    return ""
 
 
 def _inside(node: Node, root: Node) -> list[Node]:
-    """Calls between a root and a value, operands before readers."""
+    """Calls between a root and a value, readers first."""
     seen: dict[Node, None] = {}
     pending = [node]
     while pending:
@@ -119,7 +123,7 @@ def _inside(node: Node, root: Node) -> list[Node]:
         if current not in seen and current is not root and current.op == "call_function":
             seen[current] = None
             pending.extend(current.all_input_nodes)
-    return list(reversed(seen))
+    return list(seen)
 
 
 def _consumed(node: Node, root: Node) -> tuple[Node, ...]:

@@ -4,7 +4,7 @@ An expression is a tree of convolutions, scales, sums, joins and picks with a :c
 decision needs: channels, who reads whom, taps, number of results, cost. ``passes/affine/kernel`` computes the weights of
 those expressions that are worth it.
 
-Equation: ``y[n, o, i] = Σ W[o, c, t] · x̄[n, c, stride · i + t] + b[o]``, where ``x̄`` is the root with zeros on all sides.
+Equation: ``y[n, o, i] = Σ W[o, c, t] · x0[n, c, stride · i + t] + b[o]``, where ``x0`` is the root with zeros on all sides.
 The rules below return a reason where this does not hold at the border.
 """
 
@@ -13,11 +13,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor
 
-from vlexport.passes.affine.bands import Bands, behind, groups_of, moved, picked, together, whole
+from vlexport.passes.affine.bands import Band, Bands, behind, groups_of, moved, picked, together, whole
 from vlexport.passes.affine.taps import Taps, is_zero_outside, reaches
 
 Lengths = tuple[int | None, ...]
@@ -59,7 +58,11 @@ class Spec:
     def is_pointwise(self) -> bool:
         """Whether every result reads one position, its own."""
         rank = len(self.taps)
-        return self.scatter is None and (self.stride, self.taps, self.reach) == ((1,) * rank, (Taps(),) * rank, (0,) * rank)
+        return self.scatter is None and (self.stride, self.taps, self.reach) == (
+            (1,) * rank,
+            (Taps(),) * rank,
+            (0,) * rank,
+        )
 
 
 @dataclass(frozen=True)
@@ -223,7 +226,8 @@ def _shown(numbers: Sequence[int]) -> str:
 
 def joined(parts: Sequence[Expression], lengths: Lengths) -> Expression | str:
     """Side by side along the channels, or why not."""
-    bands, before, taps = [], 0, parts[0].spec.taps
+    bands: list[Band] = []
+    before, taps = 0, parts[0].spec.taps
     for part in parts:
         fits = summed(replace(parts[0], spec=replace(parts[0].spec, taps=taps)), part, 1.0, lengths)
         if isinstance(fits, str):
@@ -246,9 +250,3 @@ def pick(of: Expression, first: int, count: int) -> Expression:
 def elements(spec: Spec, taps: Sequence[Taps]) -> int:
     """Weights of the kernel."""
     return spec.outputs * (spec.inputs // spec.groups) * math.prod(each.count for each in taps)
-
-
-__all__ = [
-    "Any", "Composed", "Expression", "Join", "Leaf", "Lengths", "Pick", "Scaled", "Spec", "Sum", "composed", "elements",
-    "identity", "is_identity", "joined", "pick", "scaled", "summed",
-]  # fmt: skip

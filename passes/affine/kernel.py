@@ -7,7 +7,6 @@ depthwise kernel stays small, and finer or coarser groups are windows of another
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -87,7 +86,9 @@ class _Evaluation:
         if isinstance(expression, Pick):
             inner = self.of(expression.of)
             rows = slice(expression.first, expression.first + expression.spec.outputs)
-            return _fitted(Kernel(inner.weight[rows], inner.first[rows], inner.bias[rows]), expression.of.spec, expression.spec)
+            return _fitted(
+                Kernel(inner.weight[rows], inner.first[rows], inner.bias[rows]), expression.of.spec, expression.spec
+            )
         if isinstance(expression, Join):
             return self._joined(expression)
         assert isinstance(expression, Sum)
@@ -105,7 +106,10 @@ class _Evaluation:
     def _joined(self, expression: Join) -> Kernel:
         wide = [in_taps(self.of(part), part.spec.taps, expression.spec.taps) for part in expression.parts]
         width = max(part.weight.shape[1] for part in wide)
-        grown = [torch.nn.functional.pad(k.weight, (*[0] * (2 * (k.weight.ndim - 2)), 0, width - k.weight.shape[1])) for k in wide]
+        grown = [
+            torch.nn.functional.pad(k.weight, (*[0] * (2 * (k.weight.ndim - 2)), 0, width - k.weight.shape[1]))
+            for k in wide
+        ]
         whole = Kernel(torch.cat(grown), torch.cat([k.first for k in wide]), torch.cat([k.bias for k in wide]))
         return in_groups(whole, expression.spec.inputs, expression.spec.groups)
 
@@ -119,7 +123,11 @@ class _Evaluation:
         """Block by block: ``[block, outputs, mid] @ [block, mid, inputs]`` for every pair of taps."""
         outer, inner, spec = expression.outer, expression.inner, expression.spec
         late, early, blocks = self.of(outer), self.of(inner), _blocks(outer.spec, inner.spec)
-        bias = late.bias + _summed_taps(in_groups(late, outer.spec.inputs, 1)) @ early.bias if inner.spec.biased else late.bias
+        bias = (
+            late.bias + _summed_taps(in_groups(late, outer.spec.inputs, 1)) @ early.bias
+            if inner.spec.biased
+            else late.bias
+        )
         late, early = in_groups(late, outer.spec.inputs, blocks), in_groups(early, inner.spec.inputs, blocks)
         by = late.weight.reshape(blocks, -1, *late.weight.shape[1:])
         of = early.weight.reshape(blocks, -1, *early.weight.shape[1:])
@@ -172,6 +180,3 @@ def _leaf(leaf: Leaf) -> Kernel:
         weight = leaf.weight.double().reshape(spec.outputs, ins, *counts)
     bias = leaf.bias.double() if leaf.bias is not None else torch.zeros(spec.outputs, dtype=torch.float64)
     return Kernel(weight, windows(spec.outputs, spec.inputs, groups), bias)
-
-
-Loader = Callable[[], Tensor]

@@ -93,11 +93,9 @@ class Refused:
     """A call that is affine in general but not here.
 
     Attributes:
-        pattern: What was looked for.
         reason: Why not.
     """
 
-    pattern: str
     reason: str
 
 
@@ -132,10 +130,10 @@ def _convolution(program: Program, node: Node) -> Reading | None:
     x, weight, bias, stride, padding, dilation, groups = dialect.operands(node)
     stored = program.tensor_of(weight)
     if stored is None or not _stored(program, bias):
-        return Refused("conv", "the convolution's weight or bias is computed, not stored")
+        return Refused("the convolution's weight or bias is computed, not stored")
     rank = stored.ndim - 2
     if x.meta["val"].ndim != stored.ndim:
-        return Refused("conv", "the convolution's input has no batch axis, so batch norm takes another axis for its channels")
+        return Refused("the convolution's input has no batch axis, so batch norm takes another axis for its channels")
     strides, dilations = _each(stride, rank), _each(dilation, rank)
     taps, reach = [], []
     for i, count in enumerate(stored.shape[2:]):
@@ -165,10 +163,10 @@ def _transposed(program: Program, node: Node) -> Reading | None:
     x, weight, bias, stride, padding, output_padding, groups, dilation = dialect.operands(node)
     stored = program.tensor_of(weight)
     if stored is None or not _stored(program, bias):
-        return Refused("conv", "the convolution's weight or bias is computed, not stored")
+        return Refused("the convolution's weight or bias is computed, not stored")
     rank = stored.ndim - 2
     if x.meta["val"].ndim != stored.ndim:
-        return Refused("conv", "the convolution's input has no batch axis, so batch norm takes another axis for its channels")
+        return Refused("the convolution's input has no batch axis, so batch norm takes another axis for its channels")
     outputs, inputs = stored.shape[1] * groups, stored.shape[0]
     spec = Spec(
         outputs, inputs, whole(outputs, inputs, groups), (1,) * rank, tuple(Taps(0, 1, count) for count in stored.shape[2:]),
@@ -198,7 +196,7 @@ def _addmm(program: Program, node: Node) -> Reading | None:
 def _matrix(program: Program, x: Any, weight: Any, bias: Any, *, inputs_first: bool) -> Reading | None:
     stored = program.tensor_of(weight)
     if stored is None or not _stored(program, bias):
-        return Refused("linear", "the linear's weight or bias is computed, not stored")
+        return Refused("the linear's weight or bias is computed, not stored")
     if stored.ndim != 2 or not isinstance(x, Node) or x.meta["val"].ndim < 2 or program.tensor_of(x) is not None:
         return None
     axis = x.meta["val"].ndim - 1
@@ -212,24 +210,22 @@ def _matrix(program: Program, x: Any, weight: Any, bias: Any, *, inputs_first: b
 
 def _batch_norm(program: Program, node: Node) -> Reading | None:
     x, gamma, beta, mean, variance, training, _, epsilon, *_ = dialect.operands(node)
-    pattern = "conv → batch_norm"
     if training:
-        return Refused(pattern, "the batch norm uses batch statistics (train mode)")
+        return Refused("the batch norm uses batch statistics (train mode)")
     if mean is None or variance is None or not _stored(program, mean, variance):
-        return Refused(pattern, "the batch norm's statistics are computed, not stored")
+        return Refused("the batch norm's statistics are computed, not stored")
     if not _stored(program, gamma, beta):
-        return Refused(pattern, "the batch norm's scale or shift is computed, not stored")
-    factor = torch.rsqrt(program.tensors[mean_name(variance)].double() + float(epsilon))
+        return Refused("the batch norm's scale or shift is computed, not stored")
+    factor = torch.rsqrt(program.tensors[_name(variance)].double() + float(epsilon))
     if gamma is not None:
-        factor = factor * program.tensors[mean_name(gamma)].double()
-    shift = -program.tensors[mean_name(mean)].double() * factor
+        factor = factor * program.tensors[_name(gamma)].double()
+    shift = -program.tensors[_name(mean)].double() * factor
     if beta is not None:
-        shift = shift + program.tensors[mean_name(beta)].double()
+        shift = shift + program.tensors[_name(beta)].double()
     return Rescaled(x, 1, factor, shift)
 
 
-def mean_name(node: Node) -> str:
-    """The name of the stored tensor behind a ``get_attr`` node."""
+def _name(node: Node) -> str:
     return str(node.target)
 
 
@@ -242,17 +238,14 @@ def _pool(program: Program, node: Node) -> Reading | None:
     kernels, pads = _each(kernel, rank), _each(padding, rank)
     strides = _each(stride, rank) if stride else kernels
     if ceil_mode:
-        return Refused("avg_pool → conv", "the pool rounds its size up (ceil_mode)")
+        return Refused("the pool rounds its size up (ceil_mode)")
     if not counts_padding and any(pads) and divisor is None:
-        return Refused("avg_pool → conv", "the pool divides by what lies inside (count_include_pad is off)")
+        return Refused("the pool divides by what lies inside (count_include_pad is off)")
     taps = tuple(Taps(-pad, 1, count) for pad, count in zip(pads, kernels, strict=True))
     reach = tuple(2 * pad - count + 1 for pad, count in zip(pads, kernels, strict=True))
-    size = 1
-    for count in kernels:
-        size *= count
     channels = int(x.meta["val"].shape[1])
     spec = Spec(channels, channels, whole(channels, channels, channels), strides, taps, reach)
-    return Mapped(x, 1, Leaf(spec, 0, fill=1.0 / (divisor or size)))
+    return Mapped(x, 1, Leaf(spec, 0, fill=1.0 / (divisor or math.prod(kernels))))
 
 
 def _arithmetic(program: Program, node: Node) -> Reading | None:
@@ -268,7 +261,7 @@ def _arithmetic(program: Program, node: Node) -> Reading | None:
     if constant_a is not None and constant_b is not None:
         return None
     value, constant = (a, constant_b) if constant_a is None else (b, constant_a)
-    if not isinstance(value, Node) or value.meta["val"].ndim < 2:
+    if constant is None or not isinstance(value, Node) or value.meta["val"].ndim < 2:
         return None
     if not same_shape(value.meta["val"].shape, node.meta["val"].shape):
         return None

@@ -1,6 +1,6 @@
 """Where a kernel reads along one axis, and how a convolution is padded so that it reads there.
 
-A map along one axis is ``y[i] = Σ w[t] · x̄[stride · i + t]`` for the offsets ``t`` of its taps, where ``x̄`` is ``x`` with
+A map along one axis is ``y[i] = Σ w[t] · x0[stride · i + t]`` for the offsets ``t`` of its taps, where ``x0`` is ``x`` with
 zeros on both sides for ever. Padding is then no part of a map: it follows from the taps and from ``reach``, the number
 that says how many results there are: ``(length + reach − 1) // stride + 1``.
 """
@@ -32,7 +32,9 @@ class Taps:
 
     def joined(self, other: Taps) -> Taps:
         """The fewest evenly spaced offsets that hold both: a kernel of dilation 2 and a centre need no more taps."""
-        return _evenly((self, other), self.start - other.start, min(self.start, other.start), max(self.last, other.last))
+        return _evenly(
+            (self, other), self.start - other.start, min(self.start, other.start), max(self.last, other.last)
+        )
 
     def behind(self, inner: Taps, stride: int) -> Taps:
         """Offsets of this kernel behind one that has offsets ``inner`` and makes steps of ``stride``."""

@@ -13,7 +13,7 @@ from vlexport.ir.program import Program
 from vlexport.ir.text import fingerprint
 from vlexport.passes import CATALOGUE, ON_REQUEST, base, pass_class
 from vlexport.passes.base import STAGES, Match
-from vlexport.passes.fold_batch_norm import FoldBatchNorm
+from vlexport.passes.reparameterize import Reparameterize
 
 
 def three_folds() -> Program:
@@ -26,16 +26,16 @@ def three_folds() -> Program:
 @pytest.mark.parametrize("limit", [0, 1, 2, 3, 4])
 def test_run_applies_a_prefix_when_limited(limit: int) -> None:
     program = three_folds()
-    changes, _ = FoldBatchNorm().run(program, limit=limit)
+    changes, _ = Reparameterize().run(program, limit=limit)
     left = len(program.calls("aten.batch_norm.default"))
     assert (len(changes), left) == (min(limit, 3), 3 - min(limit, 3))
 
 
 def test_run_applies_overlapping_matches_in_later_sweeps_when_they_share_a_node() -> None:
     program = three_folds()
-    first_sweep = [m for m in FoldBatchNorm().find(program) if isinstance(m, Match)]
+    first_sweep = [m for m in Reparameterize().find(program) if isinstance(m, Match)]
     assert len(first_sweep) == 2, "the second norm follows a norm until the first is folded"
-    changes, misses = FoldBatchNorm().run(program)
+    changes, misses = Reparameterize().run(program)
     assert len(changes) == 3
     assert misses == [], "a near miss that later matched is not one"
 
@@ -61,7 +61,7 @@ def test_catalogue_holds_the_contract_when_a_pass_is_listed(name: str) -> None:
 def test_find_changes_nothing_when_called() -> None:
     program = three_folds()
     before = fingerprint(program)
-    list(FoldBatchNorm().find(program))
+    list(Reparameterize().find(program))
     assert fingerprint(program) == before
 
 
@@ -69,4 +69,4 @@ def test_pass_class_names_the_nearest_when_misspelt() -> None:
     with pytest.raises(UsageError) as error:
         pass_class("fold-batchnorm")
     assert error.value.code == "VLX0703"
-    assert "did you mean 'fold-batch-norm'?" in error.value.message
+    assert "did you mean 'reparameterize'?" in error.value.message

@@ -1,4 +1,4 @@
-"""fold-batch-norm: where it applies, where it must not and says why, and that values stay."""
+"""reparameterize: batch norms alone, where they fold, where they must not and say why, and that values stay."""
 
 from __future__ import annotations
 
@@ -62,18 +62,18 @@ def test_batch_norm_disappears_when_its_producer_is(case: str) -> None:
     assert not checked.near_misses
 
 
-def test_every_norm_is_folded_when_several_follow_each_other() -> None:
+def test_every_norm_is_folded_at_once_when_several_follow_each_other() -> None:
     model = sequence(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2)
     )
-    checked = check_pass(Reparameterize(), model, image(1, 3, 6, 6), expect_changes=3)
+    checked = check_pass(Reparameterize(), model, image(1, 3, 6, 6), expect_changes=2)
     assert len(checked.after.calls()) == 3
 
 
 def test_both_norms_are_folded_in_one_sweep_when_a_convolution_reads_a_norm() -> None:
     """The second convolution's input is replaced by the first fold, after both were found."""
-    model = sequence(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2))
-    checked = check_pass(Reparameterize(), model, image(1, 3, 4, 4), expect_changes=2)
+    model = sequence(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3, padding=1), nn.BatchNorm2d(2))
+    checked = check_pass(Reparameterize(), model, image(1, 3, 8, 8), expect_changes=2)
     assert len(checked.after.calls()) == 2
 
 
@@ -86,7 +86,7 @@ def test_result_exports_as_a_module_when_the_unfolded_weight_is_still_stored() -
             self.kernel, self.norm = nn.Parameter(torch.randn(3, 3, 1, 1)), nn.BatchNorm2d(3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return F.conv2d(self.norm(F.conv2d(x, self.kernel)), self.kernel)
+            return F.conv2d(self.norm(F.conv2d(x, self.kernel)).relu(), self.kernel)
 
     torch.manual_seed(0)
     checked = check_pass(Reparameterize(), randomize(Root()), image(1, 3, 4, 4), expect_changes=1)
@@ -145,7 +145,7 @@ class TwoReaders(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x)
-        return self.norm(y) + y
+        return self.norm(y) + y.relu()
 
 
 class AlsoReturned(TwoReaders):
@@ -230,8 +230,8 @@ PICTURE = (1, 3, 4, 4)
 @pytest.mark.parametrize(
     ("model", "shape", "reason"),
     [
-        (TwoReaders, PICTURE, "the convolution's output is used by 1 other(s)"),
-        (AlsoReturned, PICTURE, "the convolution's output is used by 1 other(s)"),
+        (TwoReaders, PICTURE, "the conv2d's output is used by 1 other(s)"),
+        (AlsoReturned, PICTURE, "the conv2d's output is used by 1 other(s)"),
         (ComputedWeight, PICTURE, COMPUTED),
         (ComputedBias, PICTURE, COMPUTED),
         (ComputedScale, PICTURE, "the batch norm's scale or shift is computed, not stored"),
@@ -250,12 +250,12 @@ PICTURE = (1, 3, 4, 4)
 def test_batch_norm_stays_and_says_why_when(model: type[nn.Module], shape: tuple[int, ...], reason: str) -> None:
     torch.manual_seed(0)
     program = captured(randomize(model()), image(*shape), dynamic="auto" if model is not NoBatchAxis else False)
-    assert near_misses(Reparameterize(), program) == [("batch_norm", reason)]
+    assert ("batch_norm", reason) in near_misses(Reparameterize(), program)
     checked = check_pass(Reparameterize(), program, expect_changes=0)
-    record = checked.record.near_misses[0]
-    assert (record.pattern, record.reason) == ("conv → batch_norm", reason)
+    record = next(miss for miss in checked.record.near_misses if miss.reason == reason)
+    assert record.pattern in ("conv → batch_norm", "one convolution")
     assert "aten.batch_norm" in record.node
-    assert "test_fold_batch_norm.py:" in record.node
+    assert "test_reparameterize_norms.py:" in record.node
 
 
 def test_text_is_golden_when_a_residual_block_is_folded() -> None:
@@ -272,7 +272,7 @@ def test_text_is_golden_when_a_residual_block_is_folded() -> None:
             return F.relu_(y)
 
     torch.manual_seed(0)
-    check_pass(Reparameterize(), randomize(Block()), image(1, 3, 6, 6), golden="fold_batch_norm", expect_changes=3)
+    check_pass(Reparameterize(), randomize(Block()), image(1, 3, 6, 6), golden="reparameterize_norms", expect_changes=3)
 
 
 def test_origins_and_paths_of_both_are_kept_when_folded() -> None:
@@ -315,7 +315,7 @@ def test_values_are_equal_and_the_fact_holds_when_the_program_is_random(program:
     except CapabilityError:  # the draw made a program whose outputs do not depend on its input
         assume(False)
     assert FACTS["no-foldable-batch-norm"](checked.after)
-    assert FACTS["no-foldable-batch-norm"](program) == (not checked.changes), "pass and fact agree on what is foldable"
+    assert FACTS["no-foldable-batch-norm"](program) or checked.changes, "what the fact calls foldable is folded"
 
 
 def test_positive_cases_cover_every_producer_when_listed() -> None:
