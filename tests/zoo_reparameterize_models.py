@@ -1,9 +1,9 @@
 """Models of the reparameterization zoo: each in the form in which it is trained, and as its authors merge it by hand.
 
 Weights are random. Batch-norm statistics are randomised, biases are not zero, and whatever a constructor leaves
-constant (scales of norms and layers) is drawn. Then each layer's weight is scaled so that what it makes of some pictures
-has the spread that batch norms expect: without that, signals die or explode in depth, and an output that hardly depends
-on the picture hides mistakes.
+constant (scales of norms and layers) is drawn. Then each layer's weight is scaled so that what it makes of some
+pictures has the spread that batch norms expect: without that, signals die or explode in depth, and an output that
+hardly depends on the picture hides mistakes.
 """
 
 from __future__ import annotations
