@@ -171,7 +171,7 @@ def test_passes_are_explained_with_places_when_a_bundle_is_named(bundle: Path, c
     ]
     every = json.loads(cli("explain", "bundle", "--json")[1])["components"]["main"]
     assert [each["name"] for each in every] == [each.name for each in read_bundle(bundle).main.passes]
-    cli.refused(2, "VLX0703", "explain", "bundle", "--pass", "fold-batch", said="did you mean 'reparameterize'")
+    cli.refused(2, "VLX0703", "explain", "bundle", "--pass", "reparametrize", said="did you mean 'reparameterize'")
 
 
 def test_near_miss_is_explained_with_node_and_reason_when_there_is_one(bundle: Path, cli: Any) -> None:

@@ -40,7 +40,7 @@ def broken_code(work: Callable[[], object], code: str) -> InternalError:
 
 
 def test_order_is_accepted_when_facts_are_established_before() -> None:
-    check_order([Canonicalize(), Reparameterize(), nothing(requires={"canonical"}, stage="raise")])
+    check_order([Canonicalize(), Reparameterize(), nothing(requires={"canonical"}, stage="narrow")])
 
 
 @pytest.mark.parametrize(
