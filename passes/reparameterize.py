@@ -62,7 +62,7 @@ class Reparameterize(Pass[Program]):
         where = tuple(dict.fromkeys(provenance.module_path(node) for node in merge.consumed))
         new = write(ir, merge)
         what = _what(merge, new)
-        saved_nodes = ir.replace(merge.value, new) - 1
+        saved_nodes = ir.replace(merge.value, new) - 1 - len(merge.views)
         return Change(
             what=what, where=where, saved_nodes=saved_nodes, saved_parameters=had - parameters_stored(ir),
             saved_macs=merge.macs[0] - merge.macs[1],

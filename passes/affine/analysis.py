@@ -13,17 +13,21 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import sympy
 from torch.fx import Node
 
 from vlexport.ir.cost import node_macs
 from vlexport.ir.program import Program
 from vlexport.passes.affine import expression as ex
 from vlexport.passes.affine.expression import Expression, Lengths
-from vlexport.passes.affine.reading import Added, Joined, Mapped, Picked, Reading, Refused, Rescaled, read
+from vlexport.passes.affine.reading import Added, Joined, Mapped, Picked, Reading, Refused, Rescaled, Viewed, read
 from vlexport.passes.affine.taps import Taps, padded, reaches
+from vlexport.passes.layout.axis_maps import AxisMap
 
 MOST = 4
 """Forms of one value that are kept."""
+MOST_AXES = 3
+"""Axes of the largest convolution."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Form:
         expression: The expression.
         macs: What it costs as one operator.
         least: The least that it is known to cost, as one operator or as several.
+        view: The expression is one of the root in this arrangement of its axes.
     """
 
     root: Node
@@ -43,6 +48,12 @@ class Form:
     expression: Expression
     macs: int
     least: int
+    view: AxisMap | None = None
+
+    @property
+    def start(self) -> tuple[Node, AxisMap | None]:
+        """What the expression is one of."""
+        return self.root, self.view
 
     @property
     def pays(self) -> bool:
@@ -81,10 +92,11 @@ class Analysis:
             if node.op == "call_function":
                 self._look(node)
 
-    def lengths(self, root: Node, axis: int) -> Lengths:
-        """Sizes of the root's axes but the first and the channels."""
-        shape = root.meta["val"].shape
-        return tuple(int(s) if isinstance(s, int) else None for i, s in enumerate(shape) if i not in (0, axis))
+    def lengths(self, form: Form) -> Lengths:
+        """Sizes of what the expression is one of, but of the first axis and the channels."""
+        shape = form.view.after if form.view is not None else form.root.meta["val"].shape
+        known = (int, sympy.Integer)
+        return tuple(int(s) if isinstance(s, known) else None for i, s in enumerate(shape) if i not in (0, form.axis))
 
     def sizes(self, node: Node) -> tuple[int, ...]:
         """Sizes of a value with every dim at its ``opt``."""
@@ -103,7 +115,7 @@ class Analysis:
         if is_same(spec):
             return spec.taps, tuple(-taps.start for taps in spec.taps)
         found = []
-        lengths = self.lengths(form.root, form.axis)
+        lengths = self.lengths(form)
         for taps, length, reach, stride in zip(spec.taps, lengths, spec.reach, spec.stride, strict=True):
             fit = padded(taps, reaches(length, reach, stride))
             if fit is None:
@@ -137,9 +149,9 @@ class Analysis:
         ways = [
             other.least + inner.least
             for other in others
-            if other.root is not form.root
+            if other.root is not form.root and other.view is None
             for inner in self.forms.get(other.root, ())
-            if inner.root is form.root and inner.axis == form.axis
+            if inner.start == form.start and inner.axis == form.axis
         ]
         return replace(form, least=min([form.least, *ways]))
 
@@ -167,6 +179,8 @@ class Analysis:
             yield from self._added(node, reading)
         elif isinstance(reading, Joined):
             yield from self._joined(node, reading)
+        elif isinstance(reading, Viewed):
+            yield from self._viewed(node, reading)
         elif isinstance(reading, Picked):
             for form in self.of(reading.operand, reading.axis):
                 yield self._form(node, form, ex.pick(form.expression, reading.first, reading.count), form.least)
@@ -174,7 +188,7 @@ class Analysis:
     def _mapped(self, node: Node, reading: Mapped) -> Iterator[Form]:
         own = node_macs(self.program, node, {})
         for form in self.of(reading.operand, reading.axis):
-            lengths = self.lengths(form.root, form.axis)
+            lengths = self.lengths(form)
             made = ex.composed(reading.leaf, form.expression, lengths)
             if isinstance(made, str):
                 self.misses[node] = Miss("conv → conv", made)
@@ -185,12 +199,12 @@ class Analysis:
 
     def _added(self, node: Node, reading: Added) -> Iterator[Form]:
         for axis in self._axes(reading.first, reading.second):
-            seconds = {form.root: form for form in self.of(reading.second, axis)}
+            seconds = {form.start: form for form in self.of(reading.second, axis)}
             for one in self.of(reading.first, axis):
-                two = seconds.get(one.root)
+                two = seconds.get(one.start)
                 if two is None:
                     continue
-                lengths = self.lengths(one.root, axis)
+                lengths = self.lengths(one)
                 made = ex.summed(one.expression, two.expression, reading.factor, lengths)
                 if isinstance(made, str):
                     self.misses[node] = Miss("sum of branches", made)
@@ -198,19 +212,34 @@ class Analysis:
                     yield self._form(node, one, made, one.least + two.least)
 
     def _joined(self, node: Node, reading: Joined) -> Iterator[Form]:
-        first, *rest = ({form.root: form for form in self.of(each, reading.axis)} for each in reading.operands)
-        for root, form in first.items():
-            if not all(root in other for other in rest):
+        first, *rest = ({form.start: form for form in self.of(each, reading.axis)} for each in reading.operands)
+        for start, form in first.items():
+            if not all(start in other for other in rest):
                 continue
-            parts = [form, *(other[root] for other in rest)]
-            made = ex.joined([part.expression for part in parts], self.lengths(root, reading.axis))
+            parts = [form, *(other[start] for other in rest)]
+            made = ex.joined([part.expression for part in parts], self.lengths(form))
             if isinstance(made, str):
                 self.misses[node] = Miss("join of branches", made)
             else:
                 yield self._form(node, form, made, sum(part.least for part in parts))
 
+    def _viewed(self, node: Node, reading: Viewed) -> Iterator[Form]:
+        """A pointwise map behind which the axes are arranged anew is that map behind the same arrangement."""
+        rank = node.meta["val"].ndim - 2
+        for form in self.forms.get(reading.operand, ()):
+            moved = _with_channels(reading.axes, form.axis, form.expression.spec)
+            if moved is None or not form.expression.spec.is_pointwise:
+                continue
+            axes, axis = moved
+            view = axes if form.view is None else form.view.then(axes)
+            writable = axis == rank + 1 or (axis == 1 and rank <= MOST_AXES)
+            if view is None or not writable:
+                continue
+            at = replace(form, axis=axis, view=None if view.is_identity else view)
+            yield self._form(node, at, ex.reranked(form.expression, rank), form.least)
+
     def _form(self, node: Node, at: Form, made: Expression, least: int) -> Form:
-        form = Form(at.root, at.axis, made, 0, least)
+        form = Form(at.root, at.axis, made, 0, least, at.view)
         fit = self.fitted(form)
         if fit is None:
             return replace(form, macs=least + 1)
@@ -221,6 +250,18 @@ class Analysis:
             positions = math.prod(self.sizes(at.root)) // spec.inputs
         macs = kernel * positions
         return replace(form, macs=macs, least=min(least, macs))
+
+
+def _with_channels(axes: AxisMap, axis: int, spec: ex.Spec) -> tuple[AxisMap, int] | None:
+    """The arrangement for as many channels as the root has, and where it puts them; None where it tears them."""
+    if len(axes.source[axis]) != 1 or spec.inputs == 1:
+        return None
+    atom = sum(len(group) for group in axes.source[:axis])
+    places = [i for i, group in enumerate(axes.target) if group == (atom,)]
+    if not places or places[0] == 0:
+        return None
+    source = (*axes.source[:axis], (sympy.Integer(spec.inputs),), *axes.source[axis + 1 :])
+    return AxisMap(source, axes.target), places[0]
 
 
 def is_same(spec: ex.Spec) -> bool:

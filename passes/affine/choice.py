@@ -21,6 +21,8 @@ from vlexport.passes.affine.analysis import Analysis, Form, Miss
 from vlexport.passes.affine.expression import elements, is_identity
 from vlexport.passes.affine.reasons import reason_for
 from vlexport.passes.affine.taps import Taps
+from vlexport.passes.layout.axis_maps import sizes_of, steps
+from vlexport.passes.layout.views import Call, calls_of
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Merge:
         form: What it computes.
         taps: Of its kernel.
         padding: Of every axis.
+        views: Calls that arrange the root's axes before.
         consumed: Calls that nobody reads afterwards, ``value`` among them, operands before readers.
         macs: MACs of those calls, and of the one operator.
         weights: Weights that those calls read, and those of the one operator.
@@ -41,6 +44,7 @@ class Merge:
     form: Form
     taps: tuple[Taps, ...]
     padding: tuple[int, ...]
+    views: tuple[Call, ...]
     consumed: tuple[Node, ...]
     macs: tuple[int, int]
     weights: tuple[int, int]
@@ -95,9 +99,20 @@ def _worth(analysis: Analysis, node: Node, form: Form) -> Merge | Miss | None:
         return Miss("one convolution", _dearer(consumed, node, form, macs))
     if form.macs == macs and own > weights:
         return Miss("one convolution", f"it would need {own:,} weights for {weights:,}, and no fewer MACs")
-    if not any(form.root in each.all_input_nodes for each in consumed):
+    views = _views(form)
+    if views is None or not any(form.root in each.all_input_nodes for each in consumed):
         return None
-    return Merge(node, form, *fit, consumed, (macs, form.macs), (weights, own))
+    if len(views) + 1 > len(consumed) or (len(views) + 1 == len(consumed) and form.macs == macs):
+        return Miss("one convolution", "more reshapes and permutes would be left than operators saved")
+    return Merge(node, form, *fit, views, consumed, (macs, form.macs), (weights, own))
+
+
+def _views(form: Form) -> tuple[Call, ...] | None:
+    if form.view is None:
+        return ()
+    before = sizes_of(form.root.meta["val"])
+    found = (calls_of(spelling, before) for spelling in steps(form.view))
+    return next((tuple(calls) for calls in found if calls is not None), None)
 
 
 def _dearer(consumed: tuple[Node, ...], node: Node, form: Form, macs: int) -> str:

@@ -12,6 +12,7 @@ from vlexport.ir.program import Program
 from vlexport.passes.affine.analysis import is_same
 from vlexport.passes.affine.choice import Merge
 from vlexport.passes.affine.kernel import in_groups, in_taps, kernel_of
+from vlexport.passes.layout.views import emit
 from vlexport.passes.match import place_of
 
 aten = torch.ops.aten
@@ -43,6 +44,7 @@ def write(program: Program, merge: Merge) -> Node:
     others = [each for each in merge.consumed if each is not value]
     first = next((each for each in others if program.tensor_of(each.all_input_nodes[-1]) is not None), None)
     order = [first, *(each for each in others if each is not first)] if first is not None else others
+    root = emit(program, merge.views, root, before=value, value_of=value, merges=order)
     return program.add_call(target, (root, stored, bias, *rest), before=value, value_of=value, merges=order)
 
 

@@ -134,6 +134,13 @@ class Pick(Expression):
     first: int
 
 
+@dataclass(frozen=True)
+class Reranked(Expression):
+    """A pointwise expression of a value that has more or fewer axes, its channels among them."""
+
+    of: Expression
+
+
 def identity(channels: int, rank: int) -> Leaf:
     """The root itself."""
     spec = Spec(channels, channels, whole(channels, channels, channels), (1,) * rank, (Taps(),) * rank, (0,) * rank)
@@ -142,9 +149,15 @@ def identity(channels: int, rank: int) -> Leaf:
 
 def is_identity(expression: Expression) -> bool:
     """Whether an expression is the root itself, or its channels times something."""
-    while isinstance(expression, Scaled):
+    while isinstance(expression, (Scaled, Reranked)):
         expression = expression.of
     return isinstance(expression, Leaf) and expression.weight is None and expression.spec.is_pointwise
+
+
+def reranked(of: Expression, rank: int) -> Expression:
+    """A pointwise expression for values of ``rank`` axes beside the first and the channels."""
+    spec = replace(of.spec, stride=(1,) * rank, taps=(Taps(),) * rank, reach=(0,) * rank)
+    return Reranked(spec, of.depth + 1, of)
 
 
 def composed(outer: Leaf, inner: Expression, lengths: Lengths) -> Expression | str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlexport.passes.affine.expression import Composed, Expression, Join, Leaf, Pick, Scaled, Spec, Sum
+from vlexport.passes.affine.expression import Composed, Expression, Join, Leaf, Pick, Reranked, Scaled, Spec, Sum
 from vlexport.passes.affine.taps import Taps
 
 
@@ -83,6 +83,10 @@ class _Evaluation:
             return self._composed(expression)
         if isinstance(expression, Scaled):
             return self._scaled(expression)
+        if isinstance(expression, Reranked):
+            inner = self.of(expression.of)
+            ones = [1] * len(expression.spec.taps)
+            return Kernel(inner.weight.reshape(*inner.weight.shape[:2], *ones), inner.first, inner.bias)
         if isinstance(expression, Pick):
             inner = self.of(expression.of)
             rows = slice(expression.first, expression.first + expression.spec.outputs)

@@ -19,6 +19,8 @@ from vlexport.ir.program import Program
 from vlexport.passes.affine.bands import whole
 from vlexport.passes.affine.expression import Leaf, Spec
 from vlexport.passes.affine.taps import Taps
+from vlexport.passes.layout.axis_maps import AxisMap
+from vlexport.passes.layout.views import LAYOUT, map_of, operand_of
 from vlexport.passes.match import same_shape
 
 BATCH_NORM = "aten.batch_norm.default"
@@ -89,6 +91,14 @@ class Picked:
 
 
 @dataclass(frozen=True)
+class Viewed:
+    """A value with its axes cut, joined or in another order."""
+
+    operand: Node
+    axes: AxisMap
+
+
+@dataclass(frozen=True)
 class Refused:
     """A call that is affine in general but not here.
 
@@ -99,7 +109,7 @@ class Refused:
     reason: str
 
 
-Reading = Mapped | Rescaled | Added | Joined | Picked | Refused
+Reading = Mapped | Rescaled | Added | Joined | Picked | Viewed | Refused
 
 
 def read(program: Program, node: Node) -> Reading | None:
@@ -111,14 +121,14 @@ def read(program: Program, node: Node) -> Reading | None:
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim < 2:
         return None
     found = rule(program, node)
-    if isinstance(found, (Mapped, Rescaled, Added, Joined, Picked)):
+    if found is not None and not isinstance(found, Refused):
         operands = found.operands if isinstance(found, Joined) else _operands(found)
         if any(operand.meta["val"].dtype != value.dtype for operand in operands):
             return None
     return found
 
 
-def _operands(found: Mapped | Rescaled | Added | Picked) -> tuple[Node, ...]:
+def _operands(found: Mapped | Rescaled | Added | Picked | Viewed) -> tuple[Node, ...]:
     return (found.first, found.second) if isinstance(found, Added) else (found.operand,)
 
 
@@ -351,12 +361,18 @@ def _piece(program: Program, node: Node) -> Reading | None:
     return Picked(x, axis, sum(sizes[:index]), sizes[index])
 
 
+def _view(program: Program, node: Node) -> Reading | None:
+    axes = map_of(node)
+    return Viewed(operand_of(node), axes) if axes is not None else None
+
+
 _Rule = Callable[[Program, Node], "Reading | None"]
 _RULES: dict[str, _Rule] = {
     **dict.fromkeys(dialect.CONVOLUTIONS, _convolution),
     **dict.fromkeys(dialect.TRANSPOSED_CONVOLUTIONS, _transposed),
     **dict.fromkeys(_PRODUCTS, _product),
     **dict.fromkeys(_POOLS, _pool),
+    **dict.fromkeys(LAYOUT, _view),
     **dict.fromkeys(
         (
             "aten.add.Tensor", "aten.sub.Tensor", "aten.rsub.Tensor", "aten.mul.Tensor", "aten.div.Tensor",
