@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from tests import zoo_reparameterize
+from tests.benchmarks import reparameterize
 from tests.harness import captured, randomize, worst_error
 from tests.zoo_child import ROOT
 from tests.zoo_reparameterize import Row, failures, rendered, rows_of, run_child, table
@@ -72,6 +74,22 @@ def test_failure_is_named_when_a_row_breaks_the_promise(row: Row, said: str) -> 
     (found,) = failures([GOOD, row])
     assert said in found
     assert found.startswith("m: ")
+
+
+@pytest.mark.parametrize(
+    ("ours", "by_hand", "said"),
+    [
+        (1.94, 2.0, []),
+        (1.93, 2.0, ["m: 1.930 is 0.965 of 2.000 by hand"]),
+        (math.nan, 2.0, ["m: nan is nan of 2.000 by hand", "m: not faster than the plain export (nan at least)"]),
+        (0.95, 0.95, ["m: not faster than the plain export (0.950 at least)"]),
+    ],
+)
+def test_latency_is_judged_by_the_ratio_by_hand_when_both_are_measured(
+    ours: float, by_hand: float, said: list[str]
+) -> None:
+    gains = [reparameterize.Gain(10.0, 10.0 / each, each, each, each, 7, 0) for each in (ours, by_hand)]
+    assert reparameterize.failures([reparameterize.Row("m", *gains)]) == said
 
 
 def test_row_says_why_when_its_process_takes_too_long() -> None:
