@@ -31,12 +31,14 @@ from typing import ClassVar
 from torch.fx import Node
 
 from vlexport.ir import dialect, provenance
-from vlexport.ir.cost import parameters_stored
+from vlexport.ir.cost import node_macs, parameters_stored
 from vlexport.ir.program import Program
 from vlexport.passes.affine.analysis import Analysis
-from vlexport.passes.affine.choice import Merge, merges
-from vlexport.passes.affine.emit import write
+from vlexport.passes.affine.choice import Merge
+from vlexport.passes.affine.emit import Arranged, write
 from vlexport.passes.affine.reading import BATCH_NORM
+from vlexport.passes.affine.search import merges
+from vlexport.passes.affine.sharing import Shared
 from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
 
 
@@ -50,22 +52,28 @@ class Reparameterize(Pass[Program]):
 
     def find(self, ir: Program) -> Iterator[Match | NearMiss]:
         for found in merges(Analysis(ir)):
-            if isinstance(found, Merge):
+            if isinstance(found, (Merge, Shared)):
                 yield Match(found.value, found.consumed, found)
             else:
                 node, miss = found
                 yield NearMiss(miss.pattern, node, miss.reason)
 
     def apply(self, ir: Program, match: Match) -> Change:
-        merge: Merge = match.data
+        found: Merge | Shared = match.data
         had = parameters_stored(ir)
-        where = tuple(dict.fromkeys(provenance.module_path(node) for node in merge.consumed))
-        new = write(ir, merge)
-        what = _what(merge, new)
-        saved_nodes = ir.replace(merge.value, new) - 1 - len(merge.views)
+        where = tuple(dict.fromkeys(provenance.module_path(node) for node in found.consumed))
+        parts = found.merges if isinstance(found, Shared) else (found,)
+        macs = sum(node_macs(ir, node, {}) for node in found.consumed) - sum(merge.macs[1] for merge in parts)
+        saved_nodes, arranged = 0, Arranged()
+        for merge in parts:
+            new, added = write(ir, merge, arranged)
+            what = _what(merge, new)
+            saved_nodes += ir.replace(merge.value, new) - added
+        if isinstance(found, Shared):
+            what = f"{dialect.plain_name(found.value)} folded into the {len(parts)} operators that read it"
         return Change(
             what=what, where=where, saved_nodes=saved_nodes, saved_parameters=had - parameters_stored(ir),
-            saved_macs=merge.macs[0] - merge.macs[1],
+            saved_macs=macs,
         )  # fmt: skip
 
 

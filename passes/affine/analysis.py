@@ -76,6 +76,7 @@ class Analysis:
         forms: Value → forms, that of the farthest root first.
         readings: Call → what it does.
         misses: Call → why it could not be merged with what it reads.
+        place: Node → its number in the order of the graph.
         refused: Call that is affine in general → why it is not here.
     """
 
@@ -85,10 +86,10 @@ class Analysis:
         self.readings: dict[Node, Reading] = {}
         self.misses: dict[Node, Miss] = {}
         self.refused: dict[Node, str] = {}
-        self._place: dict[Node, int] = {}
+        self.place: dict[Node, int] = {}
         self._sizes: dict[Node, tuple[int, ...]] = {}
         for place, node in enumerate(program.graph.nodes):
-            self._place[node] = place
+            self.place[node] = place
             if node.op == "call_function":
                 self._look(node)
 
@@ -137,11 +138,11 @@ class Analysis:
 
     def _kept(self, found: list[Form]) -> list[Form]:
         """The farthest roots, up to the first that pays; behind it only those that others read too."""
-        forms = sorted(found, key=lambda form: self._place[form.root])
+        forms = sorted(found, key=lambda form: self.place[form.root])
         forms = [self._relaxed(form, forms) for form in forms]
-        paid = next((self._place[form.root] for form in forms if form.pays), None)
+        paid = next((self.place[form.root] for form in forms if form.pays), None)
         if paid is not None:
-            forms = [f for f in forms if self._place[f.root] <= paid or len(f.root.users) > 1]
+            forms = [f for f in forms if self.place[f.root] <= paid or len(f.root.users) > 1]
         return forms[:MOST]
 
     def _relaxed(self, form: Form, others: list[Form]) -> Form:

@@ -1,7 +1,6 @@
 """Which forms are written: the farthest root of which one operator costs no more than what it replaces.
 
-Readers are asked before operands, so that what a merge no longer reads is not written either. What a merge replaces is
-counted on the graph as it stands: a value that something else reads stays, and is no saving.
+What a merge replaces is counted on the graph as it stands: a value that something else reads stays, and is no saving.
 
 The rule: fewer calls or fewer MACs, never more MACs, and no more weights read unless MACs fall. Weights are counted
 where they are read; one that another operator shares stays stored for it.
@@ -9,7 +8,6 @@ where they are read; one that another operator shares stays stored for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch.fx import Node
@@ -19,10 +17,11 @@ from vlexport.ir.cost import node_macs
 from vlexport.ir.program import Program
 from vlexport.passes.affine.analysis import Analysis, Form, Miss
 from vlexport.passes.affine.expression import elements, is_identity
-from vlexport.passes.affine.reasons import reason_for
 from vlexport.passes.affine.taps import Taps
 from vlexport.passes.layout.axis_maps import sizes_of, steps
 from vlexport.passes.layout.views import Call, calls_of
+
+PATTERN = "one convolution"
 
 
 @dataclass(frozen=True)
@@ -50,27 +49,8 @@ class Merge:
     weights: tuple[int, int]
 
 
-def merges(analysis: Analysis) -> Iterator[Merge | tuple[Node, Miss]]:
-    """Every merge, readers before operands, and every call that stays as it is though it is part of a map."""
-    asked: set[Node] = set()
-    for node in reversed(analysis.program.graph.nodes):
-        if node.op in ("placeholder", "get_attr"):
-            continue
-        if node in analysis.readings and node not in asked:
-            continue
-        found = _merge(analysis, node) if node in analysis.readings else None
-        if isinstance(found, Merge):
-            asked.add(found.form.root)
-            yield found
-            continue
-        asked.update(node.all_input_nodes)
-        miss = found or analysis.misses.get(node) or reason_for(analysis, node)
-        if miss is not None:
-            yield node, miss
-
-
-def _merge(analysis: Analysis, node: Node) -> Merge | Miss | None:
-    """The first of the node's forms that is worth it."""
+def best(analysis: Analysis, node: Node) -> Merge | Miss | None:
+    """The first of a value's forms that is worth it, that of the farthest root first; or why none is."""
     why: Miss | None = None
     for form in analysis.forms[node]:
         found = _worth(analysis, node, form)
@@ -83,27 +63,36 @@ def _merge(analysis: Analysis, node: Node) -> Merge | Miss | None:
 def _worth(analysis: Analysis, node: Node, form: Form) -> Merge | Miss | None:
     if is_identity(form.expression):
         return None
-    fit = analysis.fitted(form)
-    if fit is None:
-        return Miss("sum of branches", "one convolution would need unequal padding on both sides")
     consumed = _consumed(node, form.root)
     if len(consumed) < 2:
         shared = _shared(consumed, node, form)
-        return Miss("one convolution", shared) if shared and form.pays else None
-    program = analysis.program
-    spec = form.expression.spec
-    macs = sum(node_macs(program, each, {}) for each in consumed)
-    weights = sum(_weights(program, each) for each in consumed)
-    own = elements(spec, fit[0]) + (spec.outputs if spec.biased else 0)
-    if form.macs > macs:
-        return Miss("one convolution", _dearer(consumed, node, form, macs))
-    if form.macs == macs and own > weights:
-        return Miss("one convolution", f"it would need {own:,} weights for {weights:,}, and no fewer MACs")
+        return Miss(PATTERN, shared) if shared and form.pays else None
+    merge = written(analysis, node, form, consumed)
+    if not isinstance(merge, Merge):
+        return merge
+    (macs, own_macs), (weights, own) = merge.macs, merge.weights
+    calls = len(merge.views) + 1
+    if own_macs > macs:
+        return Miss(PATTERN, _dearer(consumed, node, form, macs))
+    if own_macs == macs and own > weights:
+        return Miss(PATTERN, f"it would need {own:,} weights for {weights:,}, and no fewer MACs")
+    if calls > len(consumed) or (calls == len(consumed) and own_macs == macs):
+        return Miss(PATTERN, "more reshapes and permutes would be left than operators saved")
+    return merge
+
+
+def written(analysis: Analysis, node: Node, form: Form, consumed: tuple[Node, ...]) -> Merge | Miss | None:
+    """A form as one operator in place of ``consumed``, whether worth it or not; why or nothing where there is none."""
+    fit = analysis.fitted(form)
+    if fit is None:
+        return Miss(PATTERN, "one convolution would need unequal padding on both sides")
     views = _views(form)
     if views is None or not any(form.root in each.all_input_nodes for each in consumed):
         return None
-    if len(views) + 1 > len(consumed) or (len(views) + 1 == len(consumed) and form.macs == macs):
-        return Miss("one convolution", "more reshapes and permutes would be left than operators saved")
+    program, spec = analysis.program, form.expression.spec
+    macs = sum(node_macs(program, each, {}) for each in consumed)
+    weights = sum(weights_read(program, each) for each in consumed)
+    own = elements(spec, fit[0]) + (spec.outputs if spec.biased else 0)
     return Merge(node, form, *fit, views, consumed, (macs, form.macs), (weights, own))
 
 
@@ -154,6 +143,7 @@ def _consumed(node: Node, root: Node) -> tuple[Node, ...]:
     return tuple(reversed(gone))
 
 
-def _weights(program: Program, node: Node) -> int:
+def weights_read(program: Program, node: Node) -> int:
+    """Elements of the stored floating tensors that a call reads."""
     stored = (program.tensor_of(each) for each in node.all_input_nodes)
     return sum(tensor.numel() for tensor in stored if tensor is not None and tensor.is_floating_point())

@@ -23,8 +23,16 @@ _TRANSPOSED = {
 }  # fmt: skip
 
 
-def write(program: Program, merge: Merge) -> Node:
-    """Store the weights of a merge and add its call before the value that it computes."""
+Arranged = dict[tuple[Node, Any], Node]
+"""Root and view → the node that holds it, of merges that are written together."""
+
+
+def write(program: Program, merge: Merge, arranged: Arranged) -> tuple[Node, int]:
+    """Store the weights of a merge and add its call before the value that it computes.
+
+    Returns:
+        The call, and how many calls were added in all.
+    """
     spec, value = merge.form.expression.spec, merge.value
     groups, rank = spec.groups, len(spec.taps)
     kernel = in_groups(in_taps(kernel_of(merge.form.expression), spec.taps, merge.taps), spec.inputs, groups)
@@ -40,12 +48,16 @@ def write(program: Program, merge: Merge) -> Node:
     stored = program.add_tensor(f"{stem}_folded.weight", weight.to(dtype).contiguous(), before=value)
     bias = program.add_tensor(f"{stem}_folded.bias", kernel.bias.to(dtype), before=value) if spec.biased else None
     target, rest = _call(merge, is_linear)
-    root = place_of(merge.form.root, merge.consumed).value
+    root: Node = place_of(merge.form.root, merge.consumed).value
     others = [each for each in merge.consumed if each is not value]
     first = next((each for each in others if program.tensor_of(each.all_input_nodes[-1]) is not None), None)
     order = [first, *(each for each in others if each is not first)] if first is not None else others
-    root = emit(program, merge.views, root, before=value, value_of=value, merges=order)
-    return program.add_call(target, (root, stored, bias, *rest), before=value, value_of=value, merges=order)
+    start, added = (root, merge.form.view), 1
+    if start not in arranged:
+        arranged[start] = emit(program, merge.views, root, before=value, value_of=value, merges=order)
+        added += len(merge.views)
+    operands = (arranged[start], stored, bias, *rest)
+    return program.add_call(target, operands, before=value, value_of=value, merges=order), added
 
 
 def _stem(program: Program, merge: Merge) -> str:

@@ -16,6 +16,7 @@ from vlexport.core.errors import CapabilityError
 from vlexport.ir.exported import exported_from_program
 from vlexport.ir.facts import FACTS
 from vlexport.ir.program import Program
+from vlexport.passes.canonicalize import Canonicalize
 from vlexport.passes.reparameterize import Reparameterize
 
 
@@ -326,3 +327,63 @@ def test_positive_cases_cover_every_producer_when_listed() -> None:
         program = captured(nn.Sequential(producer, norm), image(*shape), dynamic=False)
         seen |= set(itertools.chain(str(n.target) for n in program.calls()))
     assert set(_BEFORE_BATCH_NORM) <= {s if s.count(".") > 1 else f"{s}.default" for s in seen}
+
+
+class Tokens(nn.Module):
+    """A linear over tokens whose batch norm takes them all as one batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(6, 4, bias=False), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        return self.norm(y.flatten(0, 1)).reshape_as(y)
+
+
+class Turned(nn.Module):
+    """A batch norm over the channels of a linear, which stand last before and second behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(6, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.linear(x).transpose(1, 2)).transpose(1, 2).relu()
+
+
+class ThreeReaders(nn.Module):
+    """One batch norm in front of the projections of an attention."""
+
+    def __init__(self, *, also: bool = False, width: int = 4) -> None:
+        super().__init__()
+        self.norm, self.also = nn.BatchNorm2d(4), also
+        self.readers = nn.ModuleList(nn.Linear(4, width) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.norm(x).flatten(2).transpose(1, 2)
+        q, k, v = (reader(tokens) for reader in self.readers)
+        made: Tensor = q * k.sigmoid() + v.tanh()
+        return made + tokens if self.also else made
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "left"), [(Tokens, (2, 5, 6), 1), (Turned, (2, 5, 6), 2), (ThreeReaders, (1, 4, 4, 4), 9)]
+)
+def test_norm_goes_through_reshapes_and_permutes_when_channels_stay_whole(
+    model: type[nn.Module], shape: tuple[int, ...], left: int
+) -> None:
+    torch.manual_seed(0)
+    program = captured(randomize(model()), image(*shape))
+    Canonicalize().run(program)
+    checked = check_pass(Reparameterize(), program, expect_changes=1)
+    assert not checked.after.calls("aten.batch_norm.default")
+    assert len(checked.after.calls()) == left, [n.format_node() for n in checked.after.calls()]
+
+
+def test_norm_stays_and_says_why_when_one_of_its_readers_needs_it_all_the_same() -> None:
+    torch.manual_seed(0)
+    program = captured(randomize(ThreeReaders(also=True)), image(1, 4, 4, 4))
+    Canonicalize().run(program)
+    checked = check_pass(Reparameterize(), program, expect_changes=0)
+    assert len(checked.after.calls("aten.batch_norm.default")) == 1
