@@ -25,13 +25,13 @@ Source: Jacob et al. 2018, arXiv 1712.05877, section 3.2 (batch norm); Ding et a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
+from torch import Tensor
 from torch.fx import Node
 
 from vlexport.ir import dialect, provenance
-from vlexport.ir.cost import node_macs, parameters_stored
 from vlexport.ir.program import Program
 from vlexport.passes.affine.analysis import Analysis
 from vlexport.passes.affine.choice import Merge
@@ -60,10 +60,10 @@ class Reparameterize(Pass[Program]):
 
     def apply(self, ir: Program, match: Match) -> Change:
         found: Merge | Shared = match.data
-        had = parameters_stored(ir)
+        had = dict(ir.tensors)
         where = tuple(dict.fromkeys(provenance.module_path(node) for node in found.consumed))
         parts = found.merges if isinstance(found, Shared) else (found,)
-        macs = sum(node_macs(ir, node, {}) for node in found.consumed) - sum(merge.macs[1] for merge in parts)
+        macs = sum(merge.macs[0] - merge.macs[1] for merge in parts)
         saved_nodes, arranged = 0, Arranged()
         for merge in parts:
             new, added = write(ir, merge, arranged)
@@ -72,9 +72,15 @@ class Reparameterize(Pass[Program]):
         if isinstance(found, Shared):
             what = f"{dialect.plain_name(found.value)} folded into the {len(parts)} operators that read it"
         return Change(
-            what=what, where=where, saved_nodes=saved_nodes, saved_parameters=had - parameters_stored(ir),
+            what=what, where=where, saved_nodes=saved_nodes, saved_parameters=_elements(had, ir.tensors) - _elements(ir.tensors, had),
             saved_macs=macs,
         )  # fmt: skip
+
+
+def _elements(tensors: Mapping[str, Tensor], but: Mapping[str, Tensor]) -> int:
+    """Elements of the floating tensors that the other has not; what most merges leave alone is not counted each time."""
+    found = (tensors[name] for name in tensors.keys() - but.keys())
+    return sum(tensor.numel() for tensor in found if tensor.is_floating_point())
 
 
 def _what(merge: Merge, new: Node) -> str:

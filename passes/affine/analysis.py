@@ -88,6 +88,7 @@ class Analysis:
         self.refused: dict[Node, str] = {}
         self.place: dict[Node, int] = {}
         self._sizes: dict[Node, tuple[int, ...]] = {}
+        self._macs: dict[Node, int] = {}
         for place, node in enumerate(program.graph.nodes):
             self.place[node] = place
             if node.op == "call_function":
@@ -104,6 +105,12 @@ class Analysis:
         if node not in self._sizes:
             self._sizes[node] = self.program.sizes(node.meta["val"].shape, {})
         return self._sizes[node]
+
+    def macs(self, node: Node) -> int:
+        """MACs of a call with every dim at its ``opt``."""
+        if node not in self._macs:
+            self._macs[node] = node_macs(self.program, node, {})
+        return self._macs[node]
 
     def fitted(self, form: Form) -> tuple[tuple[Taps, ...], tuple[int, ...]] | None:
         """Taps and padding with which one convolution computes a form; None where there is no such padding.
@@ -187,7 +194,7 @@ class Analysis:
                 yield self._form(node, form, ex.pick(form.expression, reading.first, reading.count), form.least)
 
     def _mapped(self, node: Node, reading: Mapped) -> Iterator[Form]:
-        own = node_macs(self.program, node, {})
+        own = self.macs(node)
         for form in self.of(reading.operand, reading.axis):
             lengths = self.lengths(form)
             made = ex.composed(reading.leaf, form.expression, lengths)

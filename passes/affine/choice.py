@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from vlexport.ir import dialect
-from vlexport.ir.cost import node_macs
 from vlexport.ir.program import Program
 from vlexport.passes.affine.analysis import Analysis, Form, Miss
 from vlexport.passes.affine.expression import elements, is_identity
@@ -90,7 +89,7 @@ def written(analysis: Analysis, node: Node, form: Form, consumed: tuple[Node, ..
     if views is None or not any(form.root in each.all_input_nodes for each in consumed):
         return None
     program, spec = analysis.program, form.expression.spec
-    macs = sum(node_macs(program, each, {}) for each in consumed)
+    macs = sum(map(analysis.macs, consumed))
     weights = sum(weights_read(program, each) for each in consumed)
     own = elements(spec, fit[0]) + (spec.outputs if spec.biased else 0)
     return Merge(node, form, *fit, views, consumed, (macs, form.macs), (weights, own))

@@ -76,7 +76,7 @@ class Program:
     @property
     def placeholders(self) -> list[Node]:
         """Input nodes, in order."""
-        return [n for n in self.graph.nodes if n.op == "placeholder"]
+        return list(self.graph.find_nodes(op="placeholder"))
 
     @property
     def output(self) -> Node:
@@ -272,10 +272,11 @@ class Program:
             operands = current.all_input_nodes
             erased.add(current)
             self.graph.erase_node(current)
-            if current.op == "get_attr" and not any(
-                n.op == "get_attr" and n.target == current.target for n in self.graph.nodes
-            ):
-                del self.tensors[str(current.target)]
-                del self.kinds[str(current.target)]
             pending.extend(operands)
+        names = {str(n.target) for n in erased if n.op == "get_attr"}
+        if names:
+            names -= {str(n.target) for n in self.graph.find_nodes(op="get_attr", sort=False)}
+        for name in names:
+            del self.tensors[name]
+            del self.kinds[name]
         return sum(n.op == "call_function" for n in erased)
