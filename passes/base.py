@@ -77,7 +77,7 @@ class Pass(abc.ABC, Generic[IR]):
     """One transformation of a graph.
 
     Class attributes:
-        name: Id, verb + object (``fold-batch-norm``).
+        name: Id, verb + object (``fold-constants``).
         stage: Where it stands in the pipeline.
         effect: ``exact`` passes are proven by running; ``approximate`` ones are judged by their ``statistic``.
         requires: Facts that must hold before.

@@ -9,10 +9,11 @@ Before → after::
     %5 = batch_norm(x, …)
     %6 = add(add(%2, %4), %5)
 
-Equation: ``y[o, i] = Σ W[o, c, t] · x0[c, stride · i + t] + b[o]``, where ``x0`` is ``x`` with zeros on all sides, is closed
-under sums, per-channel scales, joins along the channels and, where the border allows it, composition. Every value is
-carried as such an expression of the values before it (``passes/affine``); the weights of the ones that are written are
-computed in float64 and cast once. A batch norm is ``s = gamma / sqrt(var + eps)`` times its input plus ``beta − s · mean``.
+Equation: ``y[o, i] = Σ W[o, c, t] · x0[c, stride · i + t] + b[o]``, where ``x0`` is ``x`` with zeros on all sides, is
+closed under sums, per-channel scales, joins along the channels and, where the border allows it, composition. Every
+value is carried as such an expression of the values before it (``passes/affine``); the weights of the ones that are
+written are computed in float64 and cast once. A batch norm is ``s = gamma / sqrt(var + eps)`` times its input plus
+``beta − s · mean``.
 
 What is written costs no more MACs than what it replaces, and reads no more weights unless MACs fall.
 
@@ -71,14 +72,12 @@ class Reparameterize(Pass[Program]):
             saved_nodes += ir.replace(merge.value, new) - added
         if isinstance(found, Shared):
             what = f"{dialect.plain_name(found.value)} folded into the {len(parts)} operators that read it"
-        return Change(
-            what=what, where=where, saved_nodes=saved_nodes, saved_parameters=_elements(had, ir.tensors) - _elements(ir.tensors, had),
-            saved_macs=macs,
-        )  # fmt: skip
+        parameters = _elements(had, ir.tensors) - _elements(ir.tensors, had)
+        return Change(what=what, where=where, saved_nodes=saved_nodes, saved_parameters=parameters, saved_macs=macs)
 
 
 def _elements(tensors: Mapping[str, Tensor], but: Mapping[str, Tensor]) -> int:
-    """Elements of the floating tensors that the other has not; what most merges leave alone is not counted each time."""
+    """Elements of the floating tensors that the other has not."""
     found = (tensors[name] for name in tensors.keys() - but.keys())
     return sum(tensor.numel() for tensor in found if tensor.is_floating_point())
 

@@ -1,8 +1,8 @@
 """What every value is of the values before it: for each, the few affine forms that may be worth writing.
 
 A :class:`Form` says that a value is an expression of one root, what that costs as one operator, and the least that it
-is known to cost otherwise. A form that costs more than its parts is kept for a while, for in a sum with a larger kernel it
-may cost nothing; the operand that it starts from is then another root, and both are looked at.
+is known to cost otherwise. A form that costs more than its parts is kept for a while, for in a sum with a larger kernel
+it may cost nothing; the operand that it starts from is then another root, and both are looked at.
 
 Forms are found operands before readers, once each, so that the work grows with the graph.
 """
@@ -25,7 +25,7 @@ from vlexport.passes.affine.taps import Taps, padded, reaches
 from vlexport.passes.layout.axis_maps import AxisMap
 
 MOST = 4
-"""Forms of one value that are kept."""
+"""Forms of one value that are kept, of far roots and of near ones."""
 MOST_AXES = 3
 """Axes of the largest convolution."""
 
@@ -140,17 +140,23 @@ class Analysis:
         self.readings[node] = reading
         found: dict[int, list[Form]] = {}
         for form in self._read(node, reading):
-            found.setdefault(form.axis, []).append(form)
+            if form.expression.depth <= ex.DEEPEST:
+                found.setdefault(form.axis, []).append(form)
         self.forms[node] = tuple(form for axis in sorted(found) for form in self._kept(found[axis]))
 
     def _kept(self, found: list[Form]) -> list[Form]:
-        """The farthest roots, up to the first that pays; behind it only those that others read too."""
+        """The farthest roots, up to the first that pays; of nearer ones only the nearest that others read too.
+
+        For those stay whatever is merged, and then a farther root saves nothing. Nor is a nearer root left out where
+        the expression is about to become too deep.
+        """
         forms = sorted(found, key=lambda form: self.place[form.root])
         forms = [self._relaxed(form, forms) for form in forms]
-        paid = next((self.place[form.root] for form in forms if form.pays), None)
-        if paid is not None:
-            forms = [f for f in forms if self.place[f.root] <= paid or len(f.root.users) > 1]
-        return forms[:MOST]
+        paid = next((i for i, form in enumerate(forms) if form.pays), len(forms) - 1)
+        until, behind = forms[: paid + 1], forms[paid + 1 :]
+        if not any(form.expression.depth > ex.DEEPEST - 4 for form in until):
+            behind = [form for form in behind if len(form.root.users) > 1]
+        return [*until[-MOST:], *behind[-MOST:]]
 
     def _relaxed(self, form: Form, others: list[Form]) -> Form:
         """With the least that it costs by way of one of the other roots."""

@@ -1,8 +1,8 @@
 """Which outputs of a map read which inputs: grouped bands, and the number of groups that a convolution needs for them.
 
-A depthwise convolution is one band of as many groups as channels, a dense one is one band of one group, and two branches
-over halves of a value are two bands. A sum of maps has the bands of both: it is a convolution of the finest groups in
-which all of them fit (``groups 4`` and ``groups 6`` fit in ``groups 2``).
+A depthwise convolution is one band of as many groups as channels, a dense one is one band of one group, and two
+branches over halves of a value are two bands. A sum of maps has the bands of both: it is a convolution of the finest
+groups in which all of them fit (``groups 4`` and ``groups 6`` fit in ``groups 2``).
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Lazy affine expressions: what a value is of its root, without a weight computed.
 
 An expression is a tree of convolutions, scales, sums, joins and picks with a :class:`Spec`, which says all that a
-decision needs: channels, who reads whom, taps, number of results, cost. ``passes/affine/kernel`` computes the weights of
-those expressions that are worth it.
+decision needs: channels, who reads whom, taps, number of results, cost. ``passes/affine/kernel`` computes the weights
+of those expressions that are worth it.
 
-Equation: ``y[n, o, i] = Σ W[o, c, t] · x0[n, c, stride · i + t] + b[o]``, where ``x0`` is the root with zeros on all sides.
-The rules below return a reason where this does not hold at the border.
+Equation: ``y[n, o, i] = Σ W[o, c, t] · x0[n, c, stride · i + t] + b[o]``, where ``x0`` is the root with zeros on all
+sides. The rules below return a reason where this does not hold at the border.
 """
 
 from __future__ import annotations

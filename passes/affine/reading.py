@@ -179,8 +179,8 @@ def _transposed(program: Program, node: Node) -> Reading | None:
         return Refused("the convolution's input has no batch axis, so batch norm takes another axis for its channels")
     outputs, inputs = stored.shape[1] * groups, stored.shape[0]
     spec = Spec(
-        outputs, inputs, whole(outputs, inputs, groups), (1,) * rank, tuple(Taps(0, 1, count) for count in stored.shape[2:]),
-        (0,) * rank, biased=bias is not None,
+        outputs, inputs, whole(outputs, inputs, groups), (1,) * rank,
+        tuple(Taps(0, 1, count) for count in stored.shape[2:]), (0,) * rank, biased=bias is not None,
         scatter=tuple(_each(given, rank) for given in (stride, padding, output_padding, dilation)),
     )  # fmt: skip
     return Mapped(x, 1, Leaf(spec, 0, stored, program.tensor_of(bias), inputs_first=True))

@@ -1,8 +1,8 @@
 """A batch norm or scale in front of several operators goes into all of them, or into none.
 
-One reader alone saves nothing: the norm stays for the others. So all readers are looked at together, also through further
-scales, reshapes and permutes, and the norm goes where each of them can take it at no more MACs, and all of them together
-at no more weights.
+One reader alone saves nothing: the norm stays for the others. So all readers are looked at together, also through
+further scales, reshapes and permutes, and the norm goes where each of them can take it at no more MACs, and all of them
+together at no more weights.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Where a kernel reads along one axis, and how a convolution is padded so that it reads there.
 
-A map along one axis is ``y[i] = Σ w[t] · x0[stride · i + t]`` for the offsets ``t`` of its taps, where ``x0`` is ``x`` with
-zeros on both sides for ever. Padding is then no part of a map: it follows from the taps and from ``reach``, the number
-that says how many results there are: ``(length + reach − 1) // stride + 1``.
+A map along one axis is ``y[i] = Σ w[t] · x0[stride · i + t]`` for the offsets ``t`` of its taps, where ``x0`` is ``x``
+with zeros on both sides for ever. Padding is then no part of a map: it follows from the taps and from ``reach``, which
+says how many results there are: ``(length + reach − 1) // stride + 1``.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     python tests/benchmarks/reparameterize_scaling.py [--depth N]
 
-Every block is four convolutions with batch norms, one 1×1 and one batch norm of its own, summed, depthwise and then
-pointwise, as in MobileOne. Time is that of the processor in the pass alone, without gate; memory is the growth of the peak resident set.
+Every block is four convolutions with batch norms, one 1×1 and one batch norm of its own, summed, depthwise and
+then pointwise, as in MobileOne. Time is that of the processor in the pass alone, without gate; memory is the growth of
+the peak resident set.
 """
 
 from __future__ import annotations

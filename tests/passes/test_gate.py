@@ -17,10 +17,10 @@ from vlexport.core.errors import CapabilityError, GateError
 from vlexport.ir.program import Program
 from vlexport.passes import gate as gate_module
 from vlexport.passes.canonicalize import Canonicalize
-from vlexport.passes.reparameterize import Reparameterize
 from vlexport.passes.gate import FLOAT32_BOUND, NumericGate, one_digit
 from vlexport.passes.pipeline import run_pass, run_pipeline
 from vlexport.passes.probes import MAX_IMAGES, make_probes
+from vlexport.passes.reparameterize import Reparameterize
 
 aten = torch.ops.aten
 

@@ -16,10 +16,10 @@ from vlexport.core.bundle_schema import Change
 from vlexport.core.errors import CapabilityError, GateError
 from vlexport.ir.program import Program
 from vlexport.passes.base import Match, NearMiss, Pass
-from vlexport.passes.reparameterize import Reparameterize
 from vlexport.passes.gate import NumericGate
 from vlexport.passes.pipeline import run_pass
 from vlexport.passes.probes import make_probes
+from vlexport.passes.reparameterize import Reparameterize
 from vlexport.passes.selection import undecided_rows
 
 aten = torch.ops.aten

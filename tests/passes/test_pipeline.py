@@ -16,10 +16,10 @@ from vlexport.core.errors import InternalError
 from vlexport.ir.program import Program
 from vlexport.ir.text import fingerprint, text
 from vlexport.passes.canonicalize import Canonicalize
-from vlexport.passes.reparameterize import Reparameterize
 from vlexport.passes.gate import NumericGate
 from vlexport.passes.pipeline import DumpHook, TimingHook, check_order, run_pass, run_pipeline, verify
 from vlexport.passes.probes import make_probes
+from vlexport.passes.reparameterize import Reparameterize
 
 aten = torch.ops.aten
 

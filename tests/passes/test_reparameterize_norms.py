@@ -7,15 +7,11 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, Phase, assume, given, settings
 from torch import Tensor, nn
 
 from tests.harness import captured, check_pass, near_misses, randomize
-from tests.strategies import programs
-from vlexport.core.errors import CapabilityError
 from vlexport.ir.exported import exported_from_program
 from vlexport.ir.facts import FACTS
-from vlexport.ir.program import Program
 from vlexport.passes.canonicalize import Canonicalize
 from vlexport.passes.reparameterize import Reparameterize
 
@@ -295,28 +291,6 @@ def test_scale_is_computed_in_float64_when_weights_are_float32() -> None:
     weight = checked.after.tensor_of(checked.after.calls()[0].args[1])
     assert weight is not None
     assert torch.equal(weight, expected)
-
-
-@settings(
-    max_examples=200, derandomize=True, deadline=None, database=None, phases=[Phase.generate],
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
-)  # fmt: skip
-@given(
-    programs(
-        most=5,
-        including=(
-            "conv2d, batch_norm", "conv_transpose2d, batch_norm", "linear, batch_norm",
-            "conv2d read twice, batch_norm", "tied linears", "batch_norm",
-        ),
-    )
-)  # fmt: skip
-def test_values_are_equal_and_the_fact_holds_when_the_program_is_random(program: Program) -> None:
-    try:
-        checked = check_pass(Reparameterize(), program, prefixes=2)
-    except CapabilityError:  # the draw made a program whose outputs do not depend on its input
-        assume(False)
-    assert FACTS["no-foldable-batch-norm"](checked.after)
-    assert FACTS["no-foldable-batch-norm"](program) or checked.changes, "what the fact calls foldable is folded"
 
 
 def test_positive_cases_cover_every_producer_when_listed() -> None:

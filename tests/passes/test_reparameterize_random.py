@@ -1,7 +1,7 @@
 """reparameterize on random affine graphs: one operator where theory says so, equal values, true reasons elsewhere.
 
-Every value below is affine in the input, and every way to it has one stride in all. Kernels with padding stand where their
-operand is the input or unbiased and pointwise, so that the border is exact by construction.
+Every value of a sum is affine in the input, and every way to it has one stride in all. Kernels with padding stand where
+their operand is the input or unbiased and pointwise, so that the border is exact by construction.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.fx import Node
 
-from tests.harness import captured, check_pass
+from tests.harness import captured, check_pass, worst_error
 from tests.strategies import Grower, _finished, programs
 from vlexport.core.errors import CapabilityError
 from vlexport.ir.cost import cost
@@ -61,7 +61,9 @@ class Branch:
     def grown(self, x: Node) -> Node:
         """A branch of the kinds that the sum of 3×3 kernels holds at no cost."""
         g = self.g
-        kind = g.pick("3×3", "grouped", "1×1", "1×1, then 3×3", "pool", "identity", "cut", "5×5, dilated", "1×1 and 1×1")
+        kind = g.pick(
+            "3×3", "grouped", "1×1", "1×1, then 3×3", "pool", "identity", "cut", "5×5, dilated", "1×1 and 1×1"
+        )
         groups = g.pick(1, 2, 4)
         bias = g.pick(True, False)
         if kind in ("3×3", "grouped"):
@@ -123,8 +125,9 @@ def test_one_convolution_is_left_when_branches_fit_in_one_of_them(program: Progr
 
 
 AFFINE = (
-    "conv2d", "conv2d, batch_norm", "batch_norm", "conv_transpose2d", "conv_transpose2d, batch_norm", "linear", "mul",
-    "add", "sub", "residual", "cat", "split", "pool", "permute", "flatten", "split axis", "layout chain", "slice",
+    "conv2d", "conv2d, batch_norm", "linear, batch_norm", "conv2d read twice, batch_norm", "tied linears",
+    "batch_norm", "conv_transpose2d", "conv_transpose2d, batch_norm", "linear", "mul", "add", "sub", "residual", "cat", "split", "pool",
+    "permute", "flatten", "split axis", "layout chain", "slice",
 )  # fmt: skip
 
 
@@ -139,3 +142,43 @@ def test_values_and_promises_hold_when_anything_may_stand_anywhere(program: Prog
     after = cost(checked.after)
     assert after.macs <= before.macs
     assert FACTS["no-foldable-batch-norm"](checked.after)
+
+
+def reluing(draw: Any, branch: Branch, x: Node, made: Node) -> tuple[Node, str]:
+    return branch.g.call(aten.relu.default, made), "a relu stands between"
+
+
+def padded_behind_a_bias(draw: Any, branch: Branch, x: Node, made: Node) -> tuple[Node, str]:
+    inner = branch.conv(x, 4, 1, bias=True)
+    return branch.conv(inner, 4, 3, stride=branch.stride, padding=1, bias=False), "a bias stands before zero padding"
+
+
+def padded_twice(draw: Any, branch: Branch, x: Node, made: Node) -> tuple[Node, str]:
+    inner = branch.conv(x, 4, 3, padding=1, bias=False)
+    outer = branch.conv(inner, 4, 3, stride=branch.stride, padding=1, bias=False)
+    return outer, "zero padding stands between the two kernels"
+
+
+@st.composite
+def spoiled(draw: Any) -> tuple[Program, str]:
+    """Two branches of which one is spoiled, and the reason that must be given."""
+    program = SEEDS[draw(st.sampled_from(sorted(SEEDS)))].copy()
+    grower = Grower(program, draw, torch.Generator().manual_seed(draw(st.integers(0, 2**16))))
+    x = program.calls()[0]
+    branch = Branch(grower, grower.pick(1, 2))
+    made = [branch.conv(x, 4, 5, stride=branch.stride, padding=2, bias=grower.pick(True, False)) for _ in range(2)]
+    spoil = draw(st.sampled_from((reluing, padded_behind_a_bias, padded_twice)))
+    other, reason = spoil(draw, branch, x, made[1])
+    total = grower.call(aten.add.Tensor, *draw(st.permutations([made[0], other])))
+    return _finished(program, [branch.norm(total) if grower.pick(True, False) else total], set()), reason
+
+
+@SETTINGS
+@given(spoiled())
+def test_a_spoiled_branch_stays_and_says_why_when_anything_else_would_merge(drawn: tuple[Program, str]) -> None:
+    program, reason = drawn
+    after = program.copy()
+    _, misses = Reparameterize().run(after)
+    assert sum(str(node.target) == "aten.conv2d.default" for node in after.calls()) > 1
+    assert any(miss.reason.startswith(reason) for miss in misses), [miss.reason for miss in misses]
+    assert worst_error(after.run(*program.example), program.run(*program.example)) <= 1e-4  # in float32

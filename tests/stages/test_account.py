@@ -21,9 +21,9 @@ from vlexport.ir import provenance
 from vlexport.ir.program import Program
 from vlexport.passes.base import Change, Match, NearMiss, Pass, Stage
 from vlexport.passes.canonicalize import Canonicalize
-from vlexport.passes.reparameterize import Reparameterize
 from vlexport.passes.merge_duplicates import MergeDuplicates
 from vlexport.passes.pipeline import run_pipeline
+from vlexport.passes.reparameterize import Reparameterize
 from vlexport.report.figures import account_phrase, missing_phrase, shortfall_phrase
 from vlexport.stages.account import Refusals, accounts
 from vlexport.stages.plan import plan
