@@ -13,6 +13,7 @@ from torch._export.verifier import SpecViolationError
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.export.pt2_archive._package import load_pt2
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "bounds_of",
     "declare_torchvision_operators",
     "find_signature",
+    "is_data_dependent",
     "load_program",
     "module_from_torchscript",
     "tensor_leaves",
@@ -111,3 +113,8 @@ def declare_torchvision_operators() -> None:
 
 _LIBRARIES: list[torch.library.Library] = []
 """Operator declarations live as long as their Library object."""
+
+
+def is_data_dependent(size: Any) -> bool:
+    """Whether a size is known only when the graph is run on data."""
+    return isinstance(size, torch.SymInt) and bool(free_unbacked_symbols(size))
