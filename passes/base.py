@@ -11,7 +11,7 @@ What differs between them (how a graph is run, what a node is) is a :class:`~vle
 from __future__ import annotations
 
 import abc
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal
 
@@ -104,6 +104,25 @@ class Pass(abc.ABC, Generic[IR]):
     def statistic(self) -> Statistic | None:
         """What an approximate pass promises of every output; None for exact ones."""
         return None
+
+    @property
+    def adds(self) -> int:
+        """How many outputs the pass puts behind the graph's own."""
+        return 0
+
+    @property
+    def witnesses(self) -> Sequence[tuple[Any, ...]]:
+        """Further inputs on which the gate judges an approximate pass, known once it has run."""
+        return ()
+
+    def unpromised(self, ir: IR, values: tuple[Any, ...]) -> tuple[int, ...]:
+        """Rows of a probe of which an approximate pass promises nothing, once it has run.
+
+        Args:
+            ir: The graph before the pass.
+            values: The probe's, one per input.
+        """
+        return ()
 
     @abc.abstractmethod
     def find(self, ir: IR) -> Iterator[Match[Any] | NearMiss[Any]]:
