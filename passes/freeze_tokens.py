@@ -32,8 +32,8 @@ Source: our own. The models: threshold pruning as in Learned Token Pruning (Kim 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -66,14 +66,14 @@ class FreezeTokensOptions(Frozen):
             to it is taken.
         key: Which tokens stay where there are more than K: those of the highest score, or the first in order.
         overflow: output adds the output truncated_tokens, int64: how many tokens of a sample found no place.
-        batch: saved keeps batch 1; dynamic makes the batch a dynamic dim, each sample choosing for itself.
+        batch: How many samples the frozen model takes at once, each choosing for itself; dynamic makes it a dim.
     """
 
     percentile: float | None = Field(default=None, gt=0.0, le=100.0)
     macs: float | None = Field(default=None, gt=0.0)
     key: Literal["score", "order"] = "score"
     overflow: Literal["none", "output"] = "none"
-    batch: Literal["saved", "dynamic"] = "saved"
+    batch: Literal["dynamic"] | Annotated[int, Field(ge=1)] = 1
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
@@ -187,7 +187,7 @@ class FreezeTokens(SampledPass[Program]):
         nodes = list(ir.graph.nodes)
         options = self.options
         freeze(
-            ir, {nodes[mask]: k for mask, k in zip(masks, places, strict=True)}, dynamic=options.batch == "dynamic",
+            ir, {nodes[mask]: k for mask, k in zip(masks, places, strict=True)}, batch=None if options.batch == "dynamic" else options.batch,
             by_score=options.key == "score", overflow=options.overflow == "output",
         )  # fmt: skip
         return ir

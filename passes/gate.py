@@ -130,7 +130,8 @@ class NumericGate:
                 )
         if not judged:
             raise CapabilityError(
-                "VLX0402", f"the gate is blind: pass {applied.name} promises nothing of any probe", where="numeric gate",
+                "VLX0402", f"the gate is blind: pass {applied.name} promises nothing of any probe",
+                where="numeric gate",
                 hint="give other samples with --calib DATA, or switch the gate off with --no-gate",
             )  # fmt: skip
         self.kept = outputs[: len(self.probes)]

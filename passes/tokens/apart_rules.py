@@ -10,7 +10,7 @@ from torch.fx import Node
 from vlexport.ir import dialect
 from vlexport.passes.tokens.rebuild import Rebuild, merged
 from vlexport.passes.tokens.values import CannotFreeze, Value
-from vlexport.passes.tokens.view_rules import Given, Rule, old_shape
+from vlexport.passes.tokens.view_rules import Given, Rule, old_shape, subject
 
 _CHANNELS_FIRST = ("aten.prelu.default", "aten.glu.default")
 
@@ -33,7 +33,7 @@ def elementwise(build: Rebuild, node: Node, given: Given) -> Value:
 
 def like(build: Rebuild, node: Node, given: Given) -> Value:
     """``zeros_like`` and its kin: the shape of their operand."""
-    value = given[0]
+    value = subject(given)
     return value.become(build.call(node.target, value.node, *given[1:]), old=old_shape(node), zero=frozenset())
 
 
@@ -60,7 +60,7 @@ def linear(build: Rebuild, node: Node, given: Given) -> Value:
 
 def norm(build: Rebuild, node: Node, given: Given) -> Value:
     """layer_norm and rms_norm: the last axes are mixed."""
-    value = given[0]
+    value = subject(given)
     axes = range(value.rank - len(given[1]), value.rank)
     value = build.free_of(value, axes)
     if any(axis in value.slots for axis in axes):
@@ -114,7 +114,11 @@ def constant(build: Rebuild, node: Node, given: Given) -> Any:
 
 _IMAGEWISE = (
     *dialect.CONVOLUTIONS, *dialect.TRANSPOSED_CONVOLUTIONS,
-    *(f"aten.{n}" for n in ["avg_pool1d.default", "avg_pool2d.default", "adaptive_avg_pool1d.default", "adaptive_avg_pool2d.default", "max_pool1d.default", "max_pool2d.default", "adaptive_max_pool2d.default", "group_norm.default", "instance_norm.default", "upsample_nearest2d.vec", "upsample_bilinear2d.vec", "upsample_bicubic2d.vec", "upsample_nearest2d.default", "upsample_bilinear2d.default", "upsample_bicubic2d.default", "pixel_shuffle.default", "pixel_unshuffle.default", "prelu.default", "im2col.default"]),
+    "aten.avg_pool1d.default", "aten.avg_pool2d.default", "aten.adaptive_avg_pool1d.default",
+    "aten.adaptive_avg_pool2d.default", "aten.max_pool1d.default", "aten.max_pool2d.default",
+    "aten.adaptive_max_pool2d.default", "aten.group_norm.default", "aten.instance_norm.default",
+    "aten.upsample_nearest2d.vec", "aten.upsample_bilinear2d.vec", "aten.upsample_bicubic2d.vec",
+    "aten.pixel_shuffle.default", "aten.pixel_unshuffle.default", "aten.prelu.default", "aten.im2col.default",
 )  # fmt: skip
 _LIKE = ("zeros_like", "ones_like", "full_like")
 RULES: Mapping[str, Rule] = {

@@ -60,13 +60,13 @@ def require_single(program: Program) -> None:
             )
 
 
-def freeze(program: Program, places: Mapping[Node, int], *, dynamic: bool, by_score: bool, overflow: bool) -> None:
+def freeze(program: Program, places: Mapping[Node, int], *, batch: int | None, by_score: bool, overflow: bool) -> None:
     """Rebuild a Program in place.
 
     Args:
         program: With inputs of batch 1.
         places: Call that makes a mask → K.
-        dynamic: Make the batch a dynamic dim.
+        batch: Samples at once; None makes it a dynamic dim.
         by_score: Where more than K survive, let the best stay; else the first.
         overflow: Add the output :data:`TRUNCATED`.
 
@@ -75,7 +75,7 @@ def freeze(program: Program, places: Mapping[Node, int], *, dynamic: bool, by_sc
     """
     build = Rebuild(program, places)
     old = list(program.graph.nodes)
-    inputs = _batched_inputs(program) if dynamic else program.placeholders
+    inputs = program.placeholders if batch == 1 else _batched_inputs(program, batch)
     build.inputs = inputs
     for node, new in zip([n for n in old if n.op == "placeholder"], inputs, strict=True):
         spec = node.meta["val"]
@@ -89,10 +89,10 @@ def freeze(program: Program, places: Mapping[Node, int], *, dynamic: bool, by_sc
         elif node.op == "call_function" and _has_tensors(node):
             build.current = node
             try:
-                build.values[node] = _rebuilt(build, node, rules, dynamic=dynamic)
+                build.values[node] = _rebuilt(build, node, rules, single=batch == 1)
             except CannotFreeze as error:
                 raise CannotFreeze(error.reason, error.node or node) from error
-    results = [_result(build, node, dynamic=dynamic) for node in program.results]
+    results = [_result(build, node, single=batch == 1) for node in program.results]
     outputs = list(program.signature.outputs)
     if overflow:
         build.current = old[-2]
@@ -100,10 +100,10 @@ def freeze(program: Program, places: Mapping[Node, int], *, dynamic: bool, by_sc
         outputs.append(TensorSpec(name=_unused(outputs), dtype="int64", shape=(1,)))
     program.output.args = (tuple(results),)
     _erase(program, [n for n in old if n.op != "output" and not (n.op == "placeholder" and n in inputs)])
-    _sign(program, outputs, dynamic=dynamic)
+    _sign(program, outputs, batch)
 
 
-def _rebuilt(build: Rebuild, node: Node, rules: Mapping[str, view_rules.Rule], *, dynamic: bool) -> Any:
+def _rebuilt(build: Rebuild, node: Node, rules: Mapping[str, view_rules.Rule], *, single: bool) -> Any:
     def known(operand: Any) -> Any:
         if isinstance(operand, Node):
             return build.values[operand] if operand in build.values else operand.meta["val"]
@@ -123,7 +123,7 @@ def _rebuilt(build: Rebuild, node: Node, rules: Mapping[str, view_rules.Rule], *
     if name in rules:
         return rules[name](build, node, given)
     touched = counted or any(isinstance(v, Flat) or (isinstance(v, Value) and v.slots) for v in held)
-    if dynamic or touched or isinstance(node.meta["val"], (tuple, list)) or any(isinstance(v, Parts) for v in held):
+    if not single or touched or isinstance(node.meta["val"], (tuple, list)) or any(isinstance(v, Parts) for v in held):
         raise CannotFreeze(f"no rule is known for {dialect.plain_name(node)}")
     return _as_it_was(build, node, given)
 
@@ -160,12 +160,12 @@ def _shape(node: Node) -> tuple[Any, ...]:
     return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
 
 
-def _result(build: Rebuild, node: Node, *, dynamic: bool) -> Node:
+def _result(build: Rebuild, node: Node, *, single: bool) -> Node:
     value = build.values[node]
     build.current = node
     if isinstance(value, Flat) or value.slots:
         raise CannotFreeze("an output holds one value a token, and how many there are is decided by the data", node)
-    if not dynamic:
+    if single:
         return _plain(build, value)
     if value.batch is None and value.rank and value.old[0] == 1:
         sizes = [build.batch_size(), *value.sizes[1:]]
@@ -192,12 +192,12 @@ def _unused(outputs: Sequence[TensorSpec]) -> str:
     return next(name for name in (TRUNCATED, *(f"{TRUNCATED}_{n}" for n in range(1, 99))) if name not in taken)
 
 
-def _batched_inputs(program: Program) -> list[Node]:
-    """New placeholders with a dynamic batch in front, behind the old ones."""
+def _batched_inputs(program: Program, batch: int | None) -> list[Node]:
+    """New placeholders with this batch in front, behind the old ones."""
     old = program.placeholders
     mode = compat.fake_mode_of([n.meta["val"] for n in old])
     assert mode is not None
-    fakes = compat.batched_fakes(mode, [n.meta["val"] for n in old])
+    fakes = compat.batched_fakes(mode, [n.meta["val"] for n in old], batch)
     made = []
     last = old[-1]
     for node, fake in zip(old, fakes, strict=True):
@@ -208,18 +208,20 @@ def _batched_inputs(program: Program) -> list[Node]:
     return made
 
 
-def _sign(program: Program, outputs: Sequence[TensorSpec], *, dynamic: bool) -> None:
-    """The signature and the ranges of the rebuilt Program."""
+def _sign(program: Program, outputs: Sequence[TensorSpec], batch: int | None) -> None:
+    """The signature, the ranges and the example of the rebuilt Program."""
 
     def batched(spec: TensorSpec) -> TensorSpec:
-        return spec.model_copy(update={"shape": (BATCH, *spec.shape[1:])}) if dynamic else spec
+        return spec.model_copy(update={"shape": (BATCH if batch is None else batch, *spec.shape[1:])})
 
+    rebatched = (lambda spec: spec) if batch == 1 else batched
     program.signature = Signature(
-        inputs=tuple(map(batched, program.signature.inputs)),
-        outputs=tuple(map(batched, outputs)),
-        dims={BATCH: DimRange(min=1, max=None, opt=1)} if dynamic else {},
+        inputs=tuple(map(rebatched, program.signature.inputs)),
+        outputs=tuple(map(rebatched, outputs)),
+        dims={BATCH: DimRange(min=1, max=None, opt=1)} if batch is None else {},
     )
     program.ranges = {symbol: compat.value_range(1, None) for symbol in program.symbol_names()}
+    program.example = tuple(torch.cat([value] * (batch or 1)) for value in program.example)
 
 
 def _erase(program: Program, old: Sequence[Node]) -> None:

@@ -12,7 +12,7 @@ from torch.fx import Node
 from vlexport.ir import dialect
 from vlexport.passes.tokens.rebuild import Rebuild, aten, merged
 from vlexport.passes.tokens.values import HIDDEN, CannotFreeze, Parts, Slots, Value
-from vlexport.passes.tokens.view_rules import Given, Rule, old_shape
+from vlexport.passes.tokens.view_rules import Given, Rule, old_shape, subject
 
 _LEAST = -math.inf
 
@@ -63,7 +63,7 @@ def _key_mask(
 
 def softmax(build: Rebuild, node: Node, given: Given) -> Value:
     """Over tokens: what is not live gets no weight, exactly."""
-    value, dim = given[0], given[1] % given[0].rank
+    value, dim = subject(given), given[1] % given[0].rank
     value = build.free_of(value, [dim])
     zero = frozenset({dim}) if dim in value.slots and dialect.plain_name(node).endswith("softmax") else frozenset()
     if dim in value.slots:
@@ -127,7 +127,7 @@ def _reduced(value: Value, axes: Sequence[int], shape: Given, *, keep: bool) -> 
 def total(build: Rebuild, node: Node, given: Given) -> Value:
     """sum and mean: zeros for what is not live, and a mean divides by how many are."""
     is_mean = dialect.plain_name(node) == "mean"
-    value = given[0]
+    value = subject(given)
     named = "dim" in dialect.operand_names(node)
     axes = _axes(value, given[1] if named else None)
     keep = bool(given[2]) if named else False
@@ -153,7 +153,7 @@ def total(build: Rebuild, node: Node, given: Given) -> Value:
 def extreme(build: Rebuild, node: Node, given: Given) -> Any:
     """amax, amin, max and min along axes: what is not live is never the largest, nor the smallest."""
     name = dialect.plain_name(node)
-    value = given[0]
+    value = subject(given)
     named = len(given) > 1
     axes = _axes(value, given[1] if named else None)
     value = build.free_of(value, axes)
@@ -183,7 +183,7 @@ def along(build: Rebuild, node: Node, given: Given) -> Any:
     """cumsum and spread along an axis; over tokens only what runs from the first to the last."""
     names = dialect.operand_names(node)
     place = names.index("dim")
-    value = given[0]
+    value = subject(given)
     axes = _axes(value, given[place])
     value = build.free_of(value, axes)
     running = dialect.plain_name(node) == "cumsum"

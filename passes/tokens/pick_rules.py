@@ -12,7 +12,7 @@ from vlexport.ir import dialect
 from vlexport.passes.tokens.rebuild import Rebuild, aten
 from vlexport.passes.tokens.survivors import coordinates, root_of, selection
 from vlexport.passes.tokens.values import HIDDEN, CannotFreeze, Flat, Parts, Slots, Value
-from vlexport.passes.tokens.view_rules import Given, Rule, old_shape
+from vlexport.passes.tokens.view_rules import Given, Rule, old_shape, subject
 
 _NONZERO = ("aten.nonzero.default", "aten.argwhere.default", "aten.nonzero_numpy.default", "aten.where.default")
 _MASKED = ("aten.masked_select.default",)
@@ -39,16 +39,16 @@ def is_counted(node: Node) -> bool:
     """Whether the length of a call's value is decided by the data, there and not before."""
     values = node.meta.get("val")
     found = [v for v in (values if isinstance(values, (tuple, list)) else [values]) if isinstance(v, torch.Tensor)]
-    mine = {s.node.expr for v in found for s in v.shape if isinstance(s, torch.SymInt)}
-    theirs = {
-        symbol
-        for operand in node.all_input_nodes
-        for v in (operand.meta["val"] if isinstance(operand.meta["val"], (tuple, list)) else [operand.meta["val"]])
-        for size in (v.shape if isinstance(v, torch.Tensor) else [v])
-        if isinstance(size, torch.SymInt)
-        for symbol in size.node.expr.free_symbols
-    }
-    return any(symbol not in theirs for each in mine for symbol in each.free_symbols)
+    theirs = {symbol for operand in node.all_input_nodes for symbol in _symbols(operand.meta["val"])}
+    return any(symbol not in theirs for symbol in _symbols(found))
+
+
+def _symbols(value: Any) -> set[Any]:
+    """Of the sizes of a value that are no numbers."""
+    if isinstance(value, (tuple, list)):
+        return {symbol for each in value for symbol in _symbols(each)}
+    sizes: Sequence[Any] = value.shape if isinstance(value, torch.Tensor) else [value]
+    return {symbol for size in sizes if isinstance(size, torch.SymInt) for symbol in size.node.expr.free_symbols}
 
 
 def picked(build: Rebuild, value: Value, axis: int, index: Node, slots: Slots | None) -> Value:
@@ -132,7 +132,7 @@ def selecting(*, by_score: bool) -> Mapping[str, Rule]:
         return by_row(build, value, first, indices[real[0]]), first
 
     def select(build: Rebuild, node: Node, given: Given) -> Value:
-        value, axis = given[0], given[1] % given[0].rank
+        value, axis = subject(given), given[1] % given[0].rank
         done = by_row(build, value, axis, given[2])
         if axis in done.slots:
             build.know(old_shape(node)[axis], done.slots[axis])
@@ -175,7 +175,7 @@ def selecting(*, by_score: bool) -> Mapping[str, Rule]:
         return Parts(found.node, tuple(columns))
 
     def masked(build: Rebuild, node: Node, given: Given) -> Flat:
-        value, mask = given[0], dialect.operands(node)[1]
+        value, mask = subject(given), dialect.operands(node)[1]
         root: Any = root_of(mask)
         narrow = mask.meta["val"].shape
         lead = value.rank - len(narrow)
@@ -190,7 +190,7 @@ def selecting(*, by_score: bool) -> Mapping[str, Rule]:
         return Flat(picked(build, value, axis, chosen.index, chosen.slots), axis)
 
     def repeated(build: Rebuild, node: Node, given: Given) -> Value:
-        value, axis = given[0], given[2]
+        value, axis = subject(given), given[2]
         mask: Any = dialect.operands(node)[1]
         if axis is None or not masks_of(node):
             raise CannotFreeze("it repeats tokens by counts that are not just 0 and 1")
@@ -274,7 +274,7 @@ def ranked(build: Rebuild, node: Node, given: Given) -> Any:
     names = dialect.operand_names(node)
     place = names.index("dim")
     dim = given[place]
-    value = given[0]
+    value = subject(given)
     axes = list(range(value.rank)) if dim is None else [dim % value.rank]
     value = build.free_of(value, axes)
     if any(a in value.slots for a in axes):

@@ -26,6 +26,14 @@ def old_shape(node: Node) -> tuple[Any, ...]:
     return tuple(node.meta["val"].shape)
 
 
+def subject(given: Given) -> Value:
+    """The first operand."""
+    value = given[0]
+    if not isinstance(value, Value):
+        raise CannotFreeze("it takes what a selection left in a row, without its axes")
+    return value
+
+
 def _product(sizes: Sequence[Any]) -> Any:
     """Of sizes, as an expression where the data decides one."""
     found = math.prod(size.node.expr if isinstance(size, torch.SymInt) else int(size) for size in sizes)
@@ -36,11 +44,11 @@ def _same(a: Any, b: Any) -> bool:
     return bool(_product([a]) == _product([b]))
 
 
-def reshape(build: Rebuild, node: Node, given: Given) -> Any:
+def reshape(build: Rebuild, node: Node, given: Given) -> Value:
     """Any call that only gives its operand another shape."""
-    value, shape = given[0], old_shape(node)
-    if isinstance(value, Flat):
-        return _unflattened(build, node, value)
+    if isinstance(given[0], Flat):
+        return _unflattened(build, node, given[0])
+    value, shape = subject(given), old_shape(node)
     moved: dict[int, Slots] = {}
     places: dict[int, int] = {}
     for axis, slots in value.slots.items():
@@ -83,7 +91,7 @@ def _unflattened(build: Rebuild, node: Node, flat: Flat) -> Value:
 
 def permute(build: Rebuild, node: Node, given: Given) -> Value:
     """Axes in another order."""
-    value, dims = given[0], [d % given[0].rank for d in given[1]]
+    value, dims = subject(given), [d % given[0].rank for d in given[1]]
     moved = {dims.index(a): slots for a, slots in value.slots.items()}
     done = value.become(value.node, old=old_shape(node), slots=moved, zero=frozenset(dims.index(a) for a in value.zero))
     if value.batch == HIDDEN:
@@ -102,7 +110,7 @@ def transpose(build: Rebuild, node: Node, given: Given) -> Value:
 
 def unsqueeze(build: Rebuild, node: Node, given: Given) -> Value:
     """A new axis; a hidden batch in front of everything takes it."""
-    value, dim = given[0], given[1] % (given[0].rank + 1)
+    value, dim = subject(given), given[1] % (given[0].rank + 1)
     moved = {a + (a >= dim): slots for a, slots in value.slots.items()}
     done = value.become(
         value.node, old=old_shape(node), slots=moved, zero=frozenset(a + (a >= dim) for a in value.zero)
@@ -117,7 +125,7 @@ def unsqueeze(build: Rebuild, node: Node, given: Given) -> Value:
 
 def expand(build: Rebuild, node: Node, given: Given) -> Value:
     """Axes of size 1 are repeated."""
-    value, shape = given[0], old_shape(node)
+    value, shape = subject(given), old_shape(node)
     shift = len(shape) - value.rank
     kept = {a + shift: slots for a, slots in value.slots.items()}
     grown = {a: size for a, size in enumerate(shape) if a not in kept}
@@ -136,7 +144,7 @@ def expand(build: Rebuild, node: Node, given: Given) -> Value:
 
 def select(build: Rebuild, node: Node, given: Given) -> Value:
     """One place of an axis, which goes."""
-    value, dim, index = given[0], given[1] % given[0].rank, given[2]
+    value, dim, index = subject(given), given[1] % given[0].rank, given[2]
     moved = {a - (a > dim): slots for a, slots in value.slots.items() if a != dim}
     zero = frozenset(a - (a > dim) for a in value.zero if a != dim)
     done = value.become(value.node, old=old_shape(node), slots=moved, zero=zero)
@@ -152,7 +160,7 @@ def select(build: Rebuild, node: Node, given: Given) -> Value:
 
 def slices(build: Rebuild, node: Node, given: Given) -> Value:
     """A range of an axis."""
-    value, dim = given[0], given[1] % given[0].rank
+    value, dim = subject(given), given[1] % given[0].rank
     start, step, shape = given[2] or 0, given[4], old_shape(node)
     end = given[3]
     if dim in value.slots:

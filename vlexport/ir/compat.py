@@ -87,15 +87,16 @@ def value_range(smallest: int, largest: int | None) -> Any:
     return ValueRanges(smallest, int_oo if largest is None else largest)
 
 
-def batched_fakes(mode: FakeTensorMode, fakes: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Fakes like these, whose first size of 1 is a new symbol, the same in all of them."""
+def batched_fakes(mode: FakeTensorMode, fakes: list[torch.Tensor], batch: int | None) -> list[torch.Tensor]:
+    """Fakes like these, whose first size is ``batch``, or a new symbol that is the same in all of them."""
     from torch._dynamo.source import ConstantSource  # imports the whole tracer
 
-    shape_env = mode.shape_env
-    assert shape_env is not None
-    source = ConstantSource("batch")
-    size = shape_env.create_symintnode(
-        shape_env.create_symbol(2, source, DimDynamic.DYNAMIC, constraint_dim=None), hint=2, source=source
-    )
+    size: Any = batch
+    if batch is None:
+        shape_env = mode.shape_env
+        assert shape_env is not None
+        source = ConstantSource("batch")
+        symbol = shape_env.create_symbol(2, source, DimDynamic.DYNAMIC, constraint_dim=None)
+        size = shape_env.create_symintnode(symbol, hint=2, source=source)
     with mode:
         return [torch.empty((size, *fake.shape[1:]), dtype=fake.dtype, device=fake.device) for fake in fakes]
