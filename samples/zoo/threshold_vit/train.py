@@ -66,7 +66,9 @@ def main() -> int:
     np.savez_compressed(FEW_FILE, images=held_out[::17], labels=truth[::17])
     right = accuracy(model.eval(), held_out, truth)
     low, high = wilson(right, len(truth))
-    print(f"{right} of {len(truth)} held-out digits right: {low:.1%} to {high:.1%}; {time.perf_counter() - began:.0f} s")
+    print(
+        f"{right} of {len(truth)} held-out digits right: {low:.1%} to {high:.1%}; {time.perf_counter() - began:.0f} s"
+    )
     return 0
 
 
