@@ -203,7 +203,7 @@ def _batched_inputs(program: Program, batch: int | None) -> list[Node]:
     for node, fake in zip(old, fakes, strict=True):
         with program.graph.inserting_after(last):
             last = program.graph.placeholder(str(node.target))
-        last.meta = {**node.meta, "val": fake}
+        last.meta["val"] = fake
         made.append(last)
     return made
 

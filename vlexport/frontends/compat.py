@@ -21,9 +21,9 @@ __all__ = [
     "bounds_of",
     "declare_torchvision_operators",
     "find_signature",
-    "is_data_dependent",
     "load_program",
     "module_from_torchscript",
+    "require_some",
     "tensor_leaves",
 ]
 
@@ -115,6 +115,7 @@ _LIBRARIES: list[torch.library.Library] = []
 """Operator declarations live as long as their Library object."""
 
 
-def is_data_dependent(size: Any) -> bool:
-    """Whether a size is known only when the graph is run on data."""
-    return isinstance(size, torch.SymInt) and bool(free_unbacked_symbols(size))
+def require_some(size: Any) -> None:
+    """Leave a check in the graph that is being traced, that a size which the data decides is at least 1."""
+    if isinstance(size, torch.SymInt) and free_unbacked_symbols(size):
+        torch._check(size >= 1)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from vlexport.frontends.compat import is_data_dependent, tensor_leaves
+from vlexport.frontends.compat import require_some, tensor_leaves
 
 
 class SizeChecks(TorchFunctionMode):
@@ -28,6 +28,5 @@ class SizeChecks(TorchFunctionMode):
         if isinstance(found, (torch.Tensor, tuple, list)):
             for tensor in tensor_leaves(found):
                 for size in tensor.shape:
-                    if is_data_dependent(size):
-                        torch._check(size >= 1)
+                    require_some(size)
         return found

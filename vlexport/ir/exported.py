@@ -65,7 +65,7 @@ def program_from_exported(exported: ExportedProgram, signature: Signature) -> Pr
             mapping[node] = graph.node_copy(node, lambda n: mapping[n])
             mapping[node].meta = dict(node.meta)
             if node.op == "call_function" and dialect.checks_at_run_time(node):
-                mapping[node].meta.setdefault("val", None)  # a saved file keeps none for what gives nothing
+                mapping[node].meta["val"] = None  # it gives nothing, and a saved file keeps no record of that
             continue
         spec = specs[node.name]
         if spec.kind is InputKind.USER_INPUT:
