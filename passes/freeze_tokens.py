@@ -201,10 +201,13 @@ class FreezeTokens(SampledPass[Program]):
         if self.options.macs is None:
             return _places_at(masks, counts, 95.0 if self.options.percentile is None else self.options.percentile)
         low, high = 0, 100
+        known: dict[tuple[int, ...], int] = {}
         while low < high:  # the highest percentile that keeps to the budget
             middle = (low + high + 1) // 2
-            places = _places_at(masks, counts, float(middle))
-            fits = cost(self._frozen(ir.copy(), positions, places)).macs <= self.options.macs * 1e9
+            places = tuple(_places_at(masks, counts, float(middle)))
+            if places not in known:
+                known[places] = cost(self._frozen(ir.copy(), positions, places)).macs
+            fits = known[places] <= self.options.macs * 1e9
             low, high = (middle, high) if fits else (low, middle - 1)
         if not low:
             least = cost(self._frozen(ir.copy(), positions, _places_at(masks, counts, 1.0))).macs / 1e9

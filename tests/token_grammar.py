@@ -159,8 +159,8 @@ STEPS = tuple(name[1:] for name in vars(PruningGrower) if name.startswith("_") a
 
 @st.composite
 def pruning_programs(draw: Callable[[st.SearchStrategy[Any]], Any]) -> Program:
-    """One to three operators behind a selection."""
+    """One or two operators behind a selection."""
     grower = PruningGrower(draw)
-    for kind in draw(st.lists(st.sampled_from(STEPS), min_size=1, max_size=3)):
+    for kind in draw(st.lists(st.sampled_from(STEPS), min_size=1, max_size=2)):
         grower.step(kind)
     return grower.finish(draw(st.sampled_from(["mean", "sum", "amax", "first"])))
