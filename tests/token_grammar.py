@@ -107,6 +107,10 @@ class PruningGrower:
     def _centred(self, x: Node) -> Node:
         return self.call(aten.sub.Tensor, x, self.call(aten.mean.dim, x, [1], True))
 
+    def _scaled_by_count(self, x: Node) -> Node:
+        total = self.call(aten.sum.dim_IntList, x, [1], True)
+        return self.call(aten.add.Tensor, x, self.call(aten.div.Tensor, total, self.length()))
+
     def _largest(self, x: Node) -> Node:
         return self.call(aten.add.Tensor, x, self.call(aten.amax.default, x, [1], True))
 

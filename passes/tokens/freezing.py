@@ -17,6 +17,8 @@ from vlexport.passes.tokens.survivors import root_of
 from vlexport.passes.tokens.values import HIDDEN, CannotFreeze, Flat, Parts, Value
 
 BATCH = "batch"
+_TAKES_SIZES = (*view_rules.RULES, "aten.arange.default", "aten.arange.start", "aten.arange.start_step")
+"""Whose operands are sizes; those in lists are sizes everywhere."""
 TRUNCATED = "truncated_tokens"
 """Name of the output that counts tokens for which there was no place."""
 
@@ -112,6 +114,8 @@ def _rebuilt(build: Rebuild, node: Node, rules: Mapping[str, view_rules.Rule], *
     given = tuple(
         [known(e) for e in each] if isinstance(each, (list, tuple)) else known(each) for each in dialect.operands(node)
     )
+    if dialect.op_name(node) not in _TAKES_SIZES:
+        given = tuple(_as_a_number(build, node, each) for each in given)
     values = [v for each in given for v in (each if isinstance(each, list) else [each])]
     held = [v for v in values if isinstance(v, (Value, Parts, Flat))]
     counted = any(isinstance(s, torch.SymInt) for s in _shape(node))
@@ -126,6 +130,20 @@ def _rebuilt(build: Rebuild, node: Node, rules: Mapping[str, view_rules.Rule], *
     if not single or touched or isinstance(node.meta["val"], (tuple, list)) or any(isinstance(v, Parts) for v in held):
         raise CannotFreeze(f"no rule is known for {dialect.plain_name(node)}")
     return _as_it_was(build, node, given)
+
+
+def _as_a_number(build: Rebuild, node: Node, operand: Any) -> Any:
+    """An operand that is computed with: a number of tokens is, for every sample, that of its live ones."""
+    if not isinstance(operand, (torch.SymInt, torch.SymFloat)):
+        return operand
+    row = dialect.info(node)
+    slots = build.by_size.get(operand.node.expr) if isinstance(operand, torch.SymInt) else None
+    arithmetic = row is not None and row.category == "elementwise" and dialect.op_name(node).endswith(".Tensor")
+    if slots is None or not arithmetic:
+        raise CannotFreeze("it computes with the number of tokens in a way that no rule knows")
+    dtype = node.meta["val"].dtype
+    live = build.call(aten._to_copy.default, slots.valid, dtype if dtype is not torch.bool else torch.int64)
+    return Value(build.call(aten.sum.dim_IntList, live, [1], False, None), (), HIDDEN)
 
 
 def _as_it_was(build: Rebuild, node: Node, given: Sequence[Any]) -> Value:

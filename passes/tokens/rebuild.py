@@ -189,6 +189,8 @@ class Rebuild:
 
     def number(self, value: Any) -> Any:
         """A size as it is now: old sizes that the data decided are counts of places."""
+        if isinstance(value, (torch.SymFloat, torch.SymBool)):
+            raise CannotFreeze("it computes with the number of tokens in a way that no rule knows")
         if isinstance(value, torch.SymInt):
             slots = self.by_size.get(value.node.expr)
             if slots is not None:

@@ -123,6 +123,14 @@ def test_batch_is_dynamic_when_that_is_asked_for() -> None:
         assert relative_error(after.run(torch.cat(rows))[0].numpy(), wanted.numpy()) <= TOLERANCE
 
 
+def test_number_of_tokens_is_that_of_the_live_ones_when_it_is_computed_with() -> None:
+    model = Pruner(ROW, pool=lambda x: x.sum(1) / x.shape[1] + x.shape[1]).eval()
+    after = frozen(captured(model, sample(0), dynamic=False), batch=8)
+    with torch.no_grad():
+        wanted = torch.cat([model(x) for (x,) in SAMPLES[:8]])
+    assert relative_error(after.run(torch.cat([x for (x,) in SAMPLES[:8]]))[0].numpy(), wanted.numpy()) <= TOLERANCE
+
+
 def test_text_is_golden() -> None:
     check_golden("freeze_tokens", text(frozen(program_of("mask of a row"), percentile=75)))
 
@@ -250,6 +258,8 @@ REFUSED: dict[str, tuple[Choose, Callable[[Tensor], Tensor] | None, str]] = {
     "last token": (ROW, lambda x: x[:, -1], "reads token -1"),
     "convolution": (ROW, lambda x: F.avg_pool1d(x.transpose(1, 2), 1).mean(2), "avg_pool1d mixes the tokens"),
     "variance": (ROW, lambda x: x.var(1), "no rule is known for var"),
+    "root of the count": (ROW, lambda x: x.sum(1) * x.shape[1] ** -0.5, "computes with the number of tokens"),
+    "filled with the count": (ROW, lambda x: x.mean(1) + torch.full((WIDTH,), x.shape[1]), "computes with the number"),
     "sort": (ROW, lambda x: x.sort(1).values.mean(1), "no rule is known for sort over tokens"),
     "fixed mask": (lambda x, s: x[:, torch.arange(TOKENS).remainder(2).nonzero().flatten()], None, "does not depend"),
 }
