@@ -62,6 +62,8 @@ CODES: dict[str, str] = {
     "VLX0210": "the data has no labels",
     "VLX0211": "the reference is no better than guessing",
     "VLX0212": "the metric's function cannot be used",
+    "VLX0213": "a selection of tokens needs calibration samples",
+    "VLX0214": "a calibration sample cannot be used",
     # 03: capture
     "VLX0301": "the model is in train mode",
     "VLX0302": "the example inputs do not fit the model",
@@ -81,6 +83,8 @@ CODES: dict[str, str] = {
     "VLX0408": "an outside optimizer failed or damaged the graph",
     "VLX0409": "a value does not fit the type that everything must have",
     "VLX0410": "the sizes do not fit in memory",
+    "VLX0411": "the model has no tokens to freeze",
+    "VLX0412": "the model's tokens cannot be frozen",
     # 05: targets
     "VLX0501": "the target's runtime is not installed",
     "VLX0502": "the target does not run this precision",
