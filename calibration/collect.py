@@ -67,7 +67,7 @@ def collect(
         DataError: VLX0213 naming sample and node where a value becomes NaN or infinite, VLX0214 for fewer samples than
             are needed; VLX02xx for samples that cannot be read.
     """
-    seen = _asked(program, wanted)
+    seen = asked(program, wanted)
     plain, ordered = DataKey(), DataKey(in_order=True)
     with (reporter or Silent()).steps("calibrate", len(samples)) as advance:
         for rows in _batches(samples, program, batch):
@@ -103,7 +103,8 @@ class _NotFiniteAtError(Exception):
         self.kind = kind
 
 
-def _asked(program: Program, wanted: Wanted) -> dict[Node, Observer]:
+def asked(program: Program, wanted: Wanted) -> dict[Node, Observer]:
+    """The inputs and calls whose value is wanted, in order, each with an observer that has seen nothing."""
     found = {}
     for node in (*program.placeholders, *program.calls()):
         value = node.meta.get("val")

@@ -11,6 +11,7 @@ used again while the keys of model, data and method are those it was made with; 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -181,6 +182,28 @@ def require_same(table: CalibrationTable, key: TableKey, *, where: str) -> None:
         raise DataError(
             "VLX0215", f"the calibration table cannot be used: {why}", where=where,
             hint="calibrate again, or give the model, samples and options that it was made with",
+        )  # fmt: skip
+
+
+def require_values(table: CalibrationTable, named: Mapping[str, str], *, where: str) -> None:
+    """Refuse a table without a range for each of some values.
+
+    Args:
+        table: The table.
+        named: Key → what messages call the value.
+        where: Its file.
+
+    Raises:
+        DataError: VLX0215 naming the first that is missing.
+    """
+    there = table.by_value()
+    missing = [each for each in named if each not in there]
+    if missing:
+        raise DataError(
+            "VLX0215",
+            f"the calibration table cannot be used: it has no range for value {missing[0]}, {named[missing[0]]}"
+            + (f", and {len(missing) - 1} more" if len(missing) > 1 else ""),
+            where=where, hint="put the line back, or calibrate again",
         )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from vlexport.core.config import BuildConfig
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKED = ("torch", "torchvision", "onnx", "onnx_ir", "onnxscript", "timm", "transformers", "safetensors", "sympy")
 NEEDS_TORCH = (
-    "calibration/collect.py", "calibration/keys.py",
+    "calibration/calibrate.py", "calibration/collect.py", "calibration/keys.py",
     "ir", "frontends", "passes", "stages/account.py", "stages/bisect.py", "stages/bisect_artifact.py",
     "stages/blame.py", "stages/build.py", "stages/build_each.py", "stages/choices.py", "stages/component.py",
     "stages/inspect_model.py", "stages/lowered.py", "stages/lowering_cache.py", "stages/naive.py", "stages/order.py",
