@@ -50,39 +50,46 @@ INT32 = Grid("int32", "int32", -(2**31), 2**31 - 1)
 GRIDS: dict[str, Grid] = {each.name: each for each in (INT8, UINT8, INT7, UINT7, INT4, INT32)}
 
 
-def quantize(values: Array, scale: Array, zero_point: Array, grid: Grid, *, axis: int | None = None) -> Array:
+def quantize(
+    values: Array, scale: Array, zero_point: Array, grid: Grid, *, axis: int | None = None, block: int = 0
+) -> Array:
     """Floats as integers of a grid.
 
     Args:
         values: Floating array.
-        scale: Positive; a scalar, or with ``axis`` one value a channel.
+        scale: Positive; a scalar, with ``axis`` one value a channel, with ``block`` as many dims as ``values``.
         zero_point: The integer that stands for 0, shaped like ``scale``.
         grid: Where results lie; what would lie outside saturates.
         axis: Dim of ``values`` that ``scale`` runs along.
+        block: So many neighbours on that dim share a scale; 0 for none.
 
     Returns:
         Array of the grid's dtype. NaN becomes the zero point.
     """
     kind: Any = np.float64 if grid.levels > 1 << 16 else np.float32
-    steps = np.asarray(values, kind) / _along(scale, np.ndim(values), axis).astype(kind)
-    points = _along(zero_point, np.ndim(values), axis).astype(np.int64)
+    steps = np.asarray(values, kind) / _along(scale, np.ndim(values), axis, block).astype(kind)
+    points = _along(zero_point, np.ndim(values), axis, block).astype(np.int64)
     inside = np.clip(np.nan_to_num(np.rint(steps)), grid.low - points, grid.high - points)
     stored: Array = (inside.astype(np.int64) + points).astype(grid.dtype)
     return stored
 
 
-def dequantize(stored: Array, scale: Array, zero_point: Array, *, axis: int | None = None) -> npt.NDArray[np.float32]:
+def dequantize(
+    stored: Array, scale: Array, zero_point: Array, *, axis: int | None = None, block: int = 0
+) -> npt.NDArray[np.float32]:
     """Integers of a grid as float32; operands as in :func:`quantize`."""
-    points = _along(zero_point, np.ndim(stored), axis).astype(np.int64)
+    points = _along(zero_point, np.ndim(stored), axis, block).astype(np.int64)
     steps = np.asarray(stored, np.int64) - points
-    return steps.astype(np.float32) * _along(scale, np.ndim(stored), axis).astype(np.float32)
+    return steps.astype(np.float32) * _along(scale, np.ndim(stored), axis, block).astype(np.float32)
 
 
-def _along(values: Array, dims: int, axis: int | None) -> Array:
-    """One value a channel as an array that broadcasts along ``axis``; a scalar stays one."""
+def _along(values: Array, dims: int, axis: int | None, block: int) -> Array:
+    """One value a channel or block as an array that broadcasts along ``axis``; a scalar stays one."""
     found = np.asarray(values)
     if axis is None:
         return found
+    if block:
+        return np.repeat(found, block, axis)
     shape = [1] * dims
     shape[axis] = -1
     return found.reshape(shape)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 
 from vlexport.frontends.compat import find_signature
+from vlexport.ir import quant_ops
 
 OPERATOR_FUNCTIONS = frozenset(
     {"eq", "ne", "le", "ge", "lt", "gt", "neg", "pos", "mul", "add", "sub", "floordiv", "mod", "pow", "truediv"}
@@ -60,7 +61,9 @@ def refusal_of(target: str) -> str | None:
     signature = find_signature(namespace, operator, overload_name)
     if signature is None:
         return "no such operator is registered"
-    return None if namespace == "vlexport" else _refusal_of_aten(operator, *signature)
+    if namespace == "vlexport":
+        return None if operator in quant_ops.OPERATORS else "it is none of our own operators"
+    return _refusal_of_aten(operator, *signature)
 
 
 def _refusal_of_aten(operator: str, arguments: list[tuple[str, str]], returns: list[str]) -> str | None:
