@@ -10,14 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 import onnx_ir
-from onnxscript import opset20, opset21
+from onnxscript import opset18, opset20, opset21
 
 from vlexport.core.errors import CapabilityError
 from vlexport.ir import dialect, provenance, quant_ops
 from vlexport.ir.program import Program
 
-LEAST_OPSET = 19
-"""float8 and QuantizeLinear on floats of a half type began with it."""
+FLOAT8_OPSET = 19
+"""float8 began with it, and an attribute of QuantizeLinear for it."""
 BLOCKED_OPSET = 21
 """int4 and blocks began with it."""
 _INT4 = int(onnx_ir.DataType.INT4)
@@ -26,7 +26,7 @@ _INT4 = int(onnx_ir.DataType.INT4)
 def translations(opset: int) -> dict[Any, Callable[..., Any]]:
     """Operator → what writes it, for the exporter."""
     return {
-        quant_ops.QUANTIZE: _quantize,
+        quant_ops.QUANTIZE: _quantize if opset >= FLOAT8_OPSET else _quantize_before,
         quant_ops.DEQUANTIZE: _dequantize_blocked if opset >= BLOCKED_OPSET else _dequantize,
         quant_ops.CHOOSE_QPARAMS: _choose_qparams,
     }
@@ -72,7 +72,7 @@ def store_int4(model: onnx_ir.Model) -> int:
 
 def _why_not(operands: dict[str, Any], opset: int) -> str:
     dtype = operands["zero_point"].meta["val"].dtype
-    if opset < LEAST_OPSET and dtype is quant_ops.E4M3:
+    if opset < FLOAT8_OPSET and dtype is quant_ops.E4M3:
         return "float8 began with opset 19"
     if opset < BLOCKED_OPSET and (operands.get("block", 0) or operands.get("bits", 8) == 4):
         return "blocks and int4 began with opset 21"
@@ -88,6 +88,11 @@ def _axis(axis: int | None) -> int:
 
 def _quantize(input: Any, scale: Any, zero_point: Any, axis: int | None = None) -> Any:  # noqa: A002
     return opset20.QuantizeLinear(input, scale, zero_point, axis=_axis(axis))
+
+
+def _quantize_before(input: Any, scale: Any, zero_point: Any, axis: int | None = None) -> Any:  # noqa: A002
+    """Without the attribute for float8."""
+    return opset18.QuantizeLinear(input, scale, zero_point, axis=_axis(axis))
 
 
 def _dequantize(input: Any, scale: Any, zero_point: Any, axis: int | None = None, block: int = 0, bits: int = 8) -> Any:  # noqa: A002

@@ -157,6 +157,15 @@ def test_zero_points_are_written_out_when_they_are_zero(integers_model: onnx_ir.
     assert all(len(n.inputs) == 3 and n.inputs[2] is not None for n in linears)
 
 
+@pytest.mark.parametrize("opset", [18, 19, 21])
+def test_numbers_are_those_of_pytorch_whatever_the_opset(integers: Program, opset: int) -> None:
+    model = onnx_from_program(integers, opset=opset)
+    image = drawn(1, 3, 8, 8)
+    (found,) = session(model, level="ORT_DISABLE_ALL").run(None, {"image": image.numpy()})
+    assert model.opset_imports[""] == opset
+    np.testing.assert_allclose(found, integers.run(image)[0].numpy(), atol=1e-6)
+
+
 def test_blocks_are_int4_initializers_when_the_opset_has_them() -> None:
     program = captured(Blocks(), drawn(2, 32))
     model = onnx_from_program(program, opset=21)
