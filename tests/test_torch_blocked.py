@@ -28,7 +28,7 @@ NEEDS_TORCH = (
     "targets/tensorrt/lower.py", "targets/tensorrt/op_limits.py", "targets/tensorrt/op_support.py",
     *(f"targets/coreml/{name}.py" for name in (
         "classify", "convert", "legalize_resize", "legalize_spelling", "open_attention", "op_support", "outputs",
-        "pixels", "plan",
+        "pixels", "plan", "quantized",
     )),
 )  # fmt: skip
 """What belongs to the other half: the extra ``build`` installs what it imports."""
