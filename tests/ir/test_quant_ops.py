@@ -190,4 +190,4 @@ def test_archive_may_call_our_operators_and_no_others_when_opened() -> None:
     assert all(refusal_of(f"torch.ops.vlexport.{name}.default") is None for name in OPERATORS)
     assert refusal_of("torch.ops.vlexport.dequantize.out") == "no such operator is registered"
     assert refusal_of("torch.ops.vlexport.run.default") == "no such operator is registered"
-    assert refusal_of("torch.ops.quantized_decomposed.quantize_per_tensor.default") is not None
+    assert refusal_of("torch.ops.vlexporter.quantize.default") is not None

@@ -22,6 +22,7 @@ from vlexport.core.artifact import DimRange, Signature, TensorSpec
 from vlexport.core.errors import CODES, CaptureError, VlexportError, nearest
 from vlexport.core.numerics import relative_error
 from vlexport.frontends.clean import clean, functional
+from vlexport.frontends.decomposed import NOTE, own_quantization
 from vlexport.frontends.inline import inline_regions
 from vlexport.frontends.output_types import register_output_types
 from vlexport.frontends.quantized import require_float_module, require_not_quantized
@@ -117,6 +118,8 @@ def capture(model: nn.Module, inputs: Inputs, *, dynamic: Dynamic = "auto", own:
         notes.append(f"all sizes are fixed: {reason}")
     if program is None:
         program = _checked(twin, reference, arguments, dynamic if isinstance(dynamic, Mapping) else {})
+    if own_quantization(program):
+        notes.append(NOTE)
     if not _equal(before, _eager(reference, arguments, arguments.flat)):
         notes.append("the model gives different outputs for the same input: it holds randomness or changing state")
     for note in notes:
