@@ -23,7 +23,7 @@ from vlexport.core.errors import CapabilityError
 from vlexport.ir import dialect, provenance
 from vlexport.ir.exported import exported_from_program
 from vlexport.ir.program import Program
-from vlexport.targets.onnx.quantized import require_expressible, store_int4, translations
+from vlexport.targets.onnx.quantized import store_int4, translations, unexpressible
 
 EXTERNAL_ABOVE_BYTES = 256 << 20
 MAIN_FILE = "main.onnx"
@@ -49,7 +49,8 @@ def onnx_from_program(program: Program, *, opset: int) -> onnx_ir.Model:
 def onnx_with_lines(program: Program, *, opset: int) -> tuple[onnx_ir.Model, dict[str, str]]:
     """As :func:`onnx_from_program`, and node name → ``file.py:LINE`` of the user's code, which no artifact may hold."""
     signature = program.signature
-    require_expressible(program, opset=opset)
+    for error in unexpressible(program, opset=opset):
+        raise error
     exported = exported_from_program(_with_copies(program))
     provenance.lend_source_lines(exported.graph)
     with _quiet():

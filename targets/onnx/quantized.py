@@ -32,20 +32,19 @@ def translations(opset: int) -> dict[Any, Callable[..., Any]]:
     }
 
 
-def require_expressible(program: Program, *, opset: int) -> None:
-    """Refuse what the opset has no spelling for.
-
-    Raises:
-        CapabilityError: VLX0503 naming the call.
-    """
+def unexpressible(program: Program, *, opset: int) -> list[CapabilityError]:
+    """VLX0503 for every quantizing call that the opset has no spelling for."""
+    found = []
     for node in program.calls("vlexport.quantize.default", "vlexport.dequantize.default"):
         operands = dict(zip(dialect.operand_names(node), dialect.operands(node), strict=True))
         why = _why_not(operands, opset)
         if why:
-            raise CapabilityError(
+            error = CapabilityError(
                 "VLX0503", f"ONNX opset {opset} cannot express {dialect.op_name(node)}: {why}",
                 where=provenance.describe(node), hint=f"ask for opset {BLOCKED_OPSET}, or for int8 a tensor or channel",
             )  # fmt: skip
+            found.append(error)
+    return found
 
 
 def store_int4(model: onnx_ir.Model) -> int:
