@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AllowInfNan, Field, ValidationError, model_validator
-from typing_extensions import Self
 
 from vlexport.calibration.methods import Method, range_of
 from vlexport.calibration.observer import Observer
@@ -48,7 +47,7 @@ class ChannelRanges(Frozen):
     high: tuple[Finite, ...]
 
     @model_validator(mode="after")
-    def _ordered(self) -> Self:
+    def _ordered(self) -> ChannelRanges:
         if len(self.low) != len(self.high) or any(a > b for a, b in zip(self.low, self.high, strict=True)):
             raise ValueError("channels: as many lows as highs, none above its high")
         return self
@@ -82,7 +81,7 @@ class ValueEntry(Frozen):
     channels: ChannelRanges | None = None
 
     @model_validator(mode="after")
-    def _ordered(self) -> Self:
+    def _ordered(self) -> ValueEntry:
         if self.low > self.high:
             raise ValueError(f"low {self.low:g} lies above high {self.high:g}")
         return self
@@ -123,7 +122,7 @@ class CalibrationTable(Frozen):
     values: tuple[ValueEntry, ...]
 
     @model_validator(mode="after")
-    def _distinct(self) -> Self:
+    def _distinct(self) -> CalibrationTable:
         keys = [each.value for each in self.values]
         if len(set(keys)) != len(keys):
             raise ValueError("values: one entry a value")

@@ -13,7 +13,6 @@ from importlib import resources
 from typing import Literal
 
 from pydantic import Field, model_validator
-from typing_extensions import Self
 
 from vlexport.core.artifact import Frozen
 from vlexport.core.bundle_schema import Machine
@@ -48,7 +47,7 @@ class TensorRule(Frozen):
     fixed_scale: float | None = Field(default=None, gt=0.0)
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _consistent(self) -> TensorRule:
         if self.type not in (*GRIDS, E4M3):
             raise ValueError(f"no type '{self.type}'")
         if (self.granularity == "block") != (self.block > 0):
@@ -105,7 +104,7 @@ class QuantScheme(Frozen):
     sources: dict[str, str]
 
     @model_validator(mode="after")
-    def _distinct(self) -> Self:
+    def _distinct(self) -> QuantScheme:
         named = [name for layer in self.layers for name in layer.operators]
         if len(set(named)) != len(named):
             raise ValueError(f"{self.id}: an operator has two rules")
