@@ -107,35 +107,45 @@ def _entropy(histogram: Histogram, *, levels: int) -> float:
     used = int(np.flatnonzero(counts)[-1]) + 1
     if used <= levels:
         return used * histogram.width
-    tried = range(used, levels - 1, -1)  # of equals the widest
-    best: int = min(tried, key=lambda count: divergence(counts, count, levels))
-    return best * histogram.width
+    kept = np.arange(used, levels - 1, -1)  # of equals the widest
+    return int(kept[int(np.argmin(divergences(counts, kept, levels)))]) * histogram.width
 
 
-def divergence(counts: Floats, kept: int, levels: int) -> float:
-    """``KL(P‖Q)``: what ``levels`` levels tell of the distribution wrongly.
+def divergences(counts: Floats, kept: npt.NDArray[np.int64], levels: int) -> Floats:
+    """``KL(P‖Q)`` for every threshold: what ``levels`` levels tell of the distribution wrongly.
 
     P are the first ``kept`` bins, the last of them with all that lies beyond; Q are the same bins after ``levels``
-    equal parts were made one level each, whose count is spread over the bins where P is not 0.
+    equal parts were made one level each, whose count is spread over the bins where P is not 0. Since Q is the same all
+    over a level, ``Σ P log Q`` is a sum over levels, and running sums give the rest.
 
     Args:
-        counts: One count a bin, of magnitudes.
-        kept: Bins inside the threshold, at least ``levels``.
+        counts: One count a bin, of magnitudes; not all 0.
+        kept: Bins inside each threshold, at least ``levels``.
         levels: Levels.
+
+    Returns:
+        One divergence a threshold.
     """
-    inside = counts[:kept]
-    real = inside.copy()
-    real[-1] += counts[kept:].sum()
-    present = (real > 0.0).astype(np.float64)
-    starts = np.arange(levels) * kept // levels
-    sizes = np.diff(np.append(starts, kept))
-    holders = np.maximum(np.add.reduceat(present, starts), 1.0)
-    spread = np.repeat(np.add.reduceat(inside, starts) / holders, sizes) * present
-    if not spread.any():
-        return np.inf
-    p, q = real / real.sum(), spread / spread.sum()
-    there = p > 0.0
-    return float(np.sum(p[there] * np.log(p[there] / np.maximum(q[there], _ABSENT))))
+    total = counts.sum()
+    sums, holders, logs = (np.append(0.0, np.cumsum(each)) for each in (counts, counts > 0.0, _times_log(counts)))
+    edges = np.arange(levels + 1) * kept[:, None] // levels
+    inside = np.diff(sums[edges], axis=1)
+    spread = np.diff(holders[edges], axis=1)
+    beyond = total - sums[kept]
+    last = counts[kept - 1]
+    spread[:, -1] += (last == 0.0) & (beyond > 0.0)
+    p = inside.copy()
+    p[:, -1] += beyond
+    q = inside / np.maximum(spread, 1.0) / np.maximum(sums[kept], 1.0)[:, None]
+    of_p = (logs[kept - 1] + _times_log(last + beyond)) / total - np.log(total)
+    found: Floats = of_p - (p * np.log(np.maximum(q, _ABSENT))).sum(1) / total
+    return np.where(sums[kept] > 0.0, found, np.inf)
+
+
+def _times_log(values: Floats) -> Floats:
+    """x·log x, 0 of 0."""
+    found: Floats = values * np.log(np.where(values > 0.0, values, 1.0))
+    return found
 
 
 _ABSENT = 1e-9

@@ -153,26 +153,16 @@ def test_constant_values_keep_their_range_whatever_the_method(value: float, name
 hostile = st.lists(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=8), min_size=1, max_size=5)
 
 
-def require_some_range(parts: list[list[float]], name: MethodName, even: bool) -> None:
+@settings(max_examples=200, derandomize=True, deadline=None, database=None)
+@given(hostile, st.sampled_from(NAMES), st.booleans())
+def test_some_finite_range_is_given_when_values_are_hostile(
+    parts: list[list[float]], name: MethodName, even: bool
+) -> None:
     seen = Observer()
     for part in parts:
         seen.update(np.array(part, np.float32))
     low, high = range_of(seen, Method(name=name, symmetric=even))
     assert -(2.0**100) <= low <= high <= 2.0**100
-
-
-@settings(max_examples=200, derandomize=True, deadline=None, database=None)
-@given(hostile, st.sampled_from([name for name in NAMES if name != "entropy"]), st.booleans())
-def test_some_finite_range_is_given_when_values_are_hostile(
-    parts: list[list[float]], name: MethodName, even: bool
-) -> None:
-    require_some_range(parts, name, even)
-
-
-@settings(max_examples=20, derandomize=True, deadline=None, database=None)
-@given(hostile, st.booleans())
-def test_some_finite_range_is_given_by_entropy_when_values_are_hostile(parts: list[list[float]], even: bool) -> None:
-    require_some_range(parts, "entropy", even)
 
 
 def test_extremes_are_kept_when_no_histogram_is_wanted() -> None:
