@@ -19,6 +19,7 @@ from vlexport.core.errors import CapabilityError, InternalError, VlexportError
 from vlexport.core.isolate import IsolatedSession
 from vlexport.core.pipeline import open_artifact
 from vlexport.core.preprocess import Preprocess
+from vlexport.core.scheme import QuantScheme
 
 if TYPE_CHECKING:
     from vlexport.ir.program import Program
@@ -125,6 +126,10 @@ class Target(abc.ABC):
     fixed_batch: ClassVar[bool] = False
     default_device: ClassVar[str] = THIS
     lowered: ClassVar[tuple[LoweredPass, ...]] = ()
+
+    def schemes(self) -> tuple[QuantScheme, ...]:
+        """How it wants quantized models, the preferred way first; none where it takes them in no way."""
+        return ()
 
     @abc.abstractmethod
     def probe(self) -> Probe:

@@ -20,6 +20,7 @@ from vlexport.core.config import BuildConfig
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKED = ("torch", "torchvision", "onnx", "onnx_ir", "onnxscript", "timm", "transformers", "safetensors", "sympy")
 NEEDS_TORCH = (
+    "calibration/calibrate.py", "calibration/collect.py", "calibration/keys.py",
     "ir", "frontends", "passes", "stages/account.py", "stages/bisect.py", "stages/bisect_artifact.py",
     "stages/blame.py", "stages/build.py", "stages/build_each.py", "stages/choices.py", "stages/component.py",
     "stages/inspect_model.py", "stages/lowered.py", "stages/lowering_cache.py", "stages/naive.py", "stages/order.py",
@@ -27,7 +28,7 @@ NEEDS_TORCH = (
     "targets/tensorrt/lower.py", "targets/tensorrt/op_limits.py", "targets/tensorrt/op_support.py",
     *(f"targets/coreml/{name}.py" for name in (
         "classify", "convert", "legalize_resize", "legalize_spelling", "open_attention", "op_support", "outputs",
-        "pixels", "plan",
+        "pixels", "plan", "quantized",
     )),
 )  # fmt: skip
 """What belongs to the other half: the extra ``build`` installs what it imports."""

@@ -13,6 +13,7 @@ from pydantic import Field, field_validator
 from vlexport.core.artifact import Artifact, Frozen, Signature, TensorSpec
 from vlexport.core.devices import this_machine
 from vlexport.core.errors import VlexportError
+from vlexport.core.scheme import QuantScheme, read_schemes
 from vlexport.targets.base import Brief, Probe, Target
 from vlexport.targets.coreml.names import (
     LABEL,
@@ -122,6 +123,10 @@ class CoreMLTarget(Target):
     session_entry: ClassVar[str] = "vlexport.targets.coreml.session:open_session"
     fixed_batch: ClassVar[bool] = True
     default_device: ClassVar[str] = "ios17"
+
+    def schemes(self) -> tuple[QuantScheme, ...]:
+        """Those of ``schemes.json``."""
+        return read_schemes(__name__)
 
     def probe(self) -> Probe:
         """Nothing runs Core ML artifacts in this version; the version is that of coremltools."""

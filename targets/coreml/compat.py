@@ -12,7 +12,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -79,6 +79,44 @@ def has_conversion(name: str) -> bool:
         registry = importlib.import_module("coremltools.converters.mil.frontend.torch.torch_op_registry")
         importlib.import_module("coremltools.converters.mil.frontend.torch.ops")
         return registry._TORCH_OPS_REGISTRY.get_func(name) is not None
+
+
+def translate(name: str, write: Callable[[Any, str, tuple[Any, ...]], Any]) -> None:
+    """Let coremltools convert an operator of ours.
+
+    Args:
+        name: ``vlexport.quantize``.
+        write: Given the builder of MIL, the name of the result and the operands as variables, makes the result.
+    """
+    with quiet():
+        registry = importlib.import_module("coremltools.converters.mil.frontend.torch.torch_op_registry")
+        operators = importlib.import_module("coremltools.converters.mil.frontend.torch.ops")
+        builder = importlib.import_module("coremltools.converters.mil.mil").Builder
+
+    def convert(context: Any, node: Any) -> None:
+        inputs = operators._get_inputs(context, node)
+        context.add(write(builder, node.name, tuple(inputs)), node.name)
+
+    convert.__name__ = name.replace(".", "_")
+    registry.register_torch_op(torch_alias=[name, name.replace(".", "::")], override=True)(convert)
+
+
+def unpacked(stored: Any, zero_point: Any, scale: Any, *, axis: int | None, name: str) -> Any:
+    """A constant that is kept in int8 or uint8; in the spelling of the deployment target under way."""
+    made = importlib.import_module("coremltools.converters.mil.frontend._utils")
+    return made._construct_constexpr_dequant_op(stored, zero_point, scale, axis=axis, name=name)
+
+
+def blockwise(mb: Any, stored: Any, scale: Any, zero_point: Any, *, bits: int, axis: int | None, name: str) -> Any:
+    """A constant whose neighbours on ``axis`` share a scale, or that is kept in 4 bits. From iOS 18 on."""
+    types = importlib.import_module("coremltools.converters.mil.mil").types
+    kind = types.nptype_from_builtin(types.string_to_builtin(f"int{bits}")) if bits != 8 else stored.dtype
+    if scale.ndim != stored.ndim:
+        shape = [1] * stored.ndim
+        shape[axis or 0] = -1
+        scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
+    offset = zero_point.astype(kind) if zero_point.any() else None
+    return mb.constexpr_blockwise_shift_scale(data=stored.astype(kind), scale=scale, offset=offset, name=name)
 
 
 def load_spec(path: Path) -> Any:

@@ -27,6 +27,7 @@ from vlexport.targets.coreml.mil import read_package
 from vlexport.targets.coreml.package import write_package
 from vlexport.targets.coreml.pixels import steps_outside
 from vlexport.targets.coreml.plan import Plan
+from vlexport.targets.coreml.quantized import WHAT_INSTEAD, register, why_not
 from vlexport.targets.coreml.shapes import Sizes, enumerated_shapes
 
 SUFFIX = ".mlpackage"
@@ -94,6 +95,12 @@ def write_plain_conversion(program: Program, folder: Path, name: str, sizes: dic
 def _converted(plan: Plan, scratch: Path) -> tuple[Any, bytes | None]:
     """The specification and the content of the weight file."""
     for node in plan.program.calls():
+        reason = why_not(node, plan.deployment)
+        if reason:
+            raise CapabilityError(
+                "VLX0503", f"Core ML cannot express {dialect.op_name(node)}: {reason}",
+                where=provenance.describe(node), hint=WHAT_INSTEAD,
+            )  # fmt: skip
         if is_misread(node):
             raise CapabilityError(
                 "VLX0503", f"coremltools converts {dialect.op_name(node)} to something else here",
@@ -101,6 +108,7 @@ def _converted(plan: Plan, scratch: Path) -> tuple[Any, bytes | None]:
                 "otherwise where the sizes of an image are fixed",
             )  # fmt: skip
     ct = compat.coremltools()
+    register()
     exported = exported_from_program(plan.program)
     made = scratch / f"converted{SUFFIX}"
     with compat.quiet():

@@ -74,7 +74,8 @@ class MilSummary:
         outputs: Features in order.
         opset: Op set of the program (``CoreML7``).
         operations: All but constants, in order.
-        constants: Name → value of every constant that lies in the program itself; weights lie beside it.
+        constants: Name → value of every constant that lies in the program itself; weights lie beside it. One that is
+            unpacked on load has ``NAME.quantized_data`` and the like.
         weight_bytes: Type → bytes of the weights beside the program.
         predicted: Names of the class label and of the probabilities of a classifier, else empty.
         metadata: What the package says of itself.
@@ -151,14 +152,13 @@ def summary_of(spec: Any) -> MilSummary:
     for op in _all_operations(block):
         if op.type != "const":
             operations.append(_operation(op))
-            continue
-        value = op.attributes["val"]
-        dtype = compat.data_type_name(value.type.tensorType.dataType)
-        shape = tuple(dim.constant.size for dim in value.type.tensorType.dimensions)
-        if value.HasField("blobFileValue"):
-            weights[dtype] += math.prod(shape) * np.dtype(_NUMPY.get(dtype, np.uint8)).itemsize
-        elif value.immediateValue.HasField("tensor"):
-            constants[op.outputs[0].name] = _immediate(value.immediateValue.tensor, dtype, shape)
+        for name, value in _stored(op):
+            dtype = compat.data_type_name(value.type.tensorType.dataType)
+            shape = tuple(dim.constant.size for dim in value.type.tensorType.dimensions)
+            if value.HasField("blobFileValue"):
+                weights[dtype] += math.prod(shape) * np.dtype(_NUMPY.get(dtype, np.uint8)).itemsize
+            elif value.immediateValue.HasField("tensor"):
+                constants[name] = _immediate(value.immediateValue.tensor, dtype, shape)
     described = spec.description
     predicted = (described.predictedFeatureName, described.predictedProbabilitiesName)
     about = described.metadata
@@ -174,6 +174,20 @@ def summary_of(spec: Any) -> MilSummary:
         predicted=predicted if all(predicted) else (),
         metadata={**{k: v for k, v in plain.items() if v}, **dict(sorted(about.userDefined.items()))},
     )
+
+
+def _stored(op: Any) -> Iterator[tuple[str, Any]]:
+    """What an operation holds of itself: a constant's value; of one that is unpacked on load, its parameters."""
+    if op.type == "const":
+        yield op.outputs[0].name, op.attributes["val"]
+    elif op.type.startswith("constexpr_"):
+        for parameter, value in sorted(op.attributes.items()):  # up to iOS 17
+            if parameter != "name":
+                yield f"{op.outputs[0].name}.{parameter}", value
+        for parameter, bound in sorted(op.inputs.items()):
+            for argument in bound.arguments:
+                if argument.HasField("value"):
+                    yield f"{op.outputs[0].name}.{parameter}", argument.value
 
 
 def _all_operations(block: Any) -> Iterator[Any]:

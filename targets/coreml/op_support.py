@@ -19,9 +19,10 @@ from vlexport.core.errors import CapabilityError, VlexportError
 from vlexport.ir import dialect, provenance
 from vlexport.ir.program import Program
 from vlexport.targets.base import Brief
-from vlexport.targets.coreml import CoreMLOptions
+from vlexport.targets.coreml import CoreMLOptions, deployment_target
 from vlexport.targets.coreml.legalize_spelling import is_misread
 from vlexport.targets.coreml.plan import plan_of
+from vlexport.targets.coreml.quantized import TRANSLATED, WHAT_INSTEAD, quantizes, why_not
 
 MAX_RANK = 5
 """Of a tensor in Core ML. Source: the table's ``rank``."""
@@ -45,11 +46,13 @@ def problems_of(program: Program, brief: Brief, options: CoreMLOptions) -> list[
     except VlexportError as error:
         found.append(error)
     excused = _split_by_coremltools(program)
-    refused = [(node, reason) for node in program.calls() if (reason := _refused(node, excused))]
+    deployment = deployment_target(brief)
+    refused = [(node, reason) for node in program.calls() if (reason := _refused(node, excused, deployment))]
     found += [
         CapabilityError(
             "VLX0503", f"Core ML cannot express {dialect.op_name(node)}: {reason}",
-            where=provenance.describe(node), hint="rewrite that line with other operators",
+            where=provenance.describe(node),
+            hint=WHAT_INSTEAD if quantizes(node) else "rewrite that line with other operators",
         )
         for node, reason in refused
     ]  # fmt: skip
@@ -57,7 +60,9 @@ def problems_of(program: Program, brief: Brief, options: CoreMLOptions) -> list[
 
 
 def converts(name: str) -> bool:
-    """Whether coremltools has a conversion for an operator, ``aten.relu.default`` or ``operator.mul``."""
+    """Whether coremltools has a conversion for an operator, ``aten.relu.default`` or ``operator.mul``, or we do."""
+    if name in TRANSLATED:
+        return True
     library, _, rest = name.partition(".")
     if library != "aten":
         return rest in table()["python"].split()
@@ -65,8 +70,10 @@ def converts(name: str) -> bool:
     return overload in table()["aten"].get(plain, "").split()
 
 
-def _refused(node: Node, excused: set[Node]) -> str:
+def _refused(node: Node, excused: set[Node], deployment: str) -> str:
     """Why, or an empty string."""
+    if reason := why_not(node, deployment):
+        return reason
     if not converts(dialect.op_name(node)):
         return _NO_CONVERSION
     if is_misread(node):

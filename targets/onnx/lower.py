@@ -23,6 +23,7 @@ from vlexport.core.errors import CapabilityError
 from vlexport.ir import dialect, provenance
 from vlexport.ir.exported import exported_from_program
 from vlexport.ir.program import Program
+from vlexport.targets.onnx.quantized import store_int4, translations, unexpressible
 
 EXTERNAL_ABOVE_BYTES = 256 << 20
 MAIN_FILE = "main.onnx"
@@ -48,6 +49,8 @@ def onnx_from_program(program: Program, *, opset: int) -> onnx_ir.Model:
 def onnx_with_lines(program: Program, *, opset: int) -> tuple[onnx_ir.Model, dict[str, str]]:
     """As :func:`onnx_from_program`, and node name → ``file.py:LINE`` of the user's code, which no artifact may hold."""
     signature = program.signature
+    for error in unexpressible(program, opset=opset):
+        raise error
     exported = exported_from_program(_with_copies(program))
     provenance.lend_source_lines(exported.graph)
     with _quiet():
@@ -61,10 +64,12 @@ def onnx_with_lines(program: Program, *, opset: int) -> tuple[onnx_ir.Model, dic
                 dynamic_shapes=_dynamic_shapes(signature),
                 external_data=False,
                 verbose=False,
+                custom_translation_table=translations(opset),
             )
         except torch.onnx.errors.OnnxExporterError as error:
             raise _refused(program, error) from error
     assert made is not None
+    store_int4(made.model)
     nodes = onnx_ir.traversal.RecursiveGraphIterator(made.model.graph)
     lines = {str(node.name): node.metadata_props[_LINE] for node in nodes if node.metadata_props.get(_LINE)}
     return _anonymous(made.model), lines

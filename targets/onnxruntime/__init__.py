@@ -13,6 +13,7 @@ from pydantic import Field
 from vlexport.core.artifact import Artifact, Frozen
 from vlexport.core.devices import this_machine
 from vlexport.core.errors import CapabilityError, VlexportError
+from vlexport.core.scheme import QuantScheme, read_schemes
 from vlexport.targets.base import Brief, LoweredPass, Probe, Target
 from vlexport.targets.onnx.providers import CPU, PROVIDERS, missing_provider
 
@@ -90,6 +91,10 @@ class OnnxRuntimeTarget(Target):
         LoweredPass(name="optimize-onnx", value="vlexport.targets.onnx.optimize_onnx:OptimizeOnnx", option="optimize"),
     )
 
+    def schemes(self) -> tuple[QuantScheme, ...]:
+        """Those of ``schemes.json``."""
+        return read_schemes(__name__)
+
     def probe(self) -> Probe:
         """Version, providers and instruction set."""
         instruction_set = this_machine().instruction_set
@@ -129,10 +134,11 @@ class OnnxRuntimeTarget(Target):
         return precision, _FP16_NOTE if precision == "fp16" else reason
 
     def problems(self, program: Program, brief: Brief) -> Sequence[VlexportError]:
-        """Calls that torch's exporter refuses."""
+        """Calls that torch's exporter refuses, or the opset has no spelling for."""
         from vlexport.targets.onnx.op_limits import refused
+        from vlexport.targets.onnx.quantized import unexpressible
 
-        return refused(program)
+        return [*refused(program), *unexpressible(program, opset=cast("OnnxRuntimeOptions", brief.options).opset)]
 
     def lower(self, program: Program, folder: Path, brief: Brief) -> Artifact:
         """Write ``main.onnx``."""

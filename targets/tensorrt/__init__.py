@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, cast
 from vlexport.core.artifact import Artifact, Frozen
 from vlexport.core.devices import this_machine
 from vlexport.core.errors import VlexportError
+from vlexport.core.scheme import QuantScheme, read_schemes
 from vlexport.targets.base import Brief, Probe, Target
 from vlexport.targets.tensorrt.engine import choose_engine, compiler_version, missing_compiler
 from vlexport.targets.tensorrt.options import TensorRTOptions
@@ -31,6 +32,10 @@ class TensorRTTarget(Target):
     Options: ClassVar[type[Frozen]] = TensorRTOptions
     session_entry: ClassVar[str] = "vlexport.targets.tensorrt.session:open_session"
     fixed_batch: ClassVar[bool] = True
+
+    def schemes(self) -> tuple[QuantScheme, ...]:
+        """Those of ``schemes.json``."""
+        return read_schemes(__name__)
 
     def probe(self) -> Probe:
         """ONNX Runtime, which stands in for TensorRT here, and the compiler. Neither TensorRT nor a GPU is used."""

@@ -18,6 +18,7 @@ from vlexport.targets.base import Brief
 from vlexport.targets.onnx.lower import onnx_with_lines, write_onnx
 from vlexport.targets.onnx.model import describe
 from vlexport.targets.onnx.op_limits import refused
+from vlexport.targets.onnx.quantized import unexpressible
 from vlexport.targets.tensorrt.commands import device_commands
 from vlexport.targets.tensorrt.compiler import Refusal
 from vlexport.targets.tensorrt.engine import (
@@ -59,7 +60,7 @@ def problems_of(program: Program, brief: Brief) -> list[VlexportError]:
     try:
         opset = choose_opset(options, brief.device)
         choose_engine(options, brief.device, program.signature)
-        if stopping := refused(program):
+        if stopping := [*refused(program), *unexpressible(program, opset=opset)]:
             return stopping
         model, lines = onnx_with_lines(program, opset=opset)
     except VlexportError as error:

@@ -21,7 +21,7 @@ from vlexport.ir.program import Program
 from vlexport.passes.pipeline import run_pipeline
 from vlexport.targets import open_target
 from vlexport.targets.base import Brief
-from vlexport.targets.coreml import compat
+from vlexport.targets.coreml import compat, quantized
 from vlexport.targets.coreml.op_support import converts, table
 
 HIGH = (2, 2, 2, 2, 3, 6)
@@ -137,6 +137,7 @@ def test_tensorrt_says_every_call_that_the_exporter_refuses_when_asked() -> None
 
 
 def test_table_is_that_of_the_installed_coremltools_when_asked() -> None:
+    quantized.register()
     assert [name for name in dialect.OPS if converts(name) != compat.has_conversion(name)] == []
     listed = [f"aten.{plain}.{each}" for plain, overloads in table()["aten"].items() for each in overloads.split()]
     assert [name for name in listed if not compat.has_conversion(name)] == []

@@ -64,6 +64,9 @@ CODES: dict[str, str] = {
     "VLX0212": "the metric's function cannot be used",
     "VLX0213": "a selection of tokens needs calibration samples",
     "VLX0214": "a calibration sample cannot be used",
+    "VLX0213": "a value becomes NaN or infinite on a calibration sample",
+    "VLX0214": "there are too few calibration samples",
+    "VLX0215": "the calibration table cannot be used",
     # 03: capture
     "VLX0301": "the model is in train mode",
     "VLX0302": "the example inputs do not fit the model",

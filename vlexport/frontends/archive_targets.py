@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import re
 
-from vlexport.frontends.compat import find_signature
+from vlexport.frontends import decomposed
+from vlexport.frontends.compat import declare_decomposed_operators, find_signature
+from vlexport.ir import quant_ops
 
 OPERATOR_FUNCTIONS = frozenset(
     {"eq", "ne", "le", "ge", "lt", "gt", "neg", "pos", "mul", "add", "sub", "floordiv", "mod", "pow", "truediv"}
@@ -19,6 +21,7 @@ MATH_FUNCTIONS = frozenset({"trunc", "ceil", "floor", "sqrt"})
 SYMBOL_FUNCTIONS = frozenset({"sym_not", "sym_int", "sym_float", "sym_ite", "sym_max", "sym_min", "sym_sqrt"})
 HIGHER_ORDER = frozenset({"cond", "wrap_with_set_grad_enabled", "wrap_with_autocast"})
 
+_DECOMPOSED = f"torch.ops.{decomposed.NAMESPACE}"
 _OVERLOAD = re.compile(r"torch\.ops\.(aten|vlexport)\.([A-Za-z_]\w{0,127})\.([A-Za-z_]\w{0,127})")
 
 _TYPES = frozenset({"Tensor", "int", "bool", "float", "number", "complex", "Device", "Generator", "str"})
@@ -53,6 +56,10 @@ def refusal_of(target: str) -> str | None:
         return None
     if module == "torch.ops.higher_order" and name in HIGHER_ORDER:
         return None
+    if target.startswith(_DECOMPOSED):
+        declare_decomposed_operators()
+        known = target.removeprefix(_DECOMPOSED) in decomposed.OPERATORS
+        return None if known else "of quantized_decomposed it is none that becomes our own"
     match = _OVERLOAD.fullmatch(target)
     if match is None:
         return "it is no operator that a saved model may call"
@@ -60,7 +67,9 @@ def refusal_of(target: str) -> str | None:
     signature = find_signature(namespace, operator, overload_name)
     if signature is None:
         return "no such operator is registered"
-    return None if namespace == "vlexport" else _refusal_of_aten(operator, *signature)
+    if namespace == "vlexport":
+        return None if operator in quant_ops.OPERATORS else "it is none of our own operators"
+    return _refusal_of_aten(operator, *signature)
 
 
 def _refusal_of_aten(operator: str, arguments: list[tuple[str, str]], returns: list[str]) -> str | None:

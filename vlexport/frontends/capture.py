@@ -22,6 +22,7 @@ from vlexport.core.artifact import DimRange, Signature, TensorSpec
 from vlexport.core.errors import CODES, CaptureError, VlexportError, nearest
 from vlexport.core.numerics import relative_error
 from vlexport.frontends.clean import clean, functional
+from vlexport.frontends.decomposed import NOTE, own_quantization
 from vlexport.frontends.inline import inline_regions
 from vlexport.frontends.output_types import register_output_types
 from vlexport.frontends.quantized import require_float_module, require_not_quantized
@@ -30,6 +31,7 @@ from vlexport.frontends.user_lines import parting_line, user_line, watch_guards
 from vlexport.ir import compat, provenance
 from vlexport.ir.exported import program_from_exported, require_no_mutation
 from vlexport.ir.program import Program
+from vlexport.ir.quant_ops import E4M3
 from vlexport.ir.text import size_text
 
 log = logging.getLogger("vlexport.capture")
@@ -89,9 +91,9 @@ def capture(model: nn.Module, inputs: Inputs, *, dynamic: Dynamic = "auto", own:
     require_float_module(model)
     twin = model if own else copied(model)
     notes: list[str] = []
-    if any(t.is_floating_point() and t.dtype is not torch.float32 for t in twin.state_dict().values()):
+    if any(t.is_floating_point() and t.dtype not in (torch.float32, E4M3) for t in twin.state_dict().values()):
         notes.append("half- or double-precision weights were loaded as float32")
-    twin = twin.cpu().float()  # unlike to(float32), leaves complex buffers whole
+    twin = _as_float32(twin.cpu())
     reference = copied(twin)  # the user's own module never runs: a forward may write to its state
     arguments = _bind(twin, inputs)
     if isinstance(dynamic, Mapping):
@@ -117,11 +119,23 @@ def capture(model: nn.Module, inputs: Inputs, *, dynamic: Dynamic = "auto", own:
         notes.append(f"all sizes are fixed: {reason}")
     if program is None:
         program = _checked(twin, reference, arguments, dynamic if isinstance(dynamic, Mapping) else {})
+    if own_quantization(program):
+        notes.append(NOTE)
     if not _equal(before, _eager(reference, arguments, arguments.flat)):
         notes.append("the model gives different outputs for the same input: it holds randomness or changing state")
     for note in notes:
         log.warning(note)
     return Captured(program, tuple(notes))
+
+
+def _as_float32(twin: nn.Module) -> nn.Module:
+    """``twin`` with its floating tensors in float32, but for buffers that hold quantized values."""
+    kept = {name: buffer for name, buffer in twin.named_buffers() if buffer.dtype is E4M3}
+    twin = twin.float()  # unlike to(float32), leaves complex buffers whole
+    for name, buffer in kept.items():
+        place, _, leaf = name.rpartition(".")
+        setattr(twin.get_submodule(place), leaf, buffer)
+    return twin
 
 
 def _require_eval(model: nn.Module) -> None:

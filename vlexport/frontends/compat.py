@@ -15,10 +15,12 @@ from torch.export import ExportedProgram
 from torch.export.pt2_archive._package import load_pt2
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.numbers import int_oo
 
 __all__ = [
     "LOAD_ERRORS",
     "bounds_of",
+    "declare_decomposed_operators",
     "declare_torchvision_operators",
     "find_signature",
     "load_program",
@@ -64,6 +66,11 @@ def find_signature(namespace: str, operator: str, overload: str) -> tuple[list[t
     return [(each.name, str(each.type)) for each in schema.arguments], [str(each.type) for each in schema.returns]
 
 
+def declare_decomposed_operators() -> None:
+    """Let torch know the operators of ``quantized_decomposed``, which its quantization tools write."""
+    importlib.import_module("torch.ao.quantization.fx._decomposed")
+
+
 def load_program(archive: bytes) -> ExportedProgram:
     """The program ``model`` of a ``.pt2`` archive.
 
@@ -86,7 +93,8 @@ def bounds_of(value_range: Any) -> tuple[int, int | None]:
     if value_range is None:
         return 1, None
     low, high = value_range.lower, value_range.upper
-    return (max(1, int(low)) if low.is_number and low.is_finite else 1), (int(high) if high.is_finite else None)
+    bounded = high.is_finite and high != int_oo  # which says of itself that it is finite
+    return (max(1, int(low)) if low.is_number and low.is_finite else 1), (int(high) if bounded else None)
 
 
 def tensor_leaves(value: Any) -> list[torch.Tensor]:

@@ -24,6 +24,7 @@ from vlexport.frontends.archive_zip import damaged, read_members
 from vlexport.frontends.capture import TOLERANCE, DimChoice, program_of
 from vlexport.frontends.clean import functional
 from vlexport.frontends.consented import load_exported
+from vlexport.frontends.decomposed import own_quantization
 from vlexport.frontends.inline import inline_regions
 from vlexport.frontends.model_file import METADATA_MEMBER
 from vlexport.frontends.module_source import digest_of
@@ -97,6 +98,7 @@ def _program(exported: ExportedProgram) -> Program:
         program = program_of(functional(inline_regions(exported)), names, (), chosen)
         sizes = {name: max(2, each.min) for name, each in program.signature.dims.items()}
         program.example = draw(program, torch.Generator().manual_seed(0), sizes)
+        own_quantization(program)
         return program
     with torch.no_grad():
         expected = compat.tensor_leaves(exported.module()(*wanted[0], **wanted[1]))
@@ -106,6 +108,7 @@ def _program(exported: ExportedProgram) -> Program:
         worst = relative_error(found.float().numpy(), value.detach().float().numpy())
         if not worst <= TOLERANCE:
             raise CaptureError("VLX0304", f"output {spec.name} differs from the exported program's by {worst:.1e}")
+    own_quantization(program)
     return program
 
 

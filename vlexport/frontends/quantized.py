@@ -1,4 +1,4 @@
-"""Models that are quantized already are refused in words: what their integers mean is not kept by passes yet."""
+"""Models that are quantized already are refused in words, but for what ``frontends/decomposed`` makes our own."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from vlexport.core.errors import CaptureError
+from vlexport.frontends.decomposed import understands
 from vlexport.ir import dialect, provenance
 
 _NAMESPACES = ("quantized.", "quantized_decomposed.", "torchao.", "_quantized.", "bitsandbytes.", "quanto.")
@@ -40,14 +41,14 @@ def _refused(where: str, what: str) -> CaptureError:
 
 
 def require_not_quantized(exported: ExportedProgram) -> None:
-    """Refuse a graph that quantizes or dequantizes.
+    """Refuse a graph that quantizes or dequantizes in a way that is not understood.
 
     Raises:
         CaptureError: VLX0307 naming the operator and its line.
     """
     for node in exported.graph.nodes:
         name = dialect.op_name(node)
-        if name.startswith((*_NAMESPACES, *_OPERATORS)):
+        if name.startswith((*_NAMESPACES, *_OPERATORS)) and not understands(node):
             raise CaptureError(
                 "VLX0307", f"the model is quantized already: it calls {name}", where=provenance.describe(node),
                 hint=_HINT,

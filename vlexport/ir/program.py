@@ -188,7 +188,7 @@ class Program:
     def double(self) -> Program:
         """A float64 copy: every floating tensor, and every dtype argument that names a floating type."""
         twin = self.copy()
-        twin.tensors = {k: t.double() if t.is_floating_point() else t for k, t in self.tensors.items()}
+        twin.tensors = {k: _doubled(t) for k, t in self.tensors.items()}  # what holds quantized values keeps its dtype
         twin.example = tuple(t.double() if t.is_floating_point() else t for t in self.example)
         mode = compat.fake_mode_of([n.meta["val"] for n in self.placeholders])
         with compat.quiet_fake(mode) if mode is not None else contextlib.nullcontext():
