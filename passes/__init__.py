@@ -32,6 +32,7 @@ CATALOGUE: dict[str, str] = {
     "raise-activations": "vlexport.passes.raise_activations:RaiseActivations",
     "raise-attention": "vlexport.passes.raise_attention:RaiseAttention",
     "fold-affine": "vlexport.passes.fold_affine:FoldAffine",
+    "merge-linears": "vlexport.passes.merge_linears:MergeLinears",
     "narrow-to-demand": "vlexport.passes.narrow_to_demand:NarrowToDemand",
 }
 """Id → where the class lies, in pipeline order. Imported when used. These run in every build."""

@@ -201,6 +201,18 @@ def _linear_then_scale(g: Grower, x: Node) -> Node | None:
     return g.call(aten.mul.Tensor, g.call(aten.permute.default, split, [0, 2, 1, 3]), g.tensor(2, 1, 1))
 
 
+def _linears_of_one(g: Grower, x: Node) -> Node | None:
+    """Two or three linears of one value, with and without bias, perhaps one that is tied or of a part."""
+    if not g.small(x):
+        return None
+    width = g.shape(x)[-1]
+    first = g.tensor(3, width)
+    weights = [first, g.tensor(3, width), g.pick(g.tensor(3, width), first)][: g.pick(2, 3)]
+    biases = [g.tensor(3) if g.pick(True, False) else None for _ in weights]
+    made = [g.call(aten.linear.default, x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    return functools.reduce(lambda a, b: g.call(g.pick(aten.mul.Tensor, aten.sub.Tensor), a, b), made)
+
+
 def _unary(target: Any, **kwargs: Any) -> Callable[[Grower, Node], Node | None]:
     return lambda g, x: g.call(target, x, **kwargs)
 
@@ -590,6 +602,7 @@ OPERATORS: dict[str, Callable[[Grower, Node], Node | None]] = {
     "dead": _dead,
     "layer_norm, linears": _norm_then_linears,
     "linear, scale": _linear_then_scale,
+    "linears of one value": _linears_of_one,
 }
 """Name → builder."""
 

@@ -12,6 +12,7 @@ call                                  weight              output channels lie on
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,13 +96,19 @@ def projection_of(ir: Program, node: Any) -> Projection | str:
         return f"the {dialect.plain_name(node)}'s bias is computed, not stored"
     if name == ADDMM and (dialect.operands(node)[3:] != (1, 1) or bias.meta["val"].ndim != 1):
         return "the addmm weighs its terms, or adds more than a bias"
-    if weight.dtype not in _WIDE:
-        return f"the {dialect.plain_name(node)}'s weight is stored in half precision: it would be rounded once more"
     return found
 
 
 def why_kept(ir: Program, projection: Projection) -> str:
-    """Why the weight had better stay as it is: another call reads it, so that a second one would be stored."""
+    """Why nothing had better be multiplied into the weight: it is shared, or would be rounded once more."""
+    if projection.tensor(ir).dtype not in _WIDE:
+        name = dialect.plain_name(projection.node)
+        return f"the {name}'s weight is stored in half precision: it would be rounded once more"
+    return why_shared(ir, projection)
+
+
+def why_shared(ir: Program, projection: Projection) -> str:
+    """Why a new weight would be one more: another call reads the old one."""
     name = str(projection.operand(projection.weight).target)
     readers = sum(len(n.users) for n in ir.graph.nodes if n.op == "get_attr" and n.target == name)
     if readers > 1:
@@ -126,8 +133,8 @@ def along(values: Tensor, axis: int, rank: int) -> Tensor:
 
 
 def emit(ir: Program, projection: Projection, weight: Tensor, bias: Tensor | None, *, value_of: Node,
-         before: Node | None = None) -> Node:  # fmt: skip
-    """The same call with another weight and, where it has one, another bias.
+         merges: Sequence[Node] = (), suffix: str = "folded") -> Node:  # fmt: skip
+    """The same call with another weight and, where there is one, another bias, in front of the old one.
 
     Args:
         ir: The Program.
@@ -135,24 +142,17 @@ def emit(ir: Program, projection: Projection, weight: Tensor, bias: Tensor | Non
         weight: In any dtype; cast to the old one's.
         bias: Likewise; None leaves what stands there.
         value_of: What the new call computes.
-        before: Where it goes; by default in front of the old one.
+        merges: Further calls that it stands for, beside the old one.
+        suffix: Of the names of the new tensors: ``qkv_folded.weight`` for ``qkv.weight``, also of what was folded.
     """
     node = projection.node
-    before = before or node
     operands = list(dialect.operands(node))
-    for place, tensor in ((projection.weight, weight), (projection.bias, bias)):
-        if place is None or tensor is None:
-            continue
-        old = operands[place]
-        dtype = projection.tensor(ir).dtype
-        operands[place] = ir.add_tensor(folded_name(projection, ir, old), tensor.to(dtype), before=before)
+    name = str(projection.operand(projection.weight).target)
+    stem = (name.rpartition(".")[0] or name).removesuffix(f"_{suffix}")
+    for place, tensor, leaf in ((projection.weight, weight, "weight"), (projection.bias, bias, "bias")):
+        if place is not None and tensor is not None:
+            tensor = tensor.to(projection.tensor(ir).dtype)
+            operands[place] = ir.add_tensor(f"{stem}_{suffix}.{leaf}", tensor, before=node)
     args, kwargs = dialect.arguments(node.target, operands)  # type: ignore[arg-type]
-    return ir.add_call(node.target, args, kwargs, before=before, value_of=value_of, merges=(node,))  # type: ignore[arg-type]
-
-
-def folded_name(projection: Projection, ir: Program, old: Any) -> str:
-    """``qkv_folded.weight`` for ``qkv.weight``, also for what was folded before."""
-    name = str((old or projection.operand(projection.weight)).target)
-    stem, dot, leaf = name.rpartition(".")
-    stem, leaf = (stem, leaf) if dot else (name, "weight")
-    return f"{stem.removesuffix('_folded')}_folded.{leaf}"
+    merges = (node, *merges)
+    return ir.add_call(node.target, args, kwargs, before=node, value_of=value_of, merges=merges)  # type: ignore[arg-type]
