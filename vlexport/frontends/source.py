@@ -10,6 +10,7 @@ import torch
 from torch.export import ExportedProgram
 
 from vlexport.core.artifact import Array, Signature
+from vlexport.core.baked_values import Baked, baked
 from vlexport.core.config import BuildConfig
 from vlexport.core.errors import ModelFileError, UsageError
 from vlexport.core.preprocess import Preprocess
@@ -22,8 +23,9 @@ from vlexport.frontends.model_file import Kind, kind_of
 from vlexport.frontends.model_place import place_of
 from vlexport.frontends.module_source import TRANSFORMERS, Opened, from_architecture
 from vlexport.frontends.transformers_folder import is_transformers_folder
+from vlexport.ir.bake import with_baked
 from vlexport.ir.exported import program_from_exported
-from vlexport.ir.outputs import with_outputs
+from vlexport.ir.outputs import stripped, with_outputs
 from vlexport.ir.program import Program
 
 
@@ -62,10 +64,30 @@ class Source:
         program = with_outputs(self.program, names)
         kept = [spec.name for spec in program.signature.inputs]
         unread = [spec.name for spec in before.inputs if spec.name not in kept]
-        notes = (f"the chosen outputs do not read {', '.join(unread)}: left out",) if unread else ()
+        notes = [f"the chosen outputs do not read {', '.join(unread)}: left out"] if unread else []
+        went = stripped(self.program, program)
+        if went.calls:
+            notes.append(f"left out with the other outputs: {went}")
         labels = self.labels if program.signature.outputs[0].name == before.outputs[0].name else ()
         preprocess = {name: each for name, each in self.preprocess.items() if name in kept}
         return Source(program, preprocess, labels, self.source_hash, (*self.notes, *notes))
+
+    def with_baked(self, given: Sequence[Baked]) -> Source:
+        """The same with inputs that are constants.
+
+        Raises:
+            UsageError: VLX0703 for an input that the model does not have, VLX0707 for a value that does not fit.
+        """
+        program, notes = with_baked(self.program, given)
+        specs = {spec.name: spec for spec in self.program.signature.inputs}
+        said = ", ".join(f"{each.name} ({specs[each.name].dtype})" for each in given)
+        preprocess = {k: each for k, each in self.preprocess.items() if k not in {each.name for each in given}}
+        return replace(
+            self,
+            program=program,
+            preprocess=preprocess,
+            notes=(*self.notes, f"constant in the artifact: {said}", *notes),
+        )
 
 
 def open_source(config: BuildConfig) -> Source:
@@ -81,6 +103,8 @@ def open_source(config: BuildConfig) -> Source:
     source = replace(source, notes=(*place.notes, *source.notes))
     if config.outputs:
         source = source.with_outputs(config.outputs)
+    if config.bake:
+        source = source.with_baked([baked(text) for text in config.bake])
     if not config.preprocess:
         return source
     return replace(source, preprocess=preprocess_of(config.preprocess, source.program.signature))

@@ -63,7 +63,7 @@ def open_reference(
             "VLX0104", "a model file as reference needs torch, which is not installed", where="--reference",
             hint="pip install 'vlexport[build]', or give a bundle as reference",
         ) from error  # fmt: skip
-    sources = with_outputs_of(open_sources(reference_config(path, arch, bundle, recipe)), bundle)
+    sources = specialized_as(open_sources(reference_config(path, arch, bundle, recipe)), bundle, recipe)
     signature = sources.signature
     _require_same(path, wanted_names(bundle), ([s.name for s in signature.inputs], [s.name for s in signature.outputs]))
     yield Reference("model", sources.run)
@@ -80,14 +80,17 @@ def reference_config(
     for spec in bundle.main.artifact.inputs:
         sizes = [bundle.main.dims[d].opt if isinstance(d, str) else d for d in spec.shape]
         texts.append(f"{spec.name}={'x'.join(map(str, sizes))}:{spec.dtype}")
+    names = {text.partition("=")[0] for text in (recipe or {}).get("bake", ())}
+    texts += [text for text in (recipe or {}).get("input", ()) if text.partition("=")[0] in names]
     return BuildConfig(model=path, arch=arch, input=tuple(texts), **given)
 
 
-def with_outputs_of(sources: Sources, bundle: Bundle) -> Sources:
-    """The reference with the outputs that a bundle was built with, where it has them."""
+def specialized_as(sources: Sources, bundle: Bundle, recipe: Mapping[str, Any] | None) -> Sources:
+    """The reference with the outputs that a bundle was built with, and the constant inputs, where it has them."""
     wanted = wanted_names(bundle)[1]
     there = {spec.name for spec in sources.signature.outputs}
-    return sources.with_outputs(wanted) if set(wanted) <= there else sources
+    sources = sources.with_outputs(wanted) if set(wanted) <= there else sources
+    return sources.with_baked((recipe or {}).get("bake", ()))
 
 
 def wanted_names(bundle: Bundle) -> tuple[list[str], list[str]]:
