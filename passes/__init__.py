@@ -31,6 +31,7 @@ CATALOGUE: dict[str, str] = {
     "raise-norms": "vlexport.passes.raise_norms:RaiseNorms",
     "raise-activations": "vlexport.passes.raise_activations:RaiseActivations",
     "raise-attention": "vlexport.passes.raise_attention:RaiseAttention",
+    "fold-preprocess": "vlexport.passes.fold_preprocess:FoldPreprocess",
     "fold-affine": "vlexport.passes.fold_affine:FoldAffine",
     "merge-linears": "vlexport.passes.merge_linears:MergeLinears",
     "narrow-to-demand": "vlexport.passes.narrow_to_demand:NarrowToDemand",

@@ -201,6 +201,21 @@ def _linear_then_scale(g: Grower, x: Node) -> Node | None:
     return g.call(aten.mul.Tensor, g.call(aten.permute.default, split, [0, 2, 1, 3]), g.tensor(2, 1, 1))
 
 
+def _scaled_input_then_conv(g: Grower, x: Node) -> Node | None:
+    """Factors and shifts of an input's channels, then a convolution."""
+    image = g.program.placeholders[0]
+    if len(g.shape(image)) != 3 or not g.small(image):
+        return None
+    channels = g.shape(image)[0]
+    value = image
+    for _ in range(g.pick(1, 2, 3)):
+        target = g.pick(aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor)
+        operand = g.pick(g.tensor(channels, 1, 1, positive=True), 0.5)
+        swapped = target in (aten.mul.Tensor, aten.sub.Tensor) and isinstance(operand, Node) and g.pick(True, False)
+        value = g.call(target, operand, value) if swapped else g.call(target, value, operand)
+    return _conv2d(g, value)
+
+
 def _linears_of_one(g: Grower, x: Node) -> Node | None:
     """Two or three linears of one value, with and without bias, perhaps one that is tied or of a part."""
     if not g.small(x):
@@ -603,6 +618,7 @@ OPERATORS: dict[str, Callable[[Grower, Node], Node | None]] = {
     "layer_norm, linears": _norm_then_linears,
     "linear, scale": _linear_then_scale,
     "linears of one value": _linears_of_one,
+    "scaled input, conv2d": _scaled_input_then_conv,
 }
 """Name → builder."""
 
