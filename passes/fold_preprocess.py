@@ -17,9 +17,9 @@ float64 and cast once. With zeros at the border ``f · x + o = 0`` there, which 
 stays in front of a convolution that pads, and only the factor is folded, since ``f · (x + o / f)`` is zero where
 ``x + o / f`` is.
 
-With ``--set fold-preprocess.recorded=true`` a build also takes mean and std out of the preprocessing that the bundle
-records: they become operators at the input, which this pass has to fold completely, or the build says why it cannot.
-Apps then hand over pixels times ``scale``, and nothing else.
+With ``--fold-preprocess`` a build also takes mean and std out of the preprocessing that the bundle records: they become
+operators at the input, which this pass has to fold completely, or the build says why it cannot. Apps then hand over
+pixels times ``scale``, and nothing else.
 
 Does not apply when: the arithmetic is not at an input of the graph (a cast, a permute, a crop may stand between); its
 numbers are not one for each channel; it changes shape or dtype; something else than convolutions reads it; a
@@ -41,7 +41,6 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from vlexport.core.artifact import Frozen
 from vlexport.ir import dialect, provenance
 from vlexport.ir.cost import parameters_stored
 from vlexport.ir.program import Program
@@ -53,16 +52,6 @@ aten = torch.ops.aten
 _PATTERN = "preprocessing → convolution"
 _PADDING, _GROUPS = 4, 6
 _PADS = "the convolution pads with zeros, where the shift is not zero"
-
-
-class FoldPreprocessOptions(Frozen):
-    """What counts as preprocessing.
-
-    Attributes:
-        recorded: Also fold mean and std of the preprocessing that the bundle records, and record what is left.
-    """
-
-    recorded: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,7 +69,6 @@ class FoldPreprocess(Pass[Program]):
     name: ClassVar[str] = "fold-preprocess"
     stage: ClassVar[Stage] = "reparameterize"
     effect: ClassVar[Effect] = "exact"
-    Options: ClassVar[type[Frozen]] = FoldPreprocessOptions
 
     def find(self, ir: Program) -> Iterator[Match | NearMiss]:
         for node in ir.calls(*STEPS):

@@ -99,6 +99,9 @@ class BuildConfig(BaseModel):
         (), "Repeatable NAME=VALUE or NAME=FILE.npy: an input that becomes a constant; numbers as 3 or [[1,2]].",
         "--bake",
     )  # fmt: skip
+    fold_preprocess: bool = _option(
+        False, "Mean and std go into the first convolution; what the bundle records is scale only.", "--fold-preprocess"
+    )
     arch: str | None = _option(
         None,
         "Architecture for weights: timm:NAME, transformers:DIR, FILE.py:FACTORY or package.module:FACTORY.",

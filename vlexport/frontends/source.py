@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.export import ExportedProgram
 
@@ -25,6 +26,7 @@ from vlexport.frontends.module_source import TRANSFORMERS, Opened, from_architec
 from vlexport.frontends.transformers_folder import is_transformers_folder
 from vlexport.ir.bake import with_baked
 from vlexport.ir.exported import program_from_exported
+from vlexport.ir.input_arithmetic import with_arithmetic
 from vlexport.ir.outputs import stripped, with_outputs
 from vlexport.ir.program import Program
 
@@ -89,6 +91,51 @@ class Source:
             notes=(*self.notes, f"constant in the artifact: {said}", *notes),
         )
 
+    def with_arithmetic(self) -> Source:
+        """The same whose graph takes off the mean and divides by std, and whose preprocessing does not.
+
+        The pass fold-preprocess puts both into the first convolution.
+
+        Raises:
+            UsageError: VLX0708 without preprocessing, or for an input that it makes no channels of.
+        """
+        specs = {spec.name: spec for spec in self.program.signature.inputs}
+        if not self.preprocess:
+            raise UsageError(
+                "VLX0708", "the model has no recorded preprocessing", where="--fold-preprocess",
+                hint="give --preprocess, or leave --fold-preprocess out",
+            )  # fmt: skip
+        for name, how in self.preprocess.items():
+            shape, dtype = specs[name].shape, specs[name].dtype
+            if len(shape) < 3 or shape[1] != how.channels or not dtype.startswith("float"):
+                raise UsageError(
+                    "VLX0708", f"input {name} is {dtype}[{','.join(map(str, shape))}], not a batch of images of "
+                    f"{how.channels} channels", where="--fold-preprocess", hint="leave --fold-preprocess out",
+                )  # fmt: skip
+        arithmetic = {name: _arithmetic(how) for name, how in self.preprocess.items()}
+        program = with_arithmetic(self.program, arithmetic)
+        program.example = tuple(
+            _before(value, *arithmetic[spec.name]) if spec.name in arithmetic else value
+            for value, spec in zip(program.example, program.signature.inputs, strict=True)
+        )
+        left = {name: how.scale_only for name, how in self.preprocess.items()}
+        note = f"mean and std are part of the model: {', '.join(left)} takes pixels times scale"
+        return replace(self, program=program, preprocess=left, notes=(*self.notes, note))
+
+
+def _arithmetic(how: Preprocess) -> tuple[Array, Array]:
+    """Factor and offset of every channel: what mean and std do."""
+    mean, std = (np.broadcast_to(np.array(each, np.float64), (how.channels,)) for each in (how.mean, how.std))
+    return 1.0 / std, -mean / std
+
+
+def _before(value: torch.Tensor, factor: Array, offset: Array) -> torch.Tensor:
+    """What an example was before ``factor · x + offset``."""
+    shape = (1, -1, *[1] * (value.ndim - 2))
+    return ((value.double() - torch.from_numpy(offset).reshape(shape)) / torch.from_numpy(factor).reshape(shape)).to(
+        value.dtype
+    )
+
 
 def open_source(config: BuildConfig) -> Source:
     """Open MODEL as the config says.
@@ -105,9 +152,9 @@ def open_source(config: BuildConfig) -> Source:
         source = source.with_outputs(config.outputs)
     if config.bake:
         source = source.with_baked([baked(text) for text in config.bake])
-    if not config.preprocess:
-        return source
-    return replace(source, preprocess=preprocess_of(config.preprocess, source.program.signature))
+    if config.preprocess:
+        source = replace(source, preprocess=preprocess_of(config.preprocess, source.program.signature))
+    return source.with_arithmetic() if config.fold_preprocess else source
 
 
 def _opened(path: Path, config: BuildConfig) -> Source:

@@ -21,7 +21,9 @@ from vlexport.frontends.components import COMPONENTS_FILE, find_components, read
 from vlexport.frontends.source import Source, open_source
 from vlexport.ir.narrow import narrowed
 
-_OF_ONE_MODEL = ("arch", "arch_arg", "weights_key", "input", "outputs", "bake", "preprocess", "allow_code")
+_OF_ONE_MODEL = (
+    "arch", "arch_arg", "weights_key", "input", "outputs", "bake", "preprocess", "fold_preprocess", "allow_code",
+)  # fmt: skip
 """Options that say how to open a single model."""
 
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from vlexport.frontends.sources import Sources
 
 _OF_WEIGHTS = ("arch_arg", "weights_key")
+_OF_ARITHMETIC = ("preprocess", "fold_preprocess")
+"""What a bundle's inputs mean, where its graph does a part of the preprocessing."""
 _OTHER_PREPROCESSING = "the reference records another preprocessing; both were measured on this bundle's"
 
 
@@ -74,15 +76,17 @@ def reference_config(
 ) -> BuildConfig:
     """How to open a reference: weights get the inputs that the bundle records, and what its recipe says of them."""
     given = {key: value for key, value in (recipe or {}).items() if key in _OF_WEIGHTS}
+    folded = {key: value for key, value in (recipe or {}).items() if key in _OF_ARITHMETIC}
+    folded = folded if folded.get("fold_preprocess") else {}
     if not arch:
-        return BuildConfig(model=path)
+        return BuildConfig(model=path, **folded)
     texts = []
     for spec in bundle.main.artifact.inputs:
         sizes = [bundle.main.dims[d].opt if isinstance(d, str) else d for d in spec.shape]
         texts.append(f"{spec.name}={'x'.join(map(str, sizes))}:{spec.dtype}")
     names = {text.partition("=")[0] for text in (recipe or {}).get("bake", ())}
     texts += [text for text in (recipe or {}).get("input", ()) if text.partition("=")[0] in names]
-    return BuildConfig(model=path, arch=arch, input=tuple(texts), **given)
+    return BuildConfig(model=path, arch=arch, input=tuple(texts), **given, **folded)
 
 
 def specialized_as(sources: Sources, bundle: Bundle, recipe: Mapping[str, Any] | None) -> Sources:
