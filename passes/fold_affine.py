@@ -15,19 +15,21 @@ Before → after::
 Equation: ``W (gamma · n + beta) + b = (W · gamma) n + (b + W beta)``, and ``s · (W x + b) = (s · W) x + s · b``,
 computed in float64 and cast once.
 
-A norm is left without scale and shift where *every* reader is a linear (linear, addmm, matmul with a stored weight);
-views that leave the last axis alone, choices of tokens and means over tokens may lie between. Between a projection
-(also a convolution) and what scales it may lie any views, as long as one channel has one factor: a layer-scale, a
-temperature per head on the queries that one linear makes together with keys and values.
+A norm is left without scale and shift where *every* reader is a linear (linear, addmm, matmul with a stored weight) or
+a convolution over its channels; views that leave the channels alone, a permute, choices of tokens and means over tokens
+may lie between. Between a projection (also a convolution) and what scales it may lie any views, as long as one channel
+has one factor: a layer-scale, a temperature per head on the queries that one linear makes together with keys and
+values.
 
 The rule for attention: a scale is folded where it then need not be written. Core ML's attention knows no scale but
 1/√depth, which costs nothing; another one costs a product. ONNX writes two products for any scale but 1, and ONNX
 Runtime makes them part of the matrix product, so there nothing is lost or gained. So 1/√depth and 1 stay.
 
 Does not apply when: a norm has a reader of another kind, or is an output; a linear has no bias and would need one for
-the shift, which is one addition more; the weight is computed, stored in half precision, or read by another call (a
-second one would be stored); the channels are read elsewhere without the scale; one channel has several factors; a
-folded weight would leave the range of half precision, which the old one fits.
+the shift, which is one addition more; a convolution pads with zeros, and there is a shift; the weight is computed,
+stored in half precision, or read by another call (a second one would be stored); the channels are read elsewhere
+without the scale; one channel has several factors; a folded weight would leave the range of half precision, which the
+old one fits.
 
 Numerical effect: exact up to rounding of the weights.
 Source: Ashkboos et al. 2024, arXiv 2401.15024, section 3.2 (a norm's scale into the weights behind it).
@@ -51,7 +53,15 @@ from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
 from vlexport.passes.match import as_number, same_shape
 from vlexport.passes.projections.behind_norm import Readers, readers_of
 from vlexport.passes.projections.channel_trace import Trace, trace
-from vlexport.passes.projections.projection import Projection, along, emit, why_kept, why_too_wide
+from vlexport.passes.projections.projection import (
+    Projection,
+    along,
+    behind_affine,
+    emit,
+    pads,
+    why_kept,
+    why_too_wide,
+)
 
 aten = torch.ops.aten
 _LAYER_NORM, _RMS_NORM = "aten.layer_norm.default", "aten.rms_norm.default"
@@ -155,23 +165,15 @@ def _norm(ir: Program, node: Node) -> _Norm | NearMiss | None:
 
 def _why_not_behind(ir: Program, projection: Projection, gamma: Tensor, beta: Tensor | None) -> str:
     bias = ir.tensor_of(projection.operand(projection.bias))
-    if beta is not None and bias is None:
+    if beta is not None and bias is None and not projection.is_convolution:
         return f"the {dialect.plain_name(projection.node)} has no bias to take the norm's shift"
-    weight, shifted = _behind(ir, projection, gamma, beta)
+    if beta is not None and pads(ir, projection):
+        return "the convolution pads with zeros, where the norm's shift is not zero"
+    weight, shifted = behind_affine(ir, projection, gamma, beta)
     reason = why_too_wide(projection.tensor(ir), weight)
-    if not reason and bias is not None and shifted is not None:
-        reason = why_too_wide(bias, shifted)
+    if not reason and shifted is not None:
+        reason = why_too_wide(bias if bias is not None else torch.zeros(1), shifted)
     return reason
-
-
-def _behind(ir: Program, projection: Projection, gamma: Tensor, beta: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a linear that reads a norm without its scale and shift; the bias is None where it stays."""
-    weight = projection.tensor(ir).double()
-    bias = ir.tensor_of(projection.operand(projection.bias))
-    if beta is not None and bias is not None:
-        shift = (weight * along(beta, projection.in_axis, 2)).sum(projection.in_axis)
-        return weight * along(gamma, projection.in_axis, 2), bias.double() + shift
-    return weight * along(gamma, projection.in_axis, 2), None
 
 
 def _fold_norm(ir: Program, node: Node) -> tuple[str, list[str]]:
@@ -184,7 +186,7 @@ def _fold_norm(ir: Program, node: Node) -> tuple[str, list[str]]:
         ir.replace(node, new)
         return f"{dialect.plain_name(node)} without its scale of 1 and shift of 0", where
     for each in projections:
-        weight, bias = _behind(ir, each, found.gamma, found.beta)
+        weight, bias = behind_affine(ir, each, found.gamma, found.beta)
         ir.replace(each.node, emit(ir, each, weight, bias, value_of=each.node))
     # What lies between computes something else now; a value of the captured graph is computed by the linear only.
     readers = [user for user in _users(node, found.readers.passed) if user not in found.readers.passed]

@@ -46,11 +46,19 @@ from vlexport.ir.cost import parameters_stored
 from vlexport.ir.program import Program
 from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
 from vlexport.passes.projections.input_affine import STEPS, InputAffine, input_affine
-from vlexport.passes.projections.projection import Projection, along, emit, projection_of, why_kept, why_too_wide
+from vlexport.passes.projections.projection import (
+    Projection,
+    along,
+    behind_affine,
+    emit,
+    pads,
+    projection_of,
+    why_kept,
+    why_too_wide,
+)
 
 aten = torch.ops.aten
 _PATTERN = "preprocessing → convolution"
-_PADDING, _GROUPS = 4, 6
 _PADS = "the convolution pads with zeros, where the shift is not zero"
 
 
@@ -121,7 +129,7 @@ def _found(ir: Program, last: Node) -> _Found | str | None:
         if reason:
             return reason
         convolutions.append(found)
-    shifts = bool(affine.offset.any()) and any(map(_pads, convolutions))
+    shifts = bool(affine.offset.any()) and any(pads(ir, each) for each in convolutions)
     alone = len(affine.steps) == 1 or bool((affine.factor == 1).all())
     if shifts and (alone or not bool(affine.factor.all())):
         return _PADS  # of several steps, the factor can go
@@ -136,31 +144,10 @@ def _found(ir: Program, last: Node) -> _Found | str | None:
     return _Found(affine, tuple(convolutions), shifts)
 
 
-def _pads(convolution: Projection) -> bool:
-    padding = dialect.operands(convolution.node)[_PADDING]
-    if isinstance(padding, str):
-        sizes = convolution.operand(convolution.weight).meta["val"].shape[2:]
-        return padding != "valid" and any(size != 1 for size in sizes)
-    return any(padding if isinstance(padding, (list, tuple)) else [padding])
-
-
 def _folded(ir: Program, convolution: Projection, affine: InputAffine, *, shifts: bool) -> tuple[Tensor, Tensor | None]:
     """Weight and bias, float64; the bias is None where it stays."""
-    weight = convolution.tensor(ir).double()
-    folded = weight * _for_weight(affine.factor, convolution, weight)
-    if shifts or not bool(affine.offset.any()):
-        return folded, None
-    moved = (weight * _for_weight(affine.offset, convolution, weight)).flatten(1).sum(1)
-    bias = ir.tensor_of(convolution.operand(convolution.bias))
-    return folded, moved + (bias.double() if bias is not None else 0)
-
-
-def _for_weight(values: Tensor, convolution: Projection, weight: Tensor) -> Tensor:
-    """One value for each input channel, laid along a weight whose rows see the channels of their group only."""
-    groups = int(dialect.operands(convolution.node)[_GROUPS])
-    outputs, inputs = weight.shape[:2]
-    rows = values.reshape(groups, 1, inputs).expand(groups, outputs // groups, inputs)
-    return rows.reshape(outputs, inputs, *[1] * (weight.ndim - 2))
+    offset = affine.offset if bool(affine.offset.any()) and not shifts else None
+    return behind_affine(ir, convolution, affine.factor, offset)
 
 
 def _shift(ir: Program, found: _Found, last: Node) -> Tensor:

@@ -1,7 +1,7 @@
 """Everything that reads a norm's result, seen through what treats each channel for itself.
 
-A scale and a shift per channel of the last axis can go past a view that leaves this axis alone, past a choice of
-tokens, and past a mean over tokens: ``f(g · x + b) = g · f(x) + b`` for each of them.
+A scale and a shift per channel can go past a view that leaves the axis of the channels alone or only moves it, past a
+choice of tokens, and past a mean over tokens: ``f(g · x + b) = g · f(x) + b`` for each of them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Readers:
     """Who reads a value in the end.
 
     Attributes:
-        projections: Linears, each once.
+        projections: Linears and convolutions over the channels, each once.
         passed: Views and means on the way, in the order of the graph.
     """
 
@@ -41,22 +41,23 @@ def readers_of(ir: Program, norm: Node) -> Readers | tuple[Node, str]:
     """The projections that read ``norm``, or the first node that is none, and why."""
     projections: dict[Node, Projection] = {}
     passed: dict[Node, None] = {}
-    pending = [norm]
+    pending = [(norm, int(norm.meta["val"].ndim) - 1)]
     while pending:
-        node = pending.pop()
+        node, axis = pending.pop()
         for user in node.users:
             if user.op == "output":
                 return node, f"the {dialect.plain_name(node)}'s value is an output"
             if user in projections or user in passed:
                 continue
-            if keeps_channels(user, node):
+            moved = channels_behind(user, node, axis)
+            if moved is not None:
                 passed[user] = None
-                pending.append(user)
+                pending.append((user, moved))
                 continue
             found = projection_of(ir, user)
             if isinstance(found, str):
                 return user, found or f"the {dialect.plain_name(node)}'s output is read by {dialect.plain_name(user)}"
-            reason = _why_no_reader(ir, found, node)
+            reason = _why_no_reader(ir, found, node, axis)
             if reason:
                 return user, reason
             projections[user] = found
@@ -69,29 +70,44 @@ def readers_of(ir: Program, norm: Node) -> Readers | tuple[Node, str]:
     )
 
 
-def _why_no_reader(ir: Program, found: Projection, value: Node) -> str:
-    if found.is_convolution:
-        return f"the {dialect.plain_name(value)}'s output is read by a convolution, whose channels lie on another axis"
+def _why_no_reader(ir: Program, found: Projection, value: Node, axis: int) -> str:
     others = [place for place, each in enumerate(dialect.operands(found.node)) if each is value and place != found.x]
     if others:
         return f"the {dialect.plain_name(value)}'s output is the {dialect.plain_name(found.node)}'s other operand"
+    rank = int(value.meta["val"].ndim)
+    if axis != (found.channel_axis if found.is_convolution else rank - 1):
+        return f"the {dialect.plain_name(found.node)}'s channels lie on another axis than the norm's"
     return why_kept(ir, found)
 
 
-def keeps_channels(node: Node, value: Node) -> bool:
-    """Whether ``node`` takes elements of ``value``, or means over them, and leaves the last axis as it is."""
+def channels_behind(node: Node, value: Node, axis: int) -> int | None:
+    """The axis of the channels in ``node``; None where it does more than move ``value``, pick from it, or average it.
+
+    Args:
+        node: What reads ``value``.
+        value: Has its channels on ``axis``.
+        axis: ≥ 0. On another one than the last, only a permute and a choice among several results are seen through.
+    """
     name = dialect.op_name(node)
     if name == "operator.getitem":
-        return True
+        return axis - 1 if dialect.op_name(value) == "aten.unbind.int" else axis
     if node.args[:1] != (value,):
-        return False
+        return None
     rank = int(value.meta["val"].ndim)
     named: dict[str, Any] = dict(zip(dialect.operand_names(node), dialect.operands(node), strict=False))
+    if name == "aten.permute.default":
+        return [int(dim) % rank for dim in named["dims"]].index(axis)
+    if axis != rank - 1 or not _keeps_last(node, value, name, named):
+        return None
+    made = node.meta["val"]
+    return axis if isinstance(made, (list, tuple)) else int(made.ndim) - 1
+
+
+def _keeps_last(node: Node, value: Node, name: str, named: dict[str, Any]) -> bool:
+    rank = int(value.meta["val"].ndim)
     if name == "aten.reshape.default":
         sizes = [each.meta["val"].shape[-1] if each.meta["val"].ndim else 0 for each in (value, node)]
         return all(isinstance(size, int) for size in sizes) and sizes[0] == sizes[1] and sizes[0] > 1
-    if name == "aten.permute.default":
-        return int(named["dims"][-1]) % rank == rank - 1
     if name == "aten.unsqueeze.default":
         return int(named["dim"]) % (rank + 1) != rank
     if name == "aten.expand.default":

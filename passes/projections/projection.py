@@ -28,6 +28,8 @@ LINEAR = "aten.linear.default"
 PRODUCTS = ("aten.matmul.default", "aten.mm.default")
 ADDMM = "aten.addmm.default"
 PROJECTIONS = (LINEAR, *PRODUCTS, ADDMM, *dialect.CONVOLUTIONS)
+_PADDING, _GROUPS = 4, 6
+"""Places among a convolution's operands."""
 _WIDE = (torch.float32, torch.float64)
 _HALF_MAX = torch.finfo(torch.float16).max
 
@@ -123,6 +125,47 @@ def why_too_wide(before: Tensor, after: Tensor) -> str:
     if float(after.abs().max()) > _HALF_MAX >= float(before.abs().max()):
         return "the folded weight would leave the range of half precision"
     return ""
+
+
+def pads(ir: Program, projection: Projection) -> bool:
+    """Whether a projection is a convolution that sees zeros beyond the border."""
+    if not projection.is_convolution:
+        return False
+    padding = dialect.operands(projection.node)[_PADDING]
+    if isinstance(padding, str):
+        return padding != "valid" and any(size != 1 for size in projection.tensor(ir).shape[2:])
+    return any(padding if isinstance(padding, (list, tuple)) else [padding])
+
+
+def for_inputs(values: Tensor, projection: Projection, weight: Tensor) -> Tensor:
+    """One value for each input channel, laid along a weight; rows of a convolution see their group's channels only."""
+    if not projection.is_convolution:
+        return along(values, projection.in_axis, weight.ndim)
+    groups = int(dialect.operands(projection.node)[_GROUPS])
+    outputs, inputs = weight.shape[:2]
+    rows = values.reshape(groups, 1, inputs).expand(groups, outputs // groups, inputs)
+    return rows.reshape(outputs, inputs, *[1] * (weight.ndim - 2))
+
+
+def behind_affine(
+    ir: Program, projection: Projection, factor: Tensor, offset: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias, float64, of a projection that read ``factor · x + offset`` and now reads ``x``.
+
+    Args:
+        ir: The Program.
+        projection: The call; it must not pad where there is an offset.
+        factor: Float64, one for each input channel.
+        offset: Likewise; None for none, and then the bias is None, too: it stays.
+    """
+    weight = projection.tensor(ir).double()
+    folded = weight * for_inputs(factor, projection, weight)
+    if offset is None:
+        return folded, None
+    others = [axis for axis in range(weight.ndim) if axis != projection.out_axis]
+    moved = (weight * for_inputs(offset, projection, weight)).sum(others)
+    bias = ir.tensor_of(projection.operand(projection.bias))
+    return folded, moved + bias.double() if bias is not None else moved
 
 
 def along(values: Tensor, axis: int, rank: int) -> Tensor:

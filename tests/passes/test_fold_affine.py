@@ -47,6 +47,8 @@ class Net(nn.Module):
         self.norm: nn.Module = nn.RMSNorm(C) if rms else nn.LayerNorm(C)
         self.a, self.b = nn.Linear(C, C, bias=bias), nn.Linear(C, 4, bias=bias)
         self.conv = nn.Conv1d(TOKENS, 5, 1)
+        self.point = nn.Conv1d(C, 4, 1, bias=bias)
+        self.long, self.grouped = nn.Conv1d(C, 4, 3, padding=1), nn.Conv1d(C, 4, 2, groups=2)
         self.qkv = nn.Linear(C, 3 * C)
         self.gamma = nn.Parameter(torch.randn(C))
         self.temperature = nn.Parameter(torch.randn(2, 1, 1))
@@ -64,6 +66,11 @@ def window(x: Tensor) -> Tensor:
     return torch.roll(x, 1, 1).reshape(-1, 2, TOKENS // 2, C).permute(0, 2, 1, 3).reshape(-1, TOKENS // 2, C)
 
 
+def first(x: Tensor) -> Tensor:
+    """Channels first, as convolutions have them."""
+    return x.permute(0, 2, 1)
+
+
 def attend(net: Net, x: Tensor, scale: float | None) -> Tensor:
     q, k, v = heads(net, x).unbind(0)
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
@@ -79,6 +86,11 @@ NORMS: dict[str, tuple[Callable[[Net, Tensor], Tensor], dict[str, bool]]] = {
     "the class token": (lambda n, x: n.b(n.norm(x)[:, 0]), {}),
     "the mean over tokens": (lambda n, x: n.b(n.norm(x).mean(1)), {}),
     "shifted windows": (lambda n, x: n.a(window(n.norm(x))), {}),
+    "a convolution": (lambda n, x: n.point(first(n.norm(x))), {}),
+    "a convolution without bias": (lambda n, x: n.point(first(n.norm(x))), {"bias": False}),
+    "a convolution that pads, without a shift": (lambda n, x: n.long(first(n.norm(x))), {"rms": True}),
+    "a grouped convolution": (lambda n, x: n.grouped(first(n.norm(x))), {}),
+    "a convolution and a linear": (lambda n, x: first(n.point(first(y := n.norm(x)))) * n.b(y), {}),
     "several views": (lambda n, x: torch.cat([n.a(y := n.norm(x))[:, 0], n.b(y[:, 1:]).mean(1)], -1), {}),
 }
 
@@ -174,7 +186,15 @@ STAYS: dict[str, tuple[Callable[[Net, Tensor], Tensor], dict[str, bool], list[tu
     ),
     "a convolution reads the norm": (
         lambda n, x: n.conv(n.norm(x)), {},
-        [("conv1d", "the layer_norm's output is read by a convolution, whose channels lie on another axis")],
+        [("conv1d", "the conv1d's channels lie on another axis than the norm's")],
+    ),
+    "a convolution that pads reads the norm": (
+        lambda n, x: n.long(first(n.norm(x))), {},
+        [("conv1d", "the convolution pads with zeros, where the norm's shift is not zero")],
+    ),
+    "a linear reads the norm across its channels": (
+        lambda n, x: first(n.norm(x)) @ n.a.weight[:TOKENS], {},
+        [("matmul", "the matmul's channels lie on another axis than the norm's")],
     ),
     "the unscaled value is used": (
         lambda n, x: n.a(x) * n.gamma + n.a(x).relu(), {}, [("mul", "the linear's weight is used by 1 other(s)")],
