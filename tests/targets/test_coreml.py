@@ -122,7 +122,8 @@ def test_constants_at_the_image_are_exact_for_every_channel(
     assert operator == "add"
     assert (shift.dtype, shift.size) == (kind, 3)
     # factor and offset are rounded to fp32 before the one is divided by the other
-    assert np.allclose(shift.ravel().astype(np.float64), -mean * 255, rtol=1e-3 if precision == "fp16" else 2e-7, atol=0)
+    bound = 1e-3 if precision == "fp16" else 2e-7
+    assert np.allclose(shift.ravel().astype(np.float64), -mean * 255, rtol=bound, atol=0)
     assert "batch_norm" not in found.histogram(), "coremltools would scale by 1/sqrt(1 + 1e-5) there"
 
 
