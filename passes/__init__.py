@@ -31,6 +31,9 @@ CATALOGUE: dict[str, str] = {
     "raise-activations": "vlexport.passes.raise_activations:RaiseActivations",
     "raise-attention": "vlexport.passes.raise_attention:RaiseAttention",
     "reparameterize": "vlexport.passes.reparameterize:Reparameterize",
+    "fold-preprocess": "vlexport.passes.fold_preprocess:FoldPreprocess",
+    "fold-affine": "vlexport.passes.fold_affine:FoldAffine",
+    "merge-linears": "vlexport.passes.merge_linears:MergeLinears",
     "narrow-to-demand": "vlexport.passes.narrow_to_demand:NarrowToDemand",
 }
 """Id → where the class lies, in pipeline order. Imported when used. These run in every build."""

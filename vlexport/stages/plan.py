@@ -34,6 +34,7 @@ from vlexport.stages.choices import (
 )
 from vlexport.stages.component import cost_record
 from vlexport.stages.dims import dims_of
+from vlexport.stages.folded import require_folded
 from vlexport.stages.order import require_judged
 from vlexport.stages.probe_memory import require_memory
 from vlexport.stages.tokens import component_passes
@@ -136,6 +137,7 @@ def plan(
             refusals = Refusals()
             shared, records = run_pipeline(program, passes[name], gate=None, listener=refusals)
             account[name] = accounts(program, shared, refusals)
+            collect(partial(require_folded, config, sources.components[name], shared, records))
             typed = precision_passes_of(config, precision, [program.example])
             ran[name] = (shared, records)
             try:

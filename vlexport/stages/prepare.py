@@ -28,6 +28,7 @@ from vlexport.stages.component import (
     specialize_component,
 )
 from vlexport.stages.dims import dims_of
+from vlexport.stages.folded import require_folded
 from vlexport.stages.order import Order
 from vlexport.stages.probe_memory import require_memory
 from vlexport.stages.tokens import component_passes
@@ -97,6 +98,7 @@ def prepare(config: BuildConfig, orders: Sequence[Order], reporter: Reporter) ->
                     source, passes[name], config=config, samples=samples.get(name, ()),
                     dump=dump_of(config, sources, name), hooks=[timing],
                 )  # fmt: skip
+                require_folded(config, source, optimized[name].program, optimized[name].records)
     seconds = {**clock.seconds, **pass_seconds(timing)}
     return Prepared(sources, optimized, passes, dataset, calibration, metrics, open_cache(reporter), seconds)
 
