@@ -78,7 +78,9 @@ class Chosen(Reduced):
         """Those that stayed return to their places, all others are the fused token."""
         if self.places is None or self.others is None or self.attention is None:
             assert self.attention is not None
-            raise refused(self.attention, "dropped tokens went nowhere, so they cannot be given back (fuse=true keeps one)")
+            raise refused(
+                self.attention, "dropped tokens went nowhere, so they cannot be given back (fuse=true keeps one)"
+            )
         front = size(tokens, 1) - size(self.places, 1) - 1
         columns = emit(aten.permute.default, self.places, [0, 2, 1])
         last = emit(aten.unsqueeze.default, self.others, -1)

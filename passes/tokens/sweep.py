@@ -293,22 +293,28 @@ class Sweep:
             if isinstance(a, Node) and isinstance(a.meta.get("val"), torch.Tensor)
         ]
         value = node.meta["val"]
-        return shaped_macs(node, operands, self.program.sizes(value.shape, {}), arguments) if isinstance(value, torch.Tensor) else 0
+        return (
+            shaped_macs(node, operands, self.program.sizes(value.shape, {}), arguments)
+            if isinstance(value, torch.Tensor)
+            else 0
+        )
 
     def _item(self, node: Node) -> None:
-        values = node.args[0]
+        values: Any = node.args[0]
+        place: Any = node.args[1]
         if values in self._pieces:
             self._former[node] = (node.args, node.kwargs, node.meta["val"])
             self._shapes[node] = node.meta["val"].shape
-            node.meta["val"] = values.meta["val"][node.args[1]]
-            track = self._pieces[values][node.args[1]]
+            node.meta["val"] = values.meta["val"][place]
+            track = self._pieces[values][place]
             if track is not None:
                 self._tracks[node] = track
 
     def _keep(self, node: Node, kept: Kept) -> None:
         old = node.meta["val"]
         if kept.operands is not None:
-            node.args, node.kwargs = dialect.arguments(node.target, kept.operands)
+            target: Any = node.target
+            node.args, node.kwargs = dialect.arguments(target, kept.operands)
         if dialect.op_name(node) == ATTENTION:
             self._weigh(node)
         if isinstance(kept.tracks, tuple):
@@ -325,7 +331,7 @@ class Sweep:
 
     def _weigh(self, attention: Node) -> None:
         """A token that stands for several is attended to as so many."""
-        key = attention.args[1]
+        key: Any = attention.args[1]
         generation = self._tracks[key].generation
         weights = self._weights(generation)
         if weights is None:
