@@ -39,6 +39,7 @@ CATALOGUE: dict[str, str] = {
 """Id → where the class lies, in pipeline order. Imported when used. These run in every build."""
 
 ON_REQUEST: dict[str, str] = {
+    "reduce-tokens": "vlexport.passes.reduce_tokens:ReduceTokens",
     "cast-floats": "vlexport.passes.cast_floats:CastFloats",
     "freeze-tokens": "vlexport.passes.freeze_tokens:FreezeTokens",
 }

@@ -88,6 +88,7 @@ CODES: dict[str, str] = {
     "VLX0410": "the sizes do not fit in memory",
     "VLX0411": "the model has no tokens to freeze",
     "VLX0412": "the model's tokens cannot be frozen",
+    "VLX0411": "the model's tokens cannot be reduced",
     # 05: targets
     "VLX0501": "the target's runtime is not installed",
     "VLX0502": "the target does not run this precision",
