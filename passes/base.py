@@ -11,10 +11,11 @@ What differs between them (how a graph is run, what a node is) is a :class:`~vle
 from __future__ import annotations
 
 import abc
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal
 
+from torch import Tensor
 from torch.fx import Node
 from typing_extensions import TypeVar
 
@@ -142,7 +143,20 @@ class Pass(abc.ABC, Generic[IR]):
         )  # fmt: skip
 
 
+class SampledPass(Pass[IR]):
+    """A pass that measures on calibration samples before it decides.
+
+    Args:
+        options: Typed options.
+        samples: One tensor per input each; may be iterated any number of times, and is empty without ``--calib``.
+    """
+
+    def __init__(self, options: Frozen | None = None, *, samples: Iterable[tuple[Tensor, ...]] = ()) -> None:
+        super().__init__(options)
+        self.samples = samples
+
+
 __all__ = [
     "API_VERSION", "IR", "MAX_SWEEPS", "STAGES", "Change", "Effect", "Match", "N", "NearMiss", "NoOptions", "Pass",
-    "Stage",
+    "SampledPass", "Stage",
 ]  # fmt: skip

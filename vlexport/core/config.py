@@ -67,6 +67,10 @@ class BuildConfig(BaseModel):
     precision: Precision | None = _option(
         None, "Precision; the target's default is printed with its reason.", "--precision"
     )
+    tokens: str | None = _option(
+        None, "METHOD[:key=value,…]: freeze, evit:keep=0.7,layers=4+7+10, tome:r=8, mctf:r=16, cls or random.",
+        "--tokens",
+    )  # fmt: skip
     calib: str | None = _option(
         None, "Unlabelled samples; one of them probes the numeric gate.", "--calib", recipe=False
     )

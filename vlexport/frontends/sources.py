@@ -102,6 +102,10 @@ class Sources:
                 made[name] = replace(each, program=narrowed(each.program, own))
         return _sources(made, self.edges)
 
+    def with_sources(self, components: Mapping[str, Source]) -> Sources:
+        """The same components and edges with other Sources, of the same names and shapes."""
+        return _sources(dict(components), self.edges)
+
     def with_outputs(self, names: Sequence[str]) -> Sources:
         """A single model with these outputs alone; the same where it has no others, or is several.
 

@@ -28,7 +28,6 @@ from vlexport.stages.choices import (
     open_dataset,
     options_of,
     output_of,
-    passes_of,
     precision_of,
     precision_passes_of,
     profile_of,
@@ -37,6 +36,7 @@ from vlexport.stages.component import cost_record
 from vlexport.stages.dims import dims_of
 from vlexport.stages.order import require_judged
 from vlexport.stages.probe_memory import require_memory
+from vlexport.stages.tokens import component_passes
 from vlexport.stages.tune import axes_of
 from vlexport.stages.write_bundle import require_free
 from vlexport.targets import open_target
@@ -116,11 +116,11 @@ def plan(
     if sources is None:
         with reporter.stage("open the model"):
             sources = open_sources(config)
-    for data in (config.data, config.calib):
-        collect(partial(open_dataset, data, sources))
-    passes: list[Pass[Program]] = []
+    collect(partial(open_dataset, config.data, sources))
+    passes: dict[str, list[Pass[Program]]] = {name: [] for name in sources.components}
     try:
-        passes = passes_of(config)
+        calibration = open_dataset(config.calib, sources, skip_bad=config.skip_bad)
+        passes.update({name: component_passes(config, sources, name, calibration) for name in sources.components})
     except VlexportError as error:
         problems.append(error)
     try:
@@ -134,7 +134,7 @@ def plan(
         ran, account = {}, {}
         for name, program in before.items():
             refusals = Refusals()
-            shared, records = run_pipeline(program, passes, gate=None, listener=refusals)
+            shared, records = run_pipeline(program, passes[name], gate=None, listener=refusals)
             account[name] = accounts(program, shared, refusals)
             typed = precision_passes_of(config, precision, [program.example])
             ran[name] = (shared, records)
