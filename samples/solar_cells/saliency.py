@@ -69,7 +69,9 @@ def load_saliency() -> SaliencyModel:
     Raises:
         ModuleNotFoundError: The package is not installed.
     """
-    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(backbone_onnx_path()).graph.initializer}
+    arrays = {
+        tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(backbone_onnx_path()).graph.initializer
+    }
     decoder = SaliencyDecoder()
     state = decoder.state_dict()
     for name in state:

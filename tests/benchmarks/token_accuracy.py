@@ -1,6 +1,6 @@
 """What token reduction costs on real weights: the solar cells' ViT-S/14, all 2,624 photos, each method beside chance.
 
-    python -m tests.tokens_accuracy --scratch DIR --record docs/measured/tokens.json [--only NAME]
+    python -m tests.benchmarks.token_accuracy --scratch DIR --record docs/measured/tokens.json [--only NAME]
 
 Each variant is a bundle that ``vlexport build --tokens`` makes for ONNX Runtime, and gives the class token's features.
 Linear heads judge them by five folds, so that no head ever saw the photo it judges. In the first column of drops the
@@ -120,11 +120,9 @@ def saved(scratch: Path) -> Path:
 
 def built(model: Path, variant: Variant, scratch: Path) -> Path:
     """The variant's bundle, made anew: the code may have changed."""
-    given = {"tokens": variant.tokens} if variant.tokens else {}
     output = scratch / f"{model.stem}-{variant.name}.bundle"
-    vlexport.build(
-        vlexport.BuildConfig(model=str(model), output=str(output), profile=False, force=True, threads=1, **given)
-    )
+    tokens = variant.tokens or None
+    vlexport.build(vlexport.BuildConfig(model=str(model), output=str(output), tokens=tokens, profile=False, force=True))
     return output
 
 
@@ -214,7 +212,7 @@ def main() -> int:
         print(line(rows[-1]), flush=True)
     if given.record is not None:
         versions = ", ".join(f"{name} {importlib.metadata.version(name).split('+')[0]}" for name in PACKAGES)
-        write_record(given.record, f"python -m tests.tokens_accuracy --record {given.record}", versions, rows)
+        write_record(given.record, f"python -m tests.benchmarks.token_accuracy --record {given.record}", versions, rows)
     return 0
 
 
