@@ -18,7 +18,7 @@ Floats = NDArray[np.floating[Any]]
 Counts = NDArray[np.int64]
 
 FOLDS = 5
-PENALTIES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+PENALTIES = (3e-3, 1e-2, 3e-2)
 _STEPS = 30
 _SMALLEST_STEP = 1e-8
 
