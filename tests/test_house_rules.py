@@ -451,6 +451,7 @@ DOCUMENTS = (
     "docs/coreml.md",
     "docs/inspect.md",
     "docs/onnxruntime.md",
+    "docs/tokens.md",
 )
 
 
