@@ -87,7 +87,7 @@ class Vit(nn.Module):
 
     def embed(self, image: Tensor) -> Tensor:
         x = self.patches(image).flatten(2).transpose(1, 2)
-        return torch.cat((self.front.expand(len(image), -1, -1), x), 1) + self.positions
+        return torch.cat((self.front.expand(image.shape[0], -1, -1), x), 1) + self.positions
 
     def read(self, x: Tensor) -> Tensor:
         x = self.norm(x)

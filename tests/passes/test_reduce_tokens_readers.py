@@ -1,0 +1,160 @@
+"""What reads the tokens in unusual ways: either it gets what it got before, or the pass refuses with a reason.
+
+Pictures are of equal tokens in pairs, merged to one of each pair: whoever knows how many a token stands for loses
+nothing. A sum over tokens, a softmax over them, a second attention: each is wrong if it counts a pair as one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.harness import captured, one_thread
+from tests.passes.test_reduce_tokens_independent import (
+    GRID,
+    PATCHES,
+    TOLERANCE,
+    WIDTH,
+    Vit,
+    error,
+    paired,
+    pictures,
+    vit,
+    without_positions,
+)  # fmt: skip
+from vlexport.core.tokens import tokens_from_text
+from vlexport.ir.program import Program
+from vlexport.passes import CATALOGUE, pass_class
+from vlexport.passes.base import STAGES, NearMiss
+
+
+class Reader(nn.Module):
+    """A plain transformer whose tokens, class token included, are read by a function of its own weights."""
+
+    def __init__(self, read: Callable[[Reader, Tensor], Tensor], depth: int = 2) -> None:
+        super().__init__()
+        self.net: Vit = without_positions(vit())  # type: ignore[assignment]
+        self.net.blocks = self.net.blocks[:depth]
+        self.one = nn.Linear(WIDTH, 1)
+        self.many = nn.Linear(1 + PATCHES, 4)
+        self.query = nn.Parameter(torch.randn(1, 2, 3, WIDTH // 2))
+        self.conv = nn.Conv2d(WIDTH, 4, 3, padding=1)
+        self._read = read
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.net.embed(image)
+        for block in self.net.blocks:
+            x = block(x)
+        return self._read(self, x)
+
+
+def _pooled(net: Reader, x: Tensor) -> Tensor:
+    return (net.one(x).softmax(1) * x).sum(1)
+
+
+def _attended(net: Reader, x: Tensor) -> Tensor:
+    heads = x.reshape(x.shape[0], -1, 2, WIDTH // 2).transpose(1, 2)
+    return F.scaled_dot_product_attention(net.query.expand(x.shape[0], -1, -1, -1), heads, heads).flatten(1)
+
+
+def _grid(x: Tensor) -> Tensor:
+    return x[:, 1:].transpose(1, 2).reshape(x.shape[0], WIDTH, GRID, GRID)
+
+
+READERS: dict[str, Callable[[Reader, Tensor], Tensor]] = {
+    "mean of all": lambda net, x: x.mean(1),
+    "sum over a constant": lambda net, x: x[:, 1:].sum(1) / PATCHES,
+    "largest": lambda net, x: x[:, 1:].amax(1),
+    "deviation": lambda net, x: x.std(1),
+    "softmax over tokens": _pooled,
+    "second attention": _attended,
+    "one patch": lambda net, x: x[:, 6],
+    "last token": lambda net, x: x[:, -1],
+    "every second patch": lambda net, x: x[:, 1::2],
+    "backwards": lambda net, x: x.flip(1)[:, :3],
+    "moved on": lambda net, x: x.roll(1, 1)[:, :3],
+    "linear over tokens": lambda net, x: net.many(x.transpose(1, 2)),
+    "norm over tokens": lambda net, x: F.layer_norm(x.transpose(1, 2), (1 + PATCHES,))[:, :, 0],
+    "convolution": lambda net, x: net.conv(_grid(x)),
+    "mean of a grid": lambda net, x: _grid(x).mean((2, 3)),
+    "pooled grid": lambda net, x: F.avg_pool2d(_grid(x), 2),
+    "similarity of tokens": lambda net, x: (x @ x.transpose(1, 2))[:, 0],
+    "class token repeated": lambda net, x: (x - x[:, :1]).abs().amax(2),
+    "largest token of each channel": lambda net, x: x.argmax(1).float(),
+    "flat": lambda net, x: x.flatten(1),
+    "flat batch": lambda net, x: x.reshape(-1, WIDTH).reshape(x.shape)[:, 0],
+}
+
+
+def outcome(program: Program, tokens: str) -> tuple[Program | None, list[str]]:
+    """The reduced program, or None with the reasons."""
+    request = tokens_from_text(tokens)
+    kind = pass_class(request.pass_name)
+    after = program.copy()
+    for name in CATALOGUE:
+        earlier = pass_class(name)
+        if STAGES.index(earlier.stage) < STAGES.index("tokens"):
+            earlier().run(after)
+    applied = kind(kind.Options.model_validate(request.values))
+    changes, misses = applied.run(after)
+    reasons = [miss.reason for miss in misses if isinstance(miss, NearMiss)]
+    return (after if changes else None), reasons
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_reader_loses_nothing_or_is_refused_when_tokens_are_merged(name: str) -> None:
+    torch.manual_seed(5)
+    net = Reader(READERS[name]).eval()
+    image = paired(3, 1)
+    program = captured(net, image[:2])
+    after, reasons = outcome(program, f"tome:r={(PATCHES - 1) // 2},layers=1")
+    if after is None:
+        assert reasons
+        assert all(len(reason) > 10 for reason in reasons)
+        return
+    with torch.inference_mode(), one_thread():
+        (expected,) = program.run(image)
+        (dense,) = program.run(pictures(3))
+    assert error(after, image, expected) <= TOLERANCE
+    assert error(after, pictures(3), dense) > 1e-6, "nothing was merged: a blind test"
+
+
+class Biased(nn.Module):
+    """Attention with something stored for each pair, or each place, of tokens."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.net = vit()
+        self.kind = kind
+        self.bias = nn.Parameter(torch.randn(1, 2, 1 + PATCHES, 1 + PATCHES))
+        self.turn = nn.Parameter(torch.randn(1 + PATCHES, WIDTH // 2))
+        self.mix = nn.Linear(1 + PATCHES, 1 + PATCHES)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.net.embed(image)
+        for block in self.net.blocks:
+            q, k, v = block.heads(x)
+            if self.kind == "turned":
+                q, k = q * self.turn, k * self.turn
+            mask = self.bias if self.kind == "bias" else None
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.kind == "causal")
+            x = x + block.proj(mixed.transpose(1, 2).reshape(x.shape))
+            if self.kind == "mixer":
+                x = x + self.mix(x.transpose(1, 2)).transpose(1, 2)
+            if self.kind == "places":
+                x = x + self.net.positions
+            x = block.widen(x)
+        return self.net.read(x)
+
+
+@pytest.mark.parametrize("kind", ["bias", "turned", "causal", "mixer", "places"])
+@pytest.mark.parametrize("tokens", ["tome:r=3", "evit:keep=0.5,layers=1"])
+def test_model_is_refused_when_tokens_are_told_apart_by_place(kind: str, tokens: str) -> None:
+    torch.manual_seed(6)
+    after, reasons = outcome(captured(Biased(kind), pictures(2)), tokens)
+    assert after is None
+    assert reasons
