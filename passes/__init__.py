@@ -36,6 +36,7 @@ CATALOGUE: dict[str, str] = {
 """Id → where the class lies, in pipeline order. Imported when used. These run in every build."""
 
 ON_REQUEST: dict[str, str] = {
+    "reduce-tokens": "vlexport.passes.reduce_tokens:ReduceTokens",
     "cast-floats": "vlexport.passes.cast_floats:CastFloats",
 }
 """Id → where the class lies, of passes that a build runs where its options ask for what they do."""

@@ -81,6 +81,7 @@ CODES: dict[str, str] = {
     "VLX0408": "an outside optimizer failed or damaged the graph",
     "VLX0409": "a value does not fit the type that everything must have",
     "VLX0410": "the sizes do not fit in memory",
+    "VLX0411": "the model's tokens cannot be reduced",
     # 05: targets
     "VLX0501": "the target's runtime is not installed",
     "VLX0502": "the target does not run this precision",

@@ -1,0 +1,1 @@
+"""What the passes over tokens need beside their files."""

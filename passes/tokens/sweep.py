@@ -1,0 +1,318 @@
+"""One walk over a Program that reduces tokens at given blocks and derives every shape behind them anew.
+
+Each reduction begins a *generation* of fewer tokens. A call behind it that treats tokens apart is called with other
+sizes, as the rules of ``tokens/rules`` say; one that needs every token gets them back: the reduction says which of its
+tokens each former one went into, generation by generation.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from vlexport.core.errors import InputError
+from vlexport.ir import compat, dialect, provenance
+from vlexport.ir.cost import node_macs, shaped_macs
+from vlexport.ir.program import Program
+from vlexport.passes.base import Change
+from vlexport.passes.tokens.blocks import Block
+from vlexport.passes.tokens.emit import Emit, aten, size
+from vlexport.passes.tokens.rules import ATTENTION, Call, Kept, Needs, Track, is_item, outcome
+
+CODE = "VLX0411"
+
+
+@dataclass
+class Reduced:
+    """What a reduction made of a stream.
+
+    Attributes:
+        stream: The stream of fewer tokens.
+        what: In words, for the record.
+        weights: How many former tokens each one stands for, [batch, tokens, 1]; None while each counts as one.
+    """
+
+    stream: Node
+    what: str
+    weights: Node | None = None
+
+    def back(self, emit: Emit, tokens: Node) -> Node:
+        """Former tokens, unprotected ones only, from those of fewer: [batch, n, channels]; each where it went.
+
+        Raises:
+            InputError: VLX0411 where dropped tokens went nowhere.
+        """
+        raise NotImplementedError
+
+
+class Reduction(abc.ABC):
+    """What is done at one block."""
+
+    block: Block
+    before_attention: bool = False
+    """Whether the block's own attention works on fewer tokens already."""
+
+    @abc.abstractmethod
+    def apply(self, state: State) -> Reduced:
+        """Write it in front of ``state.emit.before``."""
+
+
+@dataclass
+class State:
+    """What a reduction reads.
+
+    Attributes:
+        emit: Writes its calls.
+        stream: The tokens, [batch, n, channels].
+        query: Of the block's attention, [batch, heads, n, width].
+        key: Likewise.
+        scale: Of its scores.
+        weights: How many tokens each stands for, [batch, n, 1]; None while each counts as one.
+        protected: Tokens at the front that stay.
+    """
+
+    emit: Emit
+    stream: Node
+    query: Node
+    key: Node
+    scale: float
+    weights: Node | None
+    protected: int
+
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return size(self.stream, 1)
+
+    @property
+    def channels(self) -> int:
+        """Width of the stream."""
+        return size(self.stream, 2)
+
+
+@dataclass
+class _Generation:
+    count: int
+    reduced: Reduced | None = None
+
+
+@dataclass
+class Sweep:
+    """The walk.
+
+    Attributes:
+        program: It is changed.
+        reductions: What to do, in the order of their blocks.
+        protected: Tokens at the front that stay.
+        tokens: How many there are before the first.
+        unmerge: Give tokens back to calls that need all; else such a call is refused.
+    """
+
+    program: Program
+    reductions: Sequence[Reduction]
+    protected: int
+    tokens: int
+    unmerge: bool
+    changes: list[Change] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._tracks: dict[Node, Track] = {}
+        self._pieces: dict[Node, tuple[Track | None, ...]] = {}
+        self._shapes: dict[Node, torch.Size] = {}
+        self._generations = [_Generation(self.tokens)]
+        self._restored: dict[Node, Node] = {}
+        self._masks: dict[int, Node] = {}
+        self._saved = [0, 0]
+
+    def run(self) -> list[Change]:
+        """Reduce, and return one change per reduction.
+
+        Raises:
+            InputError: VLX0411 where a call needs tokens that cannot be given back.
+        """
+        at = {each.block.joined: each for each in self.reductions}
+        for node in list(self.program.graph.nodes):
+            if node.op == "output":
+                self._output(node)
+            elif node.op == "call_function" and self._generations[1:]:
+                self._visit(node)
+            if node in at:
+                self._reduce(at[node])
+        self._settle()
+        return self.changes
+
+    def _settle(self) -> None:
+        """What was saved since the last reduction is its doing."""
+        if self.changes:
+            nodes, macs = self._saved
+            last = self.changes[-1]
+            self.changes[-1] = last.model_copy(
+                update={"saved_nodes": last.saved_nodes + nodes, "saved_macs": last.saved_macs + macs}
+            )
+        self._saved = [0, 0]
+
+    def _reduce(self, reduction: Reduction) -> None:
+        self._settle()
+        block = reduction.block
+        joined, attention = block.joined, block.attention
+        if self._generations[1:] and self._tracks.get(joined) != Track(1, len(self._generations) - 1):
+            raise refused(attention, "its stream is read in full")
+        emit = Emit(self.program, joined.next, joined)
+        query, key = dialect.operands(attention)[:2]
+        known = set(self.program.graph.nodes)
+        scale = dialect.operands(attention)[6]
+        state = State(
+            emit, joined, query, key, size(query, 3) ** -0.5 if scale is None else float(scale),
+            self._generations[-1].reduced.weights if self._generations[-1].reduced else None, self.protected,
+        )  # fmt: skip
+        readers = list(joined.users)
+        reduced = reduction.apply(state)
+        made = [n for n in self.program.graph.nodes if n not in known and n.op == "call_function"]
+        for reader in readers:
+            reader.replace_input_with(joined, reduced.stream)
+        self._generations.append(_Generation(size(reduced.stream, 1), reduced))
+        self._tracks[reduced.stream] = Track(1, len(self._generations) - 1)
+        self._shapes[reduced.stream] = torch.Size([*joined.meta["val"].shape[:1], self.tokens, state.channels])
+        self._shapes.setdefault(joined, joined.meta["val"].shape)
+        provenance.remember(attention, f"tokens: {reduced.what}")
+        macs = sum(node_macs(self.program, n, {}) for n in made)
+        where = (provenance.module_path(attention),)
+        self.changes.append(Change(what=reduced.what, where=where, saved_nodes=-len(made), saved_macs=-macs))
+
+    def _visit(self, node: Node) -> None:
+        if is_item(node):
+            self._item(node)
+            return
+        if not any(value in self._tracks for value in node.all_input_nodes):
+            return
+        result = outcome(self._call(node))
+        if isinstance(result, Needs):
+            self._restore(node, result.reason)
+            return
+        before = self._macs_before(node)
+        if isinstance(result, Kept):
+            self._keep(node, result)
+        else:
+            self._again(node)
+        self._saved[1] += before - node_macs(self.program, node, {})
+
+    def _call(self, node: Node) -> Call:
+        reads = {self._generations[self._tracks[v].generation].reduced for v in node.all_input_nodes if v in self._tracks}
+        merging = any(each is not None and each.weights is not None for each in reads)
+        return Call(node, self._tracks, self._shape, self._count, self.protected, merging)
+
+    def _shape(self, node: Node) -> torch.Size:
+        found = self._shapes.get(node)
+        return node.meta["val"].shape if found is None else found
+
+    def _count(self, track: Track) -> int:
+        return self._generations[track.generation].count - track.skipped
+
+    def _macs_before(self, node: Node) -> int:
+        """MACs of a call that reads tokens, before there were fewer."""
+        arguments = dialect.operands(node)
+        given = [a for each in arguments for a in (each if isinstance(each, (list, tuple)) else [each])]
+        operands: list[Sequence[int]] = [
+            self.program.sizes(self._shape(a), {})
+            for a in given
+            if isinstance(a, Node) and isinstance(a.meta.get("val"), torch.Tensor)
+        ]
+        value = node.meta["val"]
+        return shaped_macs(node, operands, self.program.sizes(value.shape, {}), arguments) if isinstance(value, torch.Tensor) else 0
+
+    def _item(self, node: Node) -> None:
+        values = node.args[0]
+        if values in self._pieces:
+            self._shapes[node] = node.meta["val"].shape
+            node.meta["val"] = values.meta["val"][node.args[1]]
+            track = self._pieces[values][node.args[1]]
+            if track is not None:
+                self._tracks[node] = track
+
+    def _keep(self, node: Node, kept: Kept) -> None:
+        old = node.meta["val"]
+        if kept.operands is not None:
+            node.args, node.kwargs = dialect.arguments(node.target, kept.operands)
+        if dialect.op_name(node) == ATTENTION:
+            self._weigh(node)
+        self._again(node)
+        if isinstance(kept.tracks, tuple):
+            self._pieces[node] = kept.tracks
+        else:
+            self._shapes[node] = old.shape
+            self._tracks[node] = kept.tracks
+
+    def _again(self, node: Node) -> None:
+        """The recorded value of a call whose operands are others now."""
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        mode = compat.fake_mode_of([n.meta["val"] for n in self.program.placeholders])
+        assert mode is not None
+        with compat.quiet_fake(mode):
+            node.meta["val"] = node.target(*args, **kwargs)
+
+    def _weigh(self, attention: Node) -> None:
+        """A token that stands for several is attended to as so many."""
+        key = attention.args[1]
+        generation = self._tracks[key].generation
+        reduced = self._generations[generation].reduced
+        if reduced is None or reduced.weights is None:
+            return
+        if generation not in self._masks:
+            emit = Emit(self.program, attention, attention)
+            logs = emit(aten.log.default, reduced.weights)
+            self._masks[generation] = emit(aten.unsqueeze.default, emit(aten.permute.default, logs, [0, 2, 1]), 1)
+            self._saved[0] -= 3
+        attention.args = (*attention.args[:3], self._masks[generation], *attention.args[4:])
+
+    def _restore(self, node: Node, reason: str) -> None:
+        for value in list(node.all_input_nodes):
+            if value in self._tracks:
+                node.replace_input_with(value, self._all_of(value, node, reason))
+
+    def _output(self, node: Node) -> None:
+        self._restore(node, "it is an output")
+
+    def _all_of(self, value: Node, reader: Node, reason: str) -> Node:
+        if value in self._restored:
+            return self._restored[value]
+        track = self._tracks[value]
+        before = value.next if reader.op == "output" else reader
+        found = self._give_back(value, track, before, reason)
+        self._restored[value] = found
+        return found
+
+    def _give_back(self, value: Node, track: Track, before: Node, reason: str) -> Node:
+        place = before if before.op == "call_function" else value
+        if not self.unmerge:
+            raise refused(place, f"{reason}, and unmerge is off")
+        known = set(self.program.graph.nodes)
+        emit = Emit(self.program, before, value)
+        rank = value.meta["val"].ndim
+        if rank != 3 or track.axis not in (1, 2):
+            raise refused(place, f"{reason}, and tokens cannot be given back there")
+        tokens = value if track.axis == 1 else emit(aten.permute.default, value, [0, 2, 1])
+        front = self.protected - track.skipped
+        head = [emit.cut(tokens, 1, 0, front)] if front else []
+        rest = emit.cut(tokens, 1, front)
+        for generation in reversed(self._generations[1 : track.generation + 1]):
+            if generation.reduced is not None:
+                rest = generation.reduced.back(emit, rest)
+        found = emit.joined([*head, rest], 1)
+        found = found if track.axis == 1 else emit(aten.permute.default, found, [0, 2, 1])
+        made = [n for n in self.program.graph.nodes if n not in known and n.op == "call_function"]
+        self._saved[0] -= len(made)
+        self._saved[1] -= sum(node_macs(self.program, n, {}) for n in made)
+        return found
+
+
+def refused(node: Node, reason: str) -> InputError:
+    """The model's tokens cannot be reduced."""
+    return InputError(
+        CODE, f"the tokens cannot be reduced: {reason}", where=provenance.describe(node),
+        hint="reduce in later layers, or leave --tokens out",
+    )  # fmt: skip
