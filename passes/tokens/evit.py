@@ -20,7 +20,7 @@ from vlexport.passes.tokens.emit import Emit, aten, size
 from vlexport.passes.tokens.sweep import Reduced, Reduction, State, refused
 
 
-@dataclass
+@dataclass(frozen=True)
 class Evit(Reduction):
     """At one block.
 
@@ -44,20 +44,20 @@ class Evit(Reduction):
         parts = [emit.cut(state.stream, 1, 0, front), emit.rows(rest, best)]
         what = f"evit: {self.keep} of {patches} patch tokens stay"
         if not self.fuse:
-            return Kept(emit.joined(parts, 1), what, best=best, patches=patches, attention=self.block.attention)
+            return Chosen(emit.joined(parts, 1), what, best=best, patches=patches, attention=self.block.attention)
         places = emit.one_hot(best, patches, state.stream)
         others = emit(aten.rsub.Scalar, emit(aten.sum.dim_IntList, places, [1], False), 1)
         left = emit(aten.unsqueeze.default, emit(aten.mul.Tensor, shares, others), 1)
         parts.append(emit(aten.matmul.default, left, rest))
         stream = emit.joined(parts, 1)
-        return Kept(
+        return Chosen(
             stream, f"{what}, the others become one", best=best, patches=patches, attention=self.block.attention,
             places=places, others=others,
         )  # fmt: skip
 
 
-@dataclass
-class Kept(Reduced):
+@dataclass(frozen=True)
+class Chosen(Reduced):
     """Some tokens stayed, in the order of ``best``; with ``others`` there is one behind them for all that did not.
 
     Attributes:

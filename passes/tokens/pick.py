@@ -12,7 +12,7 @@ from vlexport.passes.tokens.emit import Emit, aten
 from vlexport.passes.tokens.sweep import Reduced, Reduction, State
 
 
-@dataclass
+@dataclass(frozen=True)
 class Pick(Reduction):
     """At one block.
 
@@ -42,7 +42,7 @@ def _nearest(chosen: torch.Tensor, patches: int) -> torch.Tensor:
     return (torch.arange(patches)[:, None] - chosen[None]).abs().argmin(1)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Picked(Reduced):
     """The same tokens of every sample stayed.
 

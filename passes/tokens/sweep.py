@@ -27,7 +27,7 @@ from vlexport.passes.tokens.rules import ATTENTION, Call, Kept, Needs, Track, is
 CODE = "VLX0411"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Reduced:
     """What a reduction made of a stream.
 
@@ -62,7 +62,7 @@ class Reduction(abc.ABC):
         """Write it in front of ``state.emit.before``."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class State:
     """What a reduction reads.
 
@@ -95,7 +95,7 @@ class State:
         return size(self.stream, 2)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Generation:
     count: int
     reduced: Reduced | None = None
@@ -168,7 +168,7 @@ class Sweep:
         scale = dialect.operands(attention)[6]
         state = State(
             emit, joined, query, key, size(query, 3) ** -0.5 if scale is None else float(scale),
-            self._generations[-1].reduced.weights if self._generations[-1].reduced else None, self.protected,
+            self._weights(-1), self.protected,
         )  # fmt: skip
         readers = list(joined.users)
         reduced = reduction.apply(state)
@@ -202,9 +202,13 @@ class Sweep:
         self._saved[1] += before - node_macs(self.program, node, {})
 
     def _call(self, node: Node) -> Call:
-        reads = {self._generations[self._tracks[v].generation].reduced for v in node.all_input_nodes if v in self._tracks}
-        merging = any(each is not None and each.weights is not None for each in reads)
+        tracked = [self._tracks[v] for v in node.all_input_nodes if v in self._tracks]
+        merging = any(self._weights(each.generation) is not None for each in tracked)
         return Call(node, self._tracks, self._shape, self._count, self.protected, merging)
+
+    def _weights(self, generation: int) -> Node | None:
+        reduced = self._generations[generation].reduced
+        return None if reduced is None else reduced.weights
 
     def _shape(self, node: Node) -> torch.Size:
         found = self._shapes.get(node)
@@ -259,12 +263,12 @@ class Sweep:
         """A token that stands for several is attended to as so many."""
         key = attention.args[1]
         generation = self._tracks[key].generation
-        reduced = self._generations[generation].reduced
-        if reduced is None or reduced.weights is None:
+        weights = self._weights(generation)
+        if weights is None:
             return
         if generation not in self._masks:
             emit = Emit(self.program, attention, attention)
-            logs = emit(aten.log.default, reduced.weights)
+            logs = emit(aten.log.default, weights)
             self._masks[generation] = emit(aten.unsqueeze.default, emit(aten.permute.default, logs, [0, 2, 1]), 1)
             self._saved[0] -= 3
         attention.args = (*attention.args[:3], self._masks[generation], *attention.args[4:])
