@@ -26,6 +26,7 @@ from tests.passes.test_reduce_tokens_independent import (
     vit,
     without_positions,
 )  # fmt: skip
+from vlexport.core.errors import InputError
 from vlexport.core.tokens import tokens_from_text
 from vlexport.ir.program import Program
 from vlexport.passes import CATALOGUE, pass_class
@@ -100,7 +101,11 @@ def outcome(program: Program, tokens: str) -> tuple[Program | None, list[str]]:
         if STAGES.index(earlier.stage) < STAGES.index("tokens"):
             earlier().run(after)
     applied = kind(kind.Options.model_validate(request.values))
-    changes, misses = applied.run(after)
+    try:
+        changes, misses = applied.run(after)
+    except InputError as error:
+        assert error.code == "VLX0411"
+        return None, [error.message]
     reasons = [miss.reason for miss in misses if isinstance(miss, NearMiss)]
     return (after if changes else None), reasons
 
