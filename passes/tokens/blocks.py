@@ -185,14 +185,14 @@ def _why_not(
 ) -> str:
     if attention in tracks and joined in tracks:
         return ""
-    above = [node for node in _between(stream, attention) if node in stops and node is not attention]
+    above = [node for node in between(stream, attention) if node in stops and node is not attention]
     if above:
         first = min(above)
         return f"the {dialect.plain_name(first)} in front of its attention cannot do without tokens: {stops[first].reason}"
     return stops[attention].reason if attention in stops else "its queries, keys and values do not come from its stream"
 
 
-def _between(stream: Node, attention: Node) -> Iterator[Node]:
+def between(stream: Node, attention: Node) -> Iterator[Node]:
     """Calls from a stream to an attention, from the attention upwards."""
     pending, seen = [attention], {stream}
     while pending:

@@ -79,8 +79,9 @@ class Chosen(Reduced):
         if self.places is None or self.others is None or self.attention is None:
             assert self.attention is not None
             raise refused(self.attention, "dropped tokens went nowhere, so they cannot be given back (fuse=true keeps one)")
+        front = size(tokens, 1) - size(self.places, 1) - 1
         columns = emit(aten.permute.default, self.places, [0, 2, 1])
         last = emit(aten.unsqueeze.default, self.others, -1)
         whole = emit.joined([columns, last], -1)
-        assert size(whole, 1) == self.patches
-        return emit(aten.matmul.default, whole, tokens)
+        rest = emit(aten.matmul.default, whole, emit.cut(tokens, 1, front))
+        return emit.joined([emit.cut(tokens, 1, 0, front), rest], 1)

@@ -34,12 +34,13 @@ class Pick(Reduction):
         chosen = order[: self.keep].sort().values
         index = emit.stored(f"tokens_kept_{self.block.number}", torch.cat([torch.arange(front), chosen + front]))
         stream = emit(aten.index_select.default, state.stream, 1, index)
-        return Picked(stream, f"random: {self.keep} of {patches} patch tokens stay", nearest=_nearest(chosen, patches))
+        return Picked(stream, f"random: {self.keep} of {patches} patch tokens stay", nearest=_nearest(chosen, patches, front))
 
 
-def _nearest(chosen: torch.Tensor, patches: int) -> torch.Tensor:
-    """For every patch which of the chosen is nearest in their order."""
-    return (torch.arange(patches)[:, None] - chosen[None]).abs().argmin(1)
+def _nearest(chosen: torch.Tensor, patches: int, front: int) -> torch.Tensor:
+    """For every token which of those that stay is nearest in their order; the first ``front`` all stay."""
+    nearest = (torch.arange(patches)[:, None] - chosen[None]).abs().argmin(1)
+    return torch.cat([torch.arange(front), nearest + front])
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,12 @@ class Picked(Reduced):
     """The same tokens of every sample stayed.
 
     Attributes:
-        nearest: For every former patch which of those is nearest.
+        nearest: For every former token which of those is nearest.
     """
 
     nearest: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
     def back(self, emit: Emit, tokens: Node) -> Node:
-        """Every former patch is the nearest one that stayed."""
+        """Every former token is the nearest one that stayed."""
         index = emit.program.add_tensor("tokens_nearest", self.nearest, before=emit.before, kind="constant")
         return emit(aten.index_select.default, tokens, 1, index)

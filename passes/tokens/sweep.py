@@ -8,8 +8,9 @@ tokens each former one went into, generation by generation.
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -17,14 +18,15 @@ from torch.fx.node import map_arg
 
 from vlexport.core.errors import InputError
 from vlexport.ir import compat, dialect, provenance
-from vlexport.ir.cost import node_macs, shaped_macs
+from vlexport.ir.cost import node_macs, saving, shaped_macs
 from vlexport.ir.program import Program
 from vlexport.passes.base import Change
-from vlexport.passes.tokens.blocks import Block
+from vlexport.passes.tokens.blocks import Block, between
 from vlexport.passes.tokens.emit import Emit, aten, size
 from vlexport.passes.tokens.rules import ATTENTION, Call, Kept, Needs, Track, is_item, outcome
 
-CODE = "VLX0411"
+MARK = "tokens: "
+"""How a note on a call begins at which tokens were reduced."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,16 @@ class Reduced:
         stream: The stream of fewer tokens.
         what: In words, for the record.
         weights: How many former tokens each one stands for, [batch, tokens, 1]; None while each counts as one.
+        attention: The block's attention matrix over the fewer tokens, where the block works on those already.
     """
 
     stream: Node
     what: str
     weights: Node | None = None
+    attention: Node | None = None
 
     def back(self, emit: Emit, tokens: Node) -> Node:
-        """Former tokens, unprotected ones only, from those of fewer: [batch, n, channels]; each where it went.
+        """Former tokens from the fewer, both [batch, tokens, channels]; each is the one that it went into.
 
         Raises:
             InputError: VLX0411 where dropped tokens went nowhere.
@@ -128,6 +132,8 @@ class Sweep:
         self._restored: dict[Node, Node] = {}
         self._masks: dict[int, Node] = {}
         self._saved = [0, 0]
+        self._replaced: dict[Node, Node] = {}
+        self._former: dict[Node, tuple[Any, Any, Any]] = {}
 
     def run(self) -> list[Change]:
         """Reduce, and return one change per reduction.
@@ -135,14 +141,18 @@ class Sweep:
         Raises:
             InputError: VLX0411 where a call needs tokens that cannot be given back.
         """
-        at = {each.block.joined: each for each in self.reductions}
+        behind = {each.block.joined: each for each in self.reductions if not each.before_attention}
+        inside = {each.block.attention: each for each in self.reductions if each.before_attention}
         for node in list(self.program.graph.nodes):
+            if node in inside:
+                self._reduce_inside(inside[node])
+                continue
             if node.op == "output":
                 self._output(node)
             elif node.op == "call_function" and self._generations[1:]:
                 self._visit(node)
-            if node in at:
-                self._reduce(at[node])
+            if node in behind:
+                self._reduce(behind[node])
         self._settle()
         return self.changes
 
@@ -157,32 +167,87 @@ class Sweep:
         self._saved = [0, 0]
 
     def _reduce(self, reduction: Reduction) -> None:
-        self._settle()
-        block = reduction.block
-        joined, attention = block.joined, block.attention
-        if self._generations[1:] and self._tracks.get(joined) != Track(1, len(self._generations) - 1):
-            raise refused(attention, "its stream is read in full")
-        emit = Emit(self.program, joined.next, joined)
-        query, key = dialect.operands(attention)[:2]
-        known = set(self.program.graph.nodes)
-        scale = dialect.operands(attention)[6]
-        state = State(
-            emit, joined, query, key, size(query, 3) ** -0.5 if scale is None else float(scale),
-            self._weights(-1), self.protected,
-        )  # fmt: skip
+        """Behind the attention's residual sum."""
+        joined = reduction.block.joined
+        before = self._marked()
+        state = self._state(reduction.block, joined, Emit(self.program, joined.next, joined))
         readers = list(joined.users)
         reduced = reduction.apply(state)
-        made = [n for n in self.program.graph.nodes if n not in known and n.op == "call_function"]
         for reader in readers:
             reader.replace_input_with(joined, reduced.stream)
+        provenance.remember(joined, f"{MARK}{reduced.what}")
+        self._begin(reduced, joined, reduction.block)
+        self._count_made(before)
+
+    def _reduce_inside(self, reduction: Reduction) -> None:
+        """In front of the attention's values: they are computed anew from fewer tokens, and the matrix is given."""
+        block = reduction.block
+        attention = block.attention
+        before = self._marked()
+        emit = Emit(self.program, attention, attention)
+        stream = self._replaced.get(block.stream, block.stream)
+        reduced = reduction.apply(self._state(block, stream, emit))
+        assert reduced.attention is not None
+        value = dialect.operands(attention)[2]
+        self._begin(reduced, stream, block)
+        values = self._computed_anew(value, stream, reduced.stream, attention)
+        product = emit(aten.matmul.default, reduced.attention, values)
+        self._tracks[product] = Track(2, len(self._generations) - 1)
+        self._shapes[product] = attention.meta["val"].shape
+        block.joined.replace_input_with(stream, reduced.stream)
+        provenance.remember(block.joined, f"{MARK}{reduced.what}")
+        self._count_made(before)
+        lost = saving(self.program, attention)
+        self._saved[0] += lost.calls
+        self._saved[1] += lost.macs - node_macs(self.program, attention, {}) + self._macs_before(attention)
+        self.program.replace(attention, product)
+
+    def _state(self, block: Block, stream: Node, emit: Emit) -> State:
+        latest = len(self._generations) - 1
+        if latest and self._tracks.get(stream) != Track(1, latest):
+            raise refused(block.attention, "its stream is read in full")
+        query, key = dialect.operands(block.attention)[:2]
+        scale = dialect.operands(block.attention)[6]
+        scale = size(query, 3) ** -0.5 if scale is None else float(scale)
+        return State(emit, stream, query, key, scale, self._weights(-1), self.protected)
+
+    def _begin(self, reduced: Reduced, stream: Node, block: Block) -> None:
+        self._settle()
+        shape = self._shape(stream)
         self._generations.append(_Generation(size(reduced.stream, 1), reduced))
         self._tracks[reduced.stream] = Track(1, len(self._generations) - 1)
-        self._shapes[reduced.stream] = torch.Size([*joined.meta["val"].shape[:1], self.tokens, state.channels])
-        self._shapes.setdefault(joined, joined.meta["val"].shape)
-        provenance.remember(attention, f"tokens: {reduced.what}")
-        macs = sum(node_macs(self.program, n, {}) for n in made)
-        where = (provenance.module_path(attention),)
-        self.changes.append(Change(what=reduced.what, where=where, saved_nodes=-len(made), saved_macs=-macs))
+        self._shapes[reduced.stream] = shape
+        self._replaced[stream] = reduced.stream
+        self.changes.append(Change(what=reduced.what, where=(provenance.module_path(block.attention),)))
+
+    def _computed_anew(self, value: Node, stream: Node, fewer: Node, before: Node) -> Node:
+        """What ``value`` is when it is computed from fewer tokens."""
+        made: dict[Node, Node] = {stream: fewer}
+        saved = list(self._saved)
+        for node in sorted(between(stream, value)):
+            if not any(operand in made for operand in node.all_input_nodes):
+                continue
+            with self.program.graph.inserting_before(before):
+                twin = self.program.graph.node_copy(node, lambda n: made.get(n, n))
+            twin.args, twin.kwargs, twin.meta = self._as_it_was(node, made)
+            made[node] = twin
+            self._visit(twin)
+        self._saved = saved  # a twin was never larger: what it costs is counted with what is made
+        return made[value]
+
+    def _as_it_was(self, node: Node, made: Mapping[Node, Node]) -> tuple[Any, Any, dict[str, Any]]:
+        args, kwargs, value = self._former.get(node, (node.args, node.kwargs, node.meta["val"]))
+        args, kwargs = map_arg((args, kwargs), lambda n: made.get(n, n))
+        return args, kwargs, {**node.meta, "val": value}
+
+    def _marked(self) -> set[Node]:
+        return set(self.program.graph.nodes)
+
+    def _count_made(self, before: set[Node]) -> None:
+        """Calls that were written since are what the reduction costs."""
+        made = [n for n in self.program.graph.nodes if n not in before and n.op == "call_function"]
+        self._saved[0] -= len(made)
+        self._saved[1] -= sum(node_macs(self.program, n, {}) for n in made)
 
     def _visit(self, node: Node) -> None:
         if is_item(node):
@@ -190,6 +255,7 @@ class Sweep:
             return
         if not any(value in self._tracks for value in node.all_input_nodes):
             return
+        self._former[node] = (node.args, node.kwargs, node.meta["val"])
         result = outcome(self._call(node))
         if isinstance(result, Needs):
             self._restore(node, result.reason)
@@ -232,6 +298,7 @@ class Sweep:
     def _item(self, node: Node) -> None:
         values = node.args[0]
         if values in self._pieces:
+            self._former[node] = (node.args, node.kwargs, node.meta["val"])
             self._shapes[node] = node.meta["val"].shape
             node.meta["val"] = values.meta["val"][node.args[1]]
             track = self._pieces[values][node.args[1]]
@@ -294,29 +361,26 @@ class Sweep:
         place = before if before.op == "call_function" else value
         if not self.unmerge:
             raise refused(place, f"{reason}, and unmerge is off")
-        known = set(self.program.graph.nodes)
+        known = self._marked()
         emit = Emit(self.program, before, value)
         rank = value.meta["val"].ndim
         if rank != 3 or track.axis not in (1, 2):
             raise refused(place, f"{reason}, and tokens cannot be given back there")
         tokens = value if track.axis == 1 else emit(aten.permute.default, value, [0, 2, 1])
-        front = self.protected - track.skipped
-        head = [emit.cut(tokens, 1, 0, front)] if front else []
-        rest = emit.cut(tokens, 1, front)
+        if track.skipped:  # rows of protected tokens, which no other token goes into: anything may stand there
+            tokens = emit.joined([emit.cut(tokens, 1, 0, track.skipped), tokens], 1)
         for generation in reversed(self._generations[1 : track.generation + 1]):
             if generation.reduced is not None:
-                rest = generation.reduced.back(emit, rest)
-        found = emit.joined([*head, rest], 1)
+                tokens = generation.reduced.back(emit, tokens)
+        found = emit.cut(tokens, 1, track.skipped)
         found = found if track.axis == 1 else emit(aten.permute.default, found, [0, 2, 1])
-        made = [n for n in self.program.graph.nodes if n not in known and n.op == "call_function"]
-        self._saved[0] -= len(made)
-        self._saved[1] -= sum(node_macs(self.program, n, {}) for n in made)
+        self._count_made(known)
         return found
 
 
 def refused(node: Node, reason: str) -> InputError:
     """The model's tokens cannot be reduced."""
     return InputError(
-        CODE, f"the tokens cannot be reduced: {reason}", where=provenance.describe(node),
+        "VLX0411", f"the tokens cannot be reduced: {reason}", where=provenance.describe(node),
         hint="reduce in later layers, or leave --tokens out",
     )  # fmt: skip
