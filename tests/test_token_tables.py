@@ -58,5 +58,5 @@ def test_words_follow_the_interval_when_compared_with_chance(ours: int, theirs: 
     }  # fmt: skip
     told = accuracy(record, {"rows": []})
     assert said in told
-    assert "| `evit:keep=0.7` | 3.00 | 85.0 % | 0.50 (" in told
+    assert "| `evit:keep=0.7` | 3.00 | 2000 | 85.0 % | 0.50 (" in told
     assert "not measured" in told

@@ -45,12 +45,17 @@ def accuracy(record: dict[str, Any], latency: dict[str, Any]) -> str:
     ratios = {row["tokens"]: row for row in latency["rows"] if row["model"] == "solar_cells"}
     lines = [
         _source(record), "",
-        "| `--tokens` | GMACs | right | drop, points (95 %) | heads fitted again | over random | latency |",
-        "|---|---|---|---|---|---|---|",
+        "| `--tokens` | GMACs | photos | right | drop, points (95 %) | heads fitted again | over random | latency |",
+        "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for row in rows:
         right = f"{100 * row['right'] / row['photos']:.1f} %"
-        cells = [f"`{row['tokens']}`" if row["tokens"] else "none", f"{row['macs'] / 1e9:.2f}", right]
+        cells = [
+            f"`{row['tokens']}`" if row["tokens"] else "none",
+            f"{row['macs'] / 1e9:.2f}",
+            str(row["photos"]),
+            right,
+        ]
         if row["name"] == DENSE:
             cells += ["-", "-", "-", "-"]
         else:

@@ -29,6 +29,7 @@ from vlexport.passes.base import STAGES
 
 WIDTH, HEADS, DEPTH, PATCH, GRID = 24, 2, 4, 4, 4
 PATCHES = GRID * GRID
+ATTENTION = "aten.scaled_dot_product_attention.default"
 HOSTILE = ("scatter", "nonzero", "sort", "masked_select", "index_put")
 TOLERANCE = 2e-5
 """float32, four blocks; measured below 3e-6."""
@@ -286,6 +287,7 @@ def _transformers(kind: str, output: str) -> nn.Module:
 
     shared: dict[str, Any] = {
         "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 16, "patch_size": 4,
+        "initializer_range": 0.2,
     }  # fmt: skip
     wide = {**shared, "intermediate_size": 64}
     torch.manual_seed(4)
@@ -370,5 +372,5 @@ def test_graph_is_static_and_without_scatter_when_reduced(tokens: str) -> None:
     names = {dialect.plain_name(node) for node in after.calls()}
     assert not {name for name in names if any(word in name for word in HOSTILE)}
     assert [spec.shape for spec in after.signature.outputs] == [spec.shape for spec in program.signature.outputs]
-    before_attention = sum(dialect.plain_name(node) == "scaled_dot_product_attention" for node in program.calls())
-    assert sum(dialect.plain_name(node) == "scaled_dot_product_attention" for node in after.calls()) == before_attention
+    if not tokens.startswith("mctf"):  # it reads the whole map of attention, and spells it out
+        assert len(after.calls(ATTENTION)) == len(program.calls(ATTENTION)) == DEPTH
