@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from vlexport.ir import dialect
 from vlexport.ir.program import Program
+from vlexport.passes.tokens.recorded import Recorded
 
 aten = torch.ops.aten
 TO_THE_END = torch.iinfo(torch.int64).max
@@ -26,16 +27,24 @@ class Emit:
         program: It is changed.
         before: Where calls go.
         value_of: Whose provenance they carry.
+        recorded: Knows the values of calls.
     """
 
     program: Program
     before: Node
     value_of: Node
+    recorded: Recorded
 
     def __call__(self, target: Any, *operands: Any) -> Node:
         """A call; operands in the order of the schema."""
         args, kwargs = dialect.arguments(target, operands)
-        return self.program.add_call(target, args, kwargs, before=self.before, value_of=self.value_of)
+        return self._call(target, args, kwargs)
+
+    def _call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
+        value = self.recorded.called(target, args, kwargs)
+        return self.program.add_call(
+            target, args, kwargs, before=self.before, value_of=self.value_of, value=value
+        )  # fmt: skip
 
     def stored(self, name: str, tensor: Tensor) -> Node:
         """A constant, stored once however often it is asked for under its name."""
@@ -54,7 +63,7 @@ class Emit:
 
     def item(self, values: Node, place: int) -> Node:
         """One of several values."""
-        return self.program.add_call(operator.getitem, (values, place), before=self.before, value_of=self.value_of)
+        return self._call(operator.getitem, (values, place), {})
 
     def cut(self, value: Node, axis: int, start: int, end: int = TO_THE_END) -> Node:
         """A slice; the value itself where that is all of it."""
@@ -83,9 +92,7 @@ class Emit:
     def cast(self, value: Node, like: Node) -> Node:
         """In the dtype of ``like``."""
         dtype = like.meta["val"].dtype
-        return self.program.add_call(
-            aten._to_copy.default, (value,), {"dtype": dtype}, before=self.before, value_of=self.value_of
-        )
+        return self._call(aten._to_copy.default, (value,), {"dtype": dtype})
 
 
 def size(node: Node, axis: int) -> int:

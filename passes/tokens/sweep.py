@@ -17,12 +17,13 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from vlexport.core.errors import InputError
-from vlexport.ir import compat, dialect, provenance
+from vlexport.ir import dialect, provenance
 from vlexport.ir.cost import node_macs, saving, shaped_macs
 from vlexport.ir.program import Program
 from vlexport.passes.base import Change
 from vlexport.passes.tokens.blocks import Block, between
 from vlexport.passes.tokens.emit import Emit, aten, size
+from vlexport.passes.tokens.recorded import Recorded
 from vlexport.passes.tokens.rules import ATTENTION, Call, Kept, Needs, Track, is_item, outcome
 
 MARK = "tokens: "
@@ -132,6 +133,7 @@ class Sweep:
         self._restored: dict[Node, Node] = {}
         self._masks: dict[int, Node] = {}
         self._saved = [0, 0]
+        self._recorded = Recorded(self.program)
         self._replaced: dict[Node, Node] = {}
         self._former: dict[Node, tuple[Any, Any, Any]] = {}
 
@@ -170,7 +172,7 @@ class Sweep:
         """Behind the attention's residual sum."""
         joined = reduction.block.joined
         before = self._marked()
-        state = self._state(reduction.block, joined, Emit(self.program, joined.next, joined))
+        state = self._state(reduction.block, joined, Emit(self.program, joined.next, joined, self._recorded))
         readers = list(joined.users)
         reduced = reduction.apply(state)
         for reader in readers:
@@ -184,7 +186,7 @@ class Sweep:
         block = reduction.block
         attention = block.attention
         before = self._marked()
-        emit = Emit(self.program, attention, attention)
+        emit = Emit(self.program, attention, attention, self._recorded)
         stream = self._replaced.get(block.stream, block.stream)
         reduced = reduction.apply(self._state(block, stream, emit))
         assert reduced.attention is not None
@@ -263,8 +265,6 @@ class Sweep:
         before = self._macs_before(node)
         if isinstance(result, Kept):
             self._keep(node, result)
-        else:
-            self._again(node)
         self._saved[1] += before - node_macs(self.program, node, {})
 
     def _call(self, node: Node) -> Call:
@@ -311,20 +311,17 @@ class Sweep:
             node.args, node.kwargs = dialect.arguments(node.target, kept.operands)
         if dialect.op_name(node) == ATTENTION:
             self._weigh(node)
-        self._again(node)
         if isinstance(kept.tracks, tuple):
             self._pieces[node] = kept.tracks
+            pairs = zip(old, kept.tracks, strict=True)
+            node.meta["val"] = tuple(value if track is None else self._fewer(value, track) for value, track in pairs)
         else:
             self._shapes[node] = old.shape
             self._tracks[node] = kept.tracks
+            node.meta["val"] = self._fewer(old, kept.tracks)
 
-    def _again(self, node: Node) -> None:
-        """The recorded value of a call whose operands are others now."""
-        args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        mode = compat.fake_mode_of([n.meta["val"] for n in self.program.placeholders])
-        assert mode is not None
-        with compat.quiet_fake(mode):
-            node.meta["val"] = node.target(*args, **kwargs)
+    def _fewer(self, value: torch.Tensor, track: Track) -> torch.Tensor:
+        return self._recorded.resized(value, track.axis, self._count(track))
 
     def _weigh(self, attention: Node) -> None:
         """A token that stands for several is attended to as so many."""
@@ -334,7 +331,7 @@ class Sweep:
         if weights is None:
             return
         if generation not in self._masks:
-            emit = Emit(self.program, attention, attention)
+            emit = Emit(self.program, attention, attention, self._recorded)
             logs = emit(aten.log.default, weights)
             self._masks[generation] = emit(aten.unsqueeze.default, emit(aten.permute.default, logs, [0, 2, 1]), 1)
             self._saved[0] -= 3
@@ -362,7 +359,7 @@ class Sweep:
         if not self.unmerge:
             raise refused(place, f"{reason}, and unmerge is off")
         known = self._marked()
-        emit = Emit(self.program, before, value)
+        emit = Emit(self.program, before, value, self._recorded)
         rank = value.meta["val"].ndim
         if rank != 3 or track.axis not in (1, 2):
             raise refused(place, f"{reason}, and tokens cannot be given back there")

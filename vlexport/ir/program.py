@@ -225,6 +225,7 @@ class Program:
         before: Node,
         value_of: Node,
         merges: Sequence[Node] = (),
+        value: Any = None,
     ) -> Node:
         """Insert a call, with shape and provenance.
 
@@ -235,10 +236,15 @@ class Program:
             before: Where it goes.
             value_of: The node whose value it computes.
             merges: Further nodes that it stands for.
+            value: Its recorded value, where the caller knows it; by default the operator is run on recorded operands.
         """
         kwargs = kwargs or {}
         with self.graph.inserting_before(before):
             node = self.graph.call_function(target, args, kwargs)
+        if value is not None:
+            node.meta["val"] = value
+            provenance.inherit(node, value_of=value_of, merges=merges)
+            return node
         fake_args, fake_kwargs = map_arg((args, kwargs), lambda n: n.meta["val"])
         mode = compat.fake_mode_of([n.meta["val"] for n in self.placeholders])
         if mode is None:
