@@ -208,9 +208,9 @@ def main() -> int:
         judge = judge or Judge(photos, features)  # the first is without reduction
         rows.append(judge.row(variant, features, macs))
         print(line(rows[-1]), flush=True)
-    if given.record is not None:
-        versions = ", ".join(f"{name} {importlib.metadata.version(name).split('+')[0]}" for name in PACKAGES)
-        write_record(given.record, command(given), versions, rows)
+        if given.record is not None:  # each time: an hour's work is not lost with the last variant
+            versions = ", ".join(f"{name} {importlib.metadata.version(name).split('+')[0]}" for name in PACKAGES)
+            write_record(given.record, command(given), versions, rows)
     return 0
 
 
