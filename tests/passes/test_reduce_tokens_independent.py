@@ -27,12 +27,12 @@ from vlexport.ir.program import Program
 from vlexport.passes import CATALOGUE, pass_class
 from vlexport.passes.base import STAGES
 
-WIDTH, HEADS, DEPTH, PATCH, GRID = 24, 2, 4, 4, 4
+WIDTH, HEADS, DEPTH, PATCH, GRID = 24, 2, 3, 4, 4
 PATCHES = GRID * GRID
 ATTENTION = "aten.scaled_dot_product_attention.default"
 HOSTILE = ("scatter", "nonzero", "sort", "masked_select", "index_put")
 TOLERANCE = 2e-5
-"""float32, four blocks; measured below 3e-6."""
+"""float32, three blocks; measured below 3e-6."""
 
 
 class Block(nn.Module):
@@ -244,11 +244,11 @@ def test_evit_equals_the_reference_when_attention_is_concentrated(name: str, fus
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_tome_equals_the_reference_when_attention_is_concentrated(name: str) -> None:
     net, program = subject(name)
-    after = reduced(program, "tome:r=3+2+0+2")
+    after = reduced(program, "tome:r=3+0+2")
     for batch in (1, 2, 8):
         image = pictures(batch, seed=batch)
         with torch.inference_mode(), one_thread():
-            expected = tome(net, image, (3, 2, 0, 2))
+            expected = tome(net, image, (3, 0, 2))
         assert relative_error(expected.numpy(), net(image).detach().numpy()) > 0.001, "nothing was lost: a blind test"
         assert error(after, image, expected) <= TOLERANCE
 
