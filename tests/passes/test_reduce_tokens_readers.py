@@ -146,6 +146,7 @@ class Biased(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.net = vit()
+        self.net.blocks = self.net.blocks[:2]
         self.kind = kind
         self.bias = nn.Parameter(torch.randn(1, 2, 1 + PATCHES, 1 + PATCHES))
         self.turn = nn.Parameter(torch.randn(1 + PATCHES, WIDTH // 2))
@@ -169,9 +170,10 @@ class Biased(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["bias", "turned", "causal", "mixer", "places"])
-@pytest.mark.parametrize("tokens", ["tome:r=3", "evit:keep=0.5,layers=1"])
-def test_model_is_refused_when_tokens_are_told_apart_by_place(kind: str, tokens: str) -> None:
+def test_model_is_refused_when_tokens_are_told_apart_by_place(kind: str) -> None:
     torch.manual_seed(6)
-    after, reasons = outcome(captured(Biased(kind), pictures(2)), tokens)
-    assert after is None
-    assert reasons
+    program = captured(Biased(kind), pictures(2))
+    for tokens in ("tome:r=3", "evit:keep=0.5,layers=1"):
+        after, reasons = outcome(program, tokens)
+        assert after is None
+        assert reasons
