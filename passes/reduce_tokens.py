@@ -9,7 +9,9 @@ Before → after (evit:keep=0.7 in a block of a ViT with 196 patches)::
                                                %5 = add(%4, mlp(norm(%4)))                    [b,140,c]
 
 Methods (``--tokens METHOD:key=value,…``): ``evit`` keeps the patches that the class token attends to most and fuses the
-rest into one; ``random`` keeps a seeded choice, the same for every sample: what any method must beat.
+rest into one; ``tome`` merges the r tokens most alike in every block; ``mctf`` merges by similarity, information and
+size, and attends one step ahead; ``cls`` gives out fewer patches behind the encoder, for what reads them; ``random``
+keeps a seeded choice, the same for every sample: what any method must beat.
 
 Equation: see ``passes/tokens/evit`` and its neighbours. Blocks are attentions over one residual stream; which tokens
 are protected (class, distillation, registers) is read off where the stream begins. Counts are constants: no sort,
@@ -23,7 +25,7 @@ back: each former token is the one that it went into (``unmerge``).
 Numerical effect: approximate. Accuracy is for the gates to judge, on the user's data (``--max-drop``); the pass itself
 promises no more than finite outputs whose cosine with the former ones is at least ``min_cosine``.
 
-Source: Liang et al., Not All Patches are What You Need, ICLR 2022.
+Source: Liang et al. (EViT), ICLR 2022; Bolya et al. (ToMe), ICLR 2023; Lee et al. (MCTF), CVPR 2024; VTC-CLS, 2024.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ class ReduceTokens(SampledPass[Program]):
     def statistic(self) -> Statistic:
         """Cosine, leniently."""
         hint = f"reduce fewer tokens or later, or accept more (--set {self.name}.min_cosine=…)"
-        return Statistic("cosine", self.options.min_cosine, agreement=0.0, hint=hint)
+        fewer = self.options.method == "cls"
+        return Statistic("cosine", self.options.min_cosine, agreement=0.0, hint=hint, fewer_rows=fewer)
 
     def find(self, ir: Program) -> Iterator[Match | NearMiss]:
         """One match per layer, why other attentions are no blocks, and layers where nothing is left to do.
@@ -101,7 +104,8 @@ class ReduceTokens(SampledPass[Program]):
         return self._swept(ir, encoder, [match.data[1] for match in matches[:limit]]), misses
 
     def _swept(self, ir: Program, encoder: Encoder, reductions: list[Reduction]) -> list[Change]:
-        return Sweep(ir, reductions, encoder.protected, encoder.tokens, self.options.unmerge).run()
+        fewer = self.options.method == "cls"
+        return Sweep(ir, reductions, encoder.protected, encoder.tokens, self.options.unmerge, fewer).run()
 
 
 def is_done(ir: Program) -> bool:

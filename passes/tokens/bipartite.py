@@ -53,7 +53,7 @@ def one_way(emit: Emit, scores: Node, count: int, *, ordered: bool) -> OneWay:
     target = emit(aten.argmax.default, scores, -1, False)
     if ordered:
         merged = emit.item(emit(aten.topk.default, best, count, 1, True, True), 1)
-        stays = _in_order(emit, merged, sources - count, like=scores)
+        stays = others(emit, merged, sources, like=scores)
     else:
         ranked = emit.item(emit(aten.topk.default, best, sources, 1, True, True), 1)
         merged, stays = emit.cut(ranked, 1, 0, count), emit.cut(ranked, 1, count)
@@ -61,13 +61,22 @@ def one_way(emit: Emit, scores: Node, count: int, *, ordered: bool) -> OneWay:
     return OneWay(stays, merged, into, emit.one_hot(into, targets, scores), sources, targets)
 
 
-def _in_order(emit: Emit, merged: Node, count: int, like: Node) -> Node:
-    """The ``count`` places that are not in ``merged``, ascending."""
-    sources = count + size(merged, 1)
-    gone = emit(aten.sum.dim_IntList, emit.one_hot(merged, sources, like), [1], False)
-    places = emit.cast(emit.numbers(sources), like)
-    keys = emit(aten.add.Tensor, emit(aten.mul.Tensor, gone, float(sources)), places, 1)
-    return emit.item(emit(aten.topk.default, keys, count, 1, False, True), 1)
+def others(emit: Emit, chosen: Node, count: int, like: Node) -> Node:
+    """The places of ``count`` that are not among ``chosen``, [batch, count − k], ascending."""
+    return _ascending(emit, chosen, count, count - size(chosen, 1), like)
+
+
+def in_order(emit: Emit, chosen: Node, count: int, like: Node) -> Node:
+    """The places of ``count`` that are among ``chosen``, [batch, k], ascending."""
+    return _ascending(emit, chosen, -count, size(chosen, 1), like)
+
+
+def _ascending(emit: Emit, chosen: Node, weight: int, wanted: int, like: Node) -> Node:
+    """The places with the smallest ``weight · chosen + place``: whole numbers that all differ."""
+    hits = emit(aten.sum.dim_IntList, emit.one_hot(chosen, abs(weight), like), [1], False)
+    places = emit.cast(emit.numbers(abs(weight)), like)
+    keys = emit(aten.add.Tensor, emit(aten.mul.Tensor, hits, float(weight)), places, 1)
+    return emit.item(emit(aten.topk.default, keys, wanted, 1, False, True), 1)
 
 
 def merge(emit: Emit, way: OneWay, even: Node, odd: Node, axis: int) -> tuple[Node, Node]:

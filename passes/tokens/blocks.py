@@ -86,7 +86,7 @@ def flow(program: Program, start: Node, protected: int) -> tuple[dict[Node, Trac
         if is_item(node):
             found = pieces.get(node.args[0], ())
             if found and found[node.args[1]] is not None:
-                tracks[node] = found[node.args[1]]  # type: ignore[assignment]
+                tracks[node] = found[node.args[1]]
             continue
         if not any(value in tracks for value in node.all_input_nodes):
             continue
@@ -131,7 +131,7 @@ def find_encoder(program: Program) -> tuple[Encoder | None, list[NearMiss]]:
         left = [each for each in left if each[0] not in mine]
         shorter = encoder
         if best is None or len(encoder.blocks) > len(best.blocks):
-            best, shorter = encoder, best  # type: ignore[assignment]
+            best, shorter = encoder, best
         if shorter is not None:
             why = "it belongs to another, shorter encoder"
             misses += [NearMiss(PATTERN, block.attention, why) for block in shorter.blocks]
@@ -188,7 +188,9 @@ def _why_not(
     above = [node for node in between(stream, attention) if node in stops and node is not attention]
     if above:
         first = min(above)
-        return f"the {dialect.plain_name(first)} in front of its attention cannot do without tokens: {stops[first].reason}"
+        return (
+            f"the {dialect.plain_name(first)} in front of its attention cannot do without tokens: {stops[first].reason}"
+        )
     return stops[attention].reason if attention in stops else "its queries, keys and values do not come from its stream"
 
 

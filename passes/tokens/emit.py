@@ -50,11 +50,10 @@ class Emit:
         """A constant, stored once however often it is asked for under its name."""
         kept = self.program.tensors.get(name)
         if kept is not None and kept.dtype is tensor.dtype and torch.equal(kept, tensor):
-            for node in self.program.graph.nodes:
-                if node is self.before:
-                    break
-                if node.op == "get_attr" and node.target == name:
-                    return node
+            for node in self.program.graph.find_nodes(op="get_attr", target=name):
+                if node < self.before:
+                    found: Node = node
+                    return found
         return self.program.add_tensor(name, tensor, before=self.before, kind="constant")
 
     def numbers(self, count: int) -> Node:

@@ -34,7 +34,9 @@ class Pick(Reduction):
         chosen = order[: self.keep].sort().values
         index = emit.stored(f"tokens_kept_{self.block.number}", torch.cat([torch.arange(front), chosen + front]))
         stream = emit(aten.index_select.default, state.stream, 1, index)
-        return Picked(stream, f"random: {self.keep} of {patches} patch tokens stay", nearest=_nearest(chosen, patches, front))
+        return Picked(
+            stream, f"random: {self.keep} of {patches} patch tokens stay", nearest=_nearest(chosen, patches, front)
+        )
 
 
 def _nearest(chosen: torch.Tensor, patches: int, front: int) -> torch.Tensor:

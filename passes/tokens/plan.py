@@ -8,6 +8,7 @@ from collections.abc import Callable
 from vlexport.core.errors import UsageError
 from vlexport.passes.base import NearMiss
 from vlexport.passes.tokens.blocks import Block, Encoder
+from vlexport.passes.tokens.class_pick import ClassPick
 from vlexport.passes.tokens.evit import Evit
 from vlexport.passes.tokens.mctf import LEAST, Mctf
 from vlexport.passes.tokens.options import ReduceTokensOptions
@@ -31,6 +32,8 @@ def plan(encoder: Encoder, options: ReduceTokensOptions) -> Plan:
             encoder.blocks[0].attention, f"{options.method} reads the class token's attention, and there is none; "
             f"tome and mctf work without"
         )  # fmt: skip
+    if options.method == "cls":
+        return _behind(encoder, options)
     if options.method in _R:
         return _merging(encoder, options)
     return _keeping(encoder, options)
@@ -48,12 +51,23 @@ def _keeping(encoder: Encoder, options: ReduceTokensOptions) -> Plan:
         if keep >= patches:
             misses.append(_nothing(block, options, f"all {patches} patch tokens stay"))
         elif options.method == "evit":
-            made.append(Evit(block, keep, options.fuse))
+            made.append(Evit(block, keep, options.fuse, options.count))
             count = encoder.protected + keep + options.fuse
         else:
             made.append(Pick(block, keep, options.seed + block.number))
             count = encoder.protected + keep
     return made, misses
+
+
+def _behind(encoder: Encoder, options: ReduceTokensOptions) -> Plan:
+    """A share of the patches is given out."""
+    total = len(encoder.blocks)
+    read = _chosen(encoder, options, list(range(total - max(total // 4, 1) + 1, total + 1)))
+    patches = encoder.tokens - encoder.protected
+    keep = math.ceil(options.keep * patches)
+    if keep >= patches:
+        return [], [_nothing(encoder.blocks[-1], options, f"all {patches} patch tokens stay")]
+    return [ClassPick(encoder.blocks[-1], encoder.end, tuple(read), keep)], []
 
 
 def _merging(encoder: Encoder, options: ReduceTokensOptions) -> Plan:

@@ -62,6 +62,11 @@ class Reduction(abc.ABC):
     before_attention: bool = False
     """Whether the block's own attention works on fewer tokens already."""
 
+    @property
+    def place(self) -> Node:
+        """Behind which value of the stream it is done, unless before the attention."""
+        return self.block.joined
+
     @abc.abstractmethod
     def apply(self, state: State) -> Reduced:
         """Write it in front of ``state.emit.before``."""
@@ -116,6 +121,7 @@ class Sweep:
         protected: Tokens at the front that stay.
         tokens: How many there are before the first.
         unmerge: Give tokens back to calls that need all; else such a call is refused.
+        gives_fewer: Outputs hold fewer tokens.
     """
 
     program: Program
@@ -123,6 +129,7 @@ class Sweep:
     protected: int
     tokens: int
     unmerge: bool
+    gives_fewer: bool = False
     changes: list[Change] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -143,7 +150,7 @@ class Sweep:
         Raises:
             InputError: VLX0411 where a call needs tokens that cannot be given back.
         """
-        behind = {each.block.joined: each for each in self.reductions if not each.before_attention}
+        behind = {each.place: each for each in self.reductions if not each.before_attention}
         inside = {each.block.attention: each for each in self.reductions if each.before_attention}
         for node in list(self.program.graph.nodes):
             if node in inside:
@@ -170,7 +177,7 @@ class Sweep:
 
     def _reduce(self, reduction: Reduction) -> None:
         """Behind the attention's residual sum."""
-        joined = reduction.block.joined
+        joined = reduction.place
         before = self._marked()
         state = self._state(reduction.block, joined, Emit(self.program, joined.next, joined, self._recorded))
         readers = list(joined.users)
@@ -265,6 +272,8 @@ class Sweep:
         before = self._macs_before(node)
         if isinstance(result, Kept):
             self._keep(node, result)
+        if dialect.op_name(node) == ATTENTION:
+            self._weigh(node)
         self._saved[1] += before - node_macs(self.program, node, {})
 
     def _call(self, node: Node) -> Call:
@@ -293,24 +302,28 @@ class Sweep:
             if isinstance(a, Node) and isinstance(a.meta.get("val"), torch.Tensor)
         ]
         value = node.meta["val"]
-        return shaped_macs(node, operands, self.program.sizes(value.shape, {}), arguments) if isinstance(value, torch.Tensor) else 0
+        return (
+            shaped_macs(node, operands, self.program.sizes(value.shape, {}), arguments)
+            if isinstance(value, torch.Tensor)
+            else 0
+        )
 
     def _item(self, node: Node) -> None:
-        values = node.args[0]
+        values: Any = node.args[0]
+        place: Any = node.args[1]
         if values in self._pieces:
             self._former[node] = (node.args, node.kwargs, node.meta["val"])
             self._shapes[node] = node.meta["val"].shape
-            node.meta["val"] = values.meta["val"][node.args[1]]
-            track = self._pieces[values][node.args[1]]
+            node.meta["val"] = values.meta["val"][place]
+            track = self._pieces[values][place]
             if track is not None:
                 self._tracks[node] = track
 
     def _keep(self, node: Node, kept: Kept) -> None:
         old = node.meta["val"]
         if kept.operands is not None:
-            node.args, node.kwargs = dialect.arguments(node.target, kept.operands)
-        if dialect.op_name(node) == ATTENTION:
-            self._weigh(node)
+            target: Any = node.target
+            node.args, node.kwargs = dialect.arguments(target, kept.operands)
         if isinstance(kept.tracks, tuple):
             self._pieces[node] = kept.tracks
             pairs = zip(old, kept.tracks, strict=True)
@@ -325,7 +338,7 @@ class Sweep:
 
     def _weigh(self, attention: Node) -> None:
         """A token that stands for several is attended to as so many."""
-        key = attention.args[1]
+        key: Any = attention.args[1]
         generation = self._tracks[key].generation
         weights = self._weights(generation)
         if weights is None:
@@ -343,7 +356,21 @@ class Sweep:
                 node.replace_input_with(value, self._all_of(value, node, reason))
 
     def _output(self, node: Node) -> None:
-        self._restore(node, "it is an output")
+        if not self.gives_fewer:
+            self._restore(node, "it is an output")
+            return
+        signature = self.program.signature
+        outputs = list(signature.outputs)
+        for place, value in enumerate(self.program.results):
+            if value in self._tracks:
+                axis, count = self._tracks[value].axis, self._count(self._tracks[value])
+                shape = tuple(count if i == axis else s for i, s in enumerate(outputs[place].shape))
+                outputs[place] = outputs[place].model_copy(update={"shape": shape})
+        if outputs == list(signature.outputs):
+            raise refused(
+                self.reductions[0].block.attention, "no output holds patch tokens, so none are left to choose"
+            )
+        self.program.signature = signature.model_copy(update={"outputs": tuple(outputs)})
 
     def _all_of(self, value: Node, reader: Node, reason: str) -> Node:
         if value in self._restored:

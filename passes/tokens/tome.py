@@ -1,9 +1,9 @@
 """ToMe: in every block, r tokens merge into the ones that their keys are most like.
 
-Equation: with k the keys' mean over heads, rows of length 1, ``s = k_even · k_oddᵀ``; of each even token's best edge the
-r strongest merge, ``x' = Σ w·x / Σ w`` over what falls together, w how many tokens each stands for. Later attentions
-count a token as many: ``softmax(q·kᵀ + log w)``. Behind the attention's residual sum, in front of the MLP. Protected
-tokens stay, first and in their order, where the authors know a class and a distillation token.
+Equation: with k the keys' mean over heads, rows of length 1, ``s = k_even · k_oddᵀ``; of the even tokens' best edges
+the r strongest merge, ``x' = Σ w·x / Σ w`` over what falls together, w how many tokens each stands for. Later
+attentions count a token as many: ``softmax(q·kᵀ + log w)``. Behind the attention's residual sum, in front of the MLP.
+Protected tokens stay, first and in their order, where the authors know a class and a distillation token.
 
 Source: Bolya et al., Token Merging: Your ViT But Faster, ICLR 2023.
 """

@@ -13,7 +13,7 @@ from typing import Any
 from vlexport.core.account import Account, whole_account
 from vlexport.core.bundle_schema import CostRecord, PassRecord
 from vlexport.core.config import BuildConfig
-from vlexport.core.errors import CapabilityError, VlexportError
+from vlexport.core.errors import CapabilityError, InputError, UsageError, VlexportError
 from vlexport.core.progress import Reporter, Silent
 from vlexport.core.whole import summed_cost, whole_passes
 from vlexport.frontends.sources import Sources, open_sources
@@ -134,7 +134,12 @@ def plan(
         ran, account = {}, {}
         for name, program in before.items():
             refusals = Refusals()
-            shared, records = run_pipeline(program, passes[name], gate=None, listener=refusals)
+            try:
+                shared, records = run_pipeline(program, passes[name], gate=None, listener=refusals)
+            except (InputError, UsageError) as error:  # of the pass of --tokens, for which this is not the model
+                problems.append(error)
+                rest = [each for each in passes[name] if each.stage != "tokens"]
+                shared, records = run_pipeline(program, rest, gate=None, listener=refusals)
             account[name] = accounts(program, shared, refusals)
             typed = precision_passes_of(config, precision, [program.example])
             ran[name] = (shared, records)
