@@ -451,7 +451,7 @@ DOCUMENTS = (
     "docs/coreml.md",
     "docs/inspect.md",
     "docs/onnxruntime.md",
-    "docs/tokens.md",
+    "docs/reduce_tokens_example.md",
 )
 
 

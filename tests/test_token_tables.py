@@ -1,4 +1,4 @@
-"""The tables of docs/tokens.md are those that were recorded. ``UPDATE_GOLDEN=1`` writes them anew."""
+"""The tables of docs/reduce_tokens_example.md are those that were recorded. ``UPDATE_GOLDEN=1`` writes them anew."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from tests.token_tables import MEASURED, TABLES, accuracy
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "tokens.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "reduce_tokens_example.md"
 RECORDED = [name for name in TABLES if (MEASURED / f"{name}.json").is_file()]
 
 

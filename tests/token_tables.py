@@ -1,4 +1,4 @@
-"""Tables of ``docs/tokens.md`` from what the commands of ``tests/benchmarks/token_*.py`` recorded.
+"""Tables of ``docs/reduce_tokens_example.md`` from what the commands of ``tests/benchmarks/token_*.py`` recorded.
 
 Intervals are computed here from the recorded counts, and what they do not show is said in words.
 """

@@ -58,10 +58,12 @@ VARIANTS = (
     Variant(DENSE),
     Variant("random-0.7", "random:keep=0.7,layers=4+7+10"),
     Variant("evit-0.7", "evit:keep=0.7,layers=4+7+10", "random-0.7"),
+    Variant("evit-count-0.7", "evit:keep=0.7,layers=4+7+10,count=true", "random-0.7"),
     Variant("tome-14", "tome:r=14", "random-0.7"),
+    Variant("tome-late", "tome:r=26,layers=4+5+6+7+8+9+10+11+12", "random-0.7"),
     Variant("mctf-14", "mctf:r=14", "random-0.7"),
     Variant("random-0.5", "random:keep=0.5,layers=4+7+10"),
-    Variant("evit-0.5", "evit:keep=0.5,layers=4+7+10", "random-0.5"),
+    Variant("evit-count-0.5", "evit:keep=0.5,layers=4+7+10,count=true", "random-0.5"),
     Variant("tome-18", "tome:r=18", "random-0.5"),
 )
 """By multiply-accumulates: about two thirds of the model's, then about half."""

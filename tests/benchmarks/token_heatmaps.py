@@ -28,8 +28,9 @@ from tests.zoo_record import write_record
 
 VARIANTS = (
     Variant("tome-8", "tome:r=8"),
+    Variant("tome-10", "tome:r=10"),
     Variant("tome-12", "tome:r=12"),
-    Variant("evit-0.7", "evit:keep=0.7,layers=4+7+10"),
+    Variant("evit-count-0.7", "evit:keep=0.7,layers=4+7+10,count=true"),
     Variant("random-0.7", "random:keep=0.7,layers=4+7+10"),
 )
 
