@@ -452,6 +452,7 @@ DOCUMENTS = (
     "docs/coreml.md",
     "docs/inspect.md",
     "docs/onnxruntime.md",
+    "docs/reduce_tokens_example.md",
 )
 
 
