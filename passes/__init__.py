@@ -31,6 +31,7 @@ CATALOGUE: dict[str, str] = {
     "raise-norms": "vlexport.passes.raise_norms:RaiseNorms",
     "raise-activations": "vlexport.passes.raise_activations:RaiseActivations",
     "raise-attention": "vlexport.passes.raise_attention:RaiseAttention",
+    "legalize-selections": "vlexport.passes.legalize_selections:LegalizeSelections",
     "narrow-to-demand": "vlexport.passes.narrow_to_demand:NarrowToDemand",
 }
 """Id → where the class lies, in pipeline order. Imported when used. These run in every build."""

@@ -366,7 +366,7 @@ class MCTF(PlainViT):
         weight = received.unsqueeze(-1) * (size / size.amax(-2, keepdim=True))
         total = merge(weight, "sum")
         ahead = merge(weights.unsqueeze(-1), "sum").squeeze(-1)
-        ahead = merge(ahead * weight[:, None], "sum") / total[:, None]
+        ahead = merge(ahead * weight[:, None], "sum").squeeze(-1) / total[:, None]  # a no-op, as theirs
         return merge(x * weight, "sum") / total, merge(size, "sum"), ahead
 
     def matching(self, x: Tensor, received: Tensor, size: Tensor | None, count: int) -> Merge:
