@@ -237,7 +237,7 @@ class DynamicViT(PlainViT):
 
     def forward(self, image: Tensor) -> Tensor:
         x = self.embed(image)
-        alive = x.new_ones(x.shape[0], self.patches, 1)
+        alive = torch.ones(x.shape[0], self.patches, 1, dtype=x.dtype, device=x.device)
         predictors = iter(self.score_predictor)
         for layer, block in enumerate(self.blocks, 1):
             if layer in self.counts:

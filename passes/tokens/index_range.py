@@ -28,9 +28,9 @@ _ORDERS = ("aten.topk.default", "aten.sort.default", "aten.sort.stable")
 _SINGLE = ("aten.argsort.default", "aten.argsort.stable", "aten.argmax.default", "aten.argmin.default")
 _SAME_VALUES = {
     "aten.reshape.default", "aten.permute.default", "aten.expand.default", "aten.slice.Tensor",
-    "aten.unsqueeze.default", "aten.squeeze.dim", "aten.squeeze.default", "aten.squeeze.dims", "aten.select.int", "aten.repeat.default",
-    "aten.flip.default", "aten.roll.default", "aten.gather.default", "aten.index_select.default", "aten.index.Tensor",
-    "aten.amax.default", "aten.amin.default", "aten.narrow.default",
+    "aten.unsqueeze.default", "aten.squeeze.dim", "aten.squeeze.default", "aten.squeeze.dims", "aten.select.int",
+    "aten.repeat.default", "aten.flip.default", "aten.roll.default", "aten.gather.default",
+    "aten.index_select.default", "aten.index.Tensor", "aten.amax.default", "aten.amin.default", "aten.narrow.default",
 }  # fmt: skip
 
 
@@ -111,6 +111,17 @@ def _mul(ir: Program, node: Node, depth: int) -> Range | None:
     return (min(corners), max(corners)) if corners else None
 
 
+def _floor_divide(ir: Program, node: Node, depth: int) -> Range | None:
+    by: Any = node.args[1]
+    found = bounds(ir, node.args[0], depth) if isinstance(by, int) and by > 0 else None
+    return (found[0] // by, found[1] // by) if found is not None else None
+
+
+def _remainder(ir: Program, node: Node, depth: int) -> Range | None:
+    by: Any = node.args[1]
+    return (0, by - 1) if isinstance(by, int) and by > 0 else None
+
+
 def _zeros(ir: Program, node: Node, depth: int) -> Range | None:
     return 0, 0
 
@@ -125,6 +136,8 @@ _RULES: dict[str, Callable[[Program, Node, int], Range | None]] = {
     "aten.add.Tensor": _add,
     "aten.sub.Tensor": _sub,
     "aten.mul.Tensor": _mul,
+    "aten.floor_divide.default": _floor_divide,
+    "aten.remainder.Scalar": _remainder,
     "aten.zeros_like.default": _zeros,
     "aten.zeros.default": _zeros,
     "aten.new_zeros.default": _zeros,
@@ -136,6 +149,8 @@ def distinct(ir: Program, node: Any, axis: int, depth: int = 0) -> bool:
     """Whether the numbers of ``node`` along ``axis`` certainly differ from one another."""
     if not isinstance(node, Node) or depth > DEEPEST:
         return False
+    if node.meta["val"].shape[axis] == 1:
+        return True
     tensor = ir.tensor_of(node)
     if tensor is not None:
         ordered = tensor.sort(axis).values

@@ -119,10 +119,10 @@ def _slices(result: Node, axis: int) -> Iterator[tuple[Node, int, int, int]]:
 
 def _read(result: Node, axis: int, size: int) -> int:
     """How many of the first elements along ``axis`` are read, ``size`` where that is not seen."""
-    ends = {user: end for user, start, end, _ in _slices(result, axis) if start >= 0 and isinstance(end, int)}
-    if len(ends) < len(result.users):
-        return size
-    return min(size, max(end + size if end < 0 else end for end in ends.values()))
+    ends = [
+        end for _, start, end, _ in _slices(result, axis) if isinstance(end, int) and end >= 0 and 0 <= start < size
+    ]
+    return min(size, max(ends)) if ends and len(ends) == len(result.users) else size
 
 
 def _firsts(result: Node, axis: int, k: int) -> list[Node]:

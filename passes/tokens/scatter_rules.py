@@ -54,14 +54,14 @@ def write(ir: Program, node: Node) -> str:
 
 
 def _moved(writer: Writer, found: Scattered) -> tuple[Node, Node | None, Node, list[int] | str | None]:
-    """Target, source and index with the axis last, or as rows before the last axis; and what undoes that."""
+    """Target, source and index with the axis last, and what undoes that; None as the last where they stay rows."""
     index = found.index
     for at, times in enumerate(found.as_rows or ()):
         for _ in range(times):
             index = writer(aten.unsqueeze.default, index, -1 if at else 0)
     rank, axis, behind = len(shape_of(found.target)), found.axis, found.index_shape[found.axis + 1 :]
     if axis == rank - 1:
-        return found.target, found.source, index, []
+        return found.target, found.source, index, ""
     if axis == rank - 2 and behind == (1,) and shape_of(found.target)[-1] != 1:
         return found.target, found.source, index, None
     if axis == rank - 2 and shape_of(found.target)[-1] == 1:

@@ -33,8 +33,8 @@ class Scattered:
         target: ``[…, n, …]``.
         axis: Which axis ``n`` is, ≥ 0.
         index: Whole numbers below ``n``, as many axes as ``target``: ``r`` along ``axis``; along each other axis 1
-            where they are the same for all of it, else the size of ``target``. With ``as_rows`` it is ``[r]`` or ``[B, r]``
-            yet, and is to be given axes of size 1.
+            where they are the same for all of it, else the size of ``target``. With ``as_rows`` it is ``[r]`` or
+            ``[B, r]`` yet, and is to be given axes of size 1.
         source: ``[…, r, …]``; None for ``fill``.
         how: How values are put together.
         keeps: Whether the target's own values count among them.
@@ -105,15 +105,13 @@ def _why_not(ir: Program, found: Scattered) -> str:
 
 def _base(index: Node) -> Node:
     """The index before it was repeated along axes."""
-    while True:
-        name = dialect.op_name(index)
-        above: Any = index.args[0] if index.args else None
-        same_rank = isinstance(above, Node) and "val" in above.meta and len(shape_of(above)) == len(shape_of(index))
-        if not same_rank or name not in ("aten.expand.default", "aten.repeat.default"):
-            return index
-        if any(a != 1 and str(a) != str(b) for a, b in zip(shape_of(above), shape_of(index), strict=True)):
-            return index
+    while dialect.op_name(index) in ("aten.expand.default", "aten.repeat.default"):
+        above: Any = index.args[0]
+        sizes = list(zip(shape_of(above), shape_of(index), strict=False))
+        if len(shape_of(above)) != len(sizes) or any(a != 1 and str(a) != str(b) for a, b in sizes):
+            break
         index = above
+    return index
 
 
 def _along(ir: Program, node: Node, how: How, *, keeps: bool = True) -> Scattered | None:
