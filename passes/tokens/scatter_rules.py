@@ -109,7 +109,6 @@ class _Form:
         hot = self.one_hot()
         dtype = target.meta["val"].dtype if target.meta["val"].is_floating_point() else torch.float32
         numbers = w(aten._to_copy.default, hot, dtype=dtype)
-        counts = w(aten.sum.dim_IntList, numbers, [self.over], self.rows)
         if source is None:
             met = w.stored("filled", torch.tensor(self.found.value, dtype=target.meta["val"].dtype))
         elif how == "assign":
@@ -122,10 +121,15 @@ class _Form:
             met = self.product(numbers, source)
             if self.found.keeps:
                 total = w(aten.add.Tensor, target, met)
-                return total if how == "sum" else w(aten.div.Tensor, total, w(aten.add.Tensor, counts, 1))
-            if how == "mean":
-                met = w(aten.div.Tensor, met, w(aten.clamp_min.default, counts, 1))
+                return total if how == "sum" else w(aten.div.Tensor, total, w(aten.add.Tensor, self.counts(numbers), 1))
+        counts = self.counts(numbers)
+        if how == "mean":
+            met = w(aten.div.Tensor, met, w(aten.clamp_min.default, counts, 1))
         return w(aten.where.self, w(aten.gt.Scalar, counts, 0), met, target)
+
+    def counts(self, numbers: Node) -> Node:
+        """How many values meet in each place."""
+        return self.writer(aten.sum.dim_IntList, numbers, [self.over], self.rows)
 
     def one_hot(self) -> Node:
         """Which of the ``r`` goes to which of the ``n``, true or false."""
