@@ -1,6 +1,6 @@
 """legalize-selections: tokens chosen, dropped and merged with top-k, gather and one-hot products.
 
-Each rule is drawn where it is written, in ``passes/tokens``:
+Before → after, each drawn where it is written, in ``passes/tokens``::
 
     complement_rules   a complement by sorting         →  masked weights, or a top-k of what is not chosen
     order_rules        sort, argsort                   →  topk with a constant k

@@ -37,8 +37,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "mctf": lambda: MCTF(merged=9, layers=(1,), depth=1, **SMALL),
     "self_slimmed": lambda: SelfSlimmedViT(stages=(1, 1), **SMALL),
 }
-ON_RUNTIME = ("evit", "dynamic_vit", "tome")
-"""Models that are lowered too: a complement, a flattened batch, a merge."""
+ON_RUNTIME = ("evit", "tome")
+"""Models that are lowered too: a complement, and merges."""
 PASSES = ("canonicalize", "eliminate-layout", "legalize-selections")
 """Tensors keep their names: other weights can be put into the same graph."""
 HOSTILE = (

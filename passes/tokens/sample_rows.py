@@ -71,7 +71,7 @@ def each_sample(ir: Program, node: Any, like: Node) -> int | None:
             return first * step if whole and bool((flat == torch.arange(flat.numel()) * first).all()) else None
         name = dialect.op_name(node)
         if name == "aten.mul.Tensor" and any(isinstance(each, int) for each in node.args):
-            number, node = sorted(node.args, key=lambda each: isinstance(each, Node))  # type: ignore[misc]
+            number, node = sorted(node.args, key=lambda each: isinstance(each, Node))
             step *= number
         elif name in _REPEATED:
             node = node.args[0]

@@ -115,12 +115,11 @@ def _base(index: Node) -> Node:
 
 
 def _along(ir: Program, node: Node, how: How, *, keeps: bool = True) -> Scattered | None:
-    target, dim, index, source = dialect.operands(node)[:4]
+    target, dim, index, given = dialect.operands(node)[:4]
     if ir.tensor_of(index) is not None or not shape_of(target):
         return None
-    axis, value = int(dim) % len(shape_of(target)), 0.0
-    if not isinstance(source, Node):
-        source, value = None, source
+    axis = int(dim) % len(shape_of(target))
+    source, value = (given, 0.0) if isinstance(given, Node) else (None, float(given))
     full = shape_of(index)
     base = _base(index)
     if any(str(a) != str(b) for i, (a, b) in enumerate(zip(full, shape_of(target), strict=True)) if i != axis):
