@@ -318,6 +318,28 @@ def test_selection_stays_and_says_why(case: str) -> None:
     assert near_misses(LegalizeSelections(), prepared(function, *shape)) == [wanted]
 
 
+@pytest.mark.parametrize(
+    ("function", "wanted"),
+    [
+        (lambda x: x.argsort(1), ("argsort", "the length of the sorted axis depends on the input")),
+        (
+            lambda x: x.scatter_add(1, wide(x.mean(-1).argmax(1, True)), x[:, :1]),
+            ("scatter_add", "the length of the axis depends on the input"),
+        ),
+        (
+            lambda x: x.select_scatter(x[:, 0] * 2, 1, 1),
+            ("select_scatter", "the length of the axis depends on the input"),
+        ),
+    ],
+    ids=["sort", "scatter", "write"],
+)
+def test_selection_stays_when_the_input_decides_the_number_of_tokens(
+    function: Function, wanted: tuple[str, str]
+) -> None:
+    program = captured(Calling(function), tokens(2), dynamic={"x": {0: "batch", 1: "tokens"}})
+    assert near_misses(LegalizeSelections(), program) == [wanted]
+
+
 COMPLEMENTS: dict[str, tuple[Function, str]] = {
     "a place chosen twice": (lambda x: complement(top(x, 4) // 2), "a place may be chosen twice"),
     "another value": (
