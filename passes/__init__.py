@@ -34,6 +34,7 @@ CATALOGUE: dict[str, str] = {
     "fold-preprocess": "vlexport.passes.fold_preprocess:FoldPreprocess",
     "fold-affine": "vlexport.passes.fold_affine:FoldAffine",
     "merge-linears": "vlexport.passes.merge_linears:MergeLinears",
+    "legalize-selections": "vlexport.passes.legalize_selections:LegalizeSelections",
     "narrow-to-demand": "vlexport.passes.narrow_to_demand:NarrowToDemand",
 }
 """Id → where the class lies, in pipeline order. Imported when used. These run in every build."""

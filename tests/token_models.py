@@ -237,7 +237,7 @@ class DynamicViT(PlainViT):
 
     def forward(self, image: Tensor) -> Tensor:
         x = self.embed(image)
-        alive = x.new_ones(x.shape[0], self.patches, 1)
+        alive = torch.ones(x.shape[0], self.patches, 1, dtype=x.dtype, device=x.device)
         predictors = iter(self.score_predictor)
         for layer, block in enumerate(self.blocks, 1):
             if layer in self.counts:
@@ -366,7 +366,7 @@ class MCTF(PlainViT):
         weight = received.unsqueeze(-1) * (size / size.amax(-2, keepdim=True))
         total = merge(weight, "sum")
         ahead = merge(weights.unsqueeze(-1), "sum").squeeze(-1)
-        ahead = merge(ahead * weight[:, None], "sum") / total[:, None]
+        ahead = merge(ahead * weight[:, None], "sum").squeeze(-1) / total[:, None]  # a no-op, as theirs
         return merge(x * weight, "sum") / total, merge(size, "sum"), ahead
 
     def matching(self, x: Tensor, received: Tensor, size: Tensor | None, count: int) -> Merge:
