@@ -111,7 +111,7 @@ class _Evaluation:
         wide = [in_taps(self.of(part), part.spec.taps, expression.spec.taps) for part in expression.parts]
         width = max(part.weight.shape[1] for part in wide)
         grown = [
-            torch.nn.functional.pad(k.weight, (*[0] * (2 * (k.weight.ndim - 2)), 0, width - k.weight.shape[1]))
+            torch.constant_pad_nd(k.weight, (*[0] * (2 * (k.weight.ndim - 2)), 0, width - k.weight.shape[1]))
             for k in wide
         ]
         whole = Kernel(torch.cat(grown), torch.cat([k.first for k in wide]), torch.cat([k.bias for k in wide]))

@@ -116,27 +116,31 @@ def sums(draw: Any) -> Program:
 @SETTINGS
 @given(sums())
 def test_one_convolution_is_left_when_branches_fit_in_one_of_them(program: Program) -> None:
-    before = cost(program)
-    checked = check_pass(Reparameterize(), program, prefixes=2)
-    assert [str(n.target) for n in checked.after.calls()] == ["aten.relu.default", "aten.conv2d.default"]
-    after = cost(checked.after)
-    assert after.macs <= before.macs
-    assert after.parameters <= before.parameters or after.macs < before.macs
+    twin = program.double()
+    after = twin.copy()
+    changes, _ = Reparameterize().run(after)
+    assert [str(n.target) for n in after.calls()] == ["aten.relu.default", "aten.conv2d.default"]
+    x = twin.example[0]
+    assert worst_error(after.run(x), twin.run(x)) <= 1e-9
+    was, now = cost(twin), cost(after)
+    assert now.macs <= was.macs
+    assert now.parameters <= was.parameters or now.macs < was.macs
+    assert sum(change.saved_macs for change in changes) == was.macs - now.macs
 
 
 AFFINE = (
     "conv2d", "conv2d, batch_norm", "linear, batch_norm", "conv2d read twice, batch_norm", "tied linears",
-    "batch_norm", "conv_transpose2d", "conv_transpose2d, batch_norm", "linear", "mul", "add", "sub", "residual", "cat", "split", "pool",
-    "permute", "flatten", "split axis", "layout chain", "slice",
+    "batch_norm", "conv_transpose2d", "conv_transpose2d, batch_norm", "linear", "mul", "add", "sub", "residual", "cat",
+    "split", "pool", "permute", "flatten", "split axis", "layout chain", "slice",
 )  # fmt: skip
 
 
 @SETTINGS
-@given(programs(most=8, including=AFFINE))
+@given(programs(most=6, including=AFFINE))
 def test_values_and_promises_hold_when_anything_may_stand_anywhere(program: Program) -> None:
     before = cost(program)
     try:
-        checked = check_pass(Reparameterize(), program, prefixes=2)
+        checked = check_pass(Reparameterize(), program, prefixes=1)
     except CapabilityError:  # the draw made a program whose outputs do not depend on its input
         return
     after = cost(checked.after)
