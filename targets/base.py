@@ -162,7 +162,11 @@ class Target(abc.ABC):
 
     @abc.abstractmethod
     def lower_naive(self, program: Program, folder: Path) -> Artifact:
-        """The plain path of a user without vlexport, from the same captured graph: the denominator of speed-ups."""
+        """The plain path of a user without vlexport, from the same captured graph: the denominator of speed-ups.
+
+        Raises:
+            CapabilityError: VLX0503 where it cannot express the graph.
+        """
 
     def program_passes(self, brief: Brief) -> Sequence[Pass[Program]]:
         """Passes that spell the Program as this target wants it, run last."""

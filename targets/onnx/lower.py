@@ -71,18 +71,25 @@ def onnx_with_lines(program: Program, *, opset: int) -> tuple[onnx_ir.Model, dic
 
 
 def write_plain_export(program: Program, folder: Path) -> Path:
-    """What a user gets from ``torch.onnx.export(dynamo=True)`` with its defaults, of the same captured graph."""
+    """What a user gets from ``torch.onnx.export(dynamo=True)`` with its defaults, of the same captured graph.
+
+    Raises:
+        CapabilityError: VLX0503 naming the operator, its module path and source line.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     signature = program.signature
     with _quiet():
-        made = torch.onnx.export(
-            exported_from_program(program),
-            dynamo=True,
-            input_names=[s.name for s in signature.inputs],
-            output_names=_output_names(signature),
-            dynamic_shapes=_dynamic_shapes(signature),
-            verbose=False,
-        )
+        try:
+            made = torch.onnx.export(
+                exported_from_program(program),
+                dynamo=True,
+                input_names=[s.name for s in signature.inputs],
+                output_names=_output_names(signature),
+                dynamic_shapes=_dynamic_shapes(signature),
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise _refused(program, error) from error
     assert made is not None
     made.save(folder / MAIN_FILE)
     return folder / MAIN_FILE

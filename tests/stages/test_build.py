@@ -23,10 +23,13 @@ from torch import Tensor, nn
 
 import vlexport
 from vlexport.cli.main import main
+from vlexport.core.artifact import Artifact
 from vlexport.core.bundle import read_bundle
 from vlexport.core.config import BuildConfig
 from vlexport.core.devices import this_machine
-from vlexport.core.errors import VlexportError
+from vlexport.core.errors import CapabilityError, VlexportError
+from vlexport.ir.program import Program
+from vlexport.stages.profile import Plan
 from vlexport.targets.onnxruntime import OnnxRuntimeTarget
 
 TOLERANCE = 1e-4  # of the largest value: the bound that a build promises for fp32, other kernels sum in another order
@@ -391,3 +394,27 @@ def test_bundle_holds_vectors_at_two_sizes_when_a_dim_is_dynamic(model_file: Pat
         with np.load(tmp_path / "b" / golden.inputs) as vectors:
             sizes.append(vectors[vectors.files[0]].shape[0])
     assert sizes == [1, 3]
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_build_measures_ours_alone_when_the_plain_export_is_broken(
+    model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: bool
+) -> None:
+    def broken(self: OnnxRuntimeTarget, program: Program, folder: Path) -> Artifact:
+        if not writes:
+            raise CapabilityError("VLX0503", "the exporter gave up")
+        folder.mkdir(parents=True)
+        (folder / "main.onnx").write_bytes(b"no model")
+        return Artifact(
+            target="onnxruntime", path="main.onnx", inputs=program.signature.inputs, outputs=program.signature.outputs
+        )
+
+    monkeypatch.setattr(OnnxRuntimeTarget, "lower_naive", broken)
+    monkeypatch.setattr("vlexport.stages.build.QUICK", Plan(rounds=1, block_seconds=0.01))
+    result = vlexport.build(BuildConfig(model=str(model_file), output=str(tmp_path / "b"), threads=1))
+    assert result.report.latency is not None
+    assert result.report.latency.p50_ms > 0
+    assert not result.report.latency.baseline
+    said = [note for note in result.report.notes if note.startswith("no ratio: the plain export")]
+    assert len(said) == 1
+    assert writes or "the exporter gave up" in said[0]
