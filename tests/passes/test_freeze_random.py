@@ -12,8 +12,8 @@ from vlexport.passes.pipeline import verify
 from vlexport.passes.tokens.counts import count
 from vlexport.passes.tokens.freezing import freeze, masks_in
 
-SAMPLES = torch.randn(3, TOKENS, WIDTH, generator=torch.Generator().manual_seed(11)).double()
-FLOAT64_TOLERANCE = 1e-9
+SAMPLES = torch.randn(3, TOKENS, WIDTH, generator=torch.Generator().manual_seed(11))
+FLOAT32_TOLERANCE = 1e-4
 """Of the largest value, or of 1 where all are smaller: a mean of what was centred is rounding alone."""
 _DYNAMIC = ("aten.nonzero.default", "aten.index.Tensor", "aten.masked_select.default", "aten._assert_scalar.default")
 
@@ -22,7 +22,6 @@ _DYNAMIC = ("aten.nonzero.default", "aten.index.Tensor", "aten.masked_select.def
 @given(pruning_programs())
 def test_every_sample_is_computed_as_it_was_when_all_its_tokens_find_a_place(program: Program) -> None:
     with one_thread():
-        program = program.double()
         masks = list(dict.fromkeys(masks_in(program).values()))
         counts = count(program, masks, [(SAMPLES,)])
         whole = [row for row, kept in enumerate(zip(*counts.by_mask.values(), strict=True)) if all(kept)]
@@ -30,10 +29,10 @@ def test_every_sample_is_computed_as_it_was_when_all_its_tokens_find_a_place(pro
         frozen = program.copy()
         here = dict(zip(program.graph.nodes, frozen.graph.nodes, strict=True))
         places = {here[mask]: k for mask, k in counts.places(100.0).items()}
-        freeze(frozen, places, batch=len(SAMPLES), by_score=True, overflow=False)
+        freeze(frozen, places, batch=len(SAMPLES), by_score=len(program.calls()) % 2 == 0, overflow=False)
         verify(frozen, made_by="freeze")
         assert not frozen.calls(*_DYNAMIC)
         found = frozen.run(SAMPLES)[0]
         assert bool(torch.isfinite(found).all()), "a sample without tokens gives no number"
         scale = max(float(wanted.abs().max()), 1.0)
-        assert float((found[whole] - wanted).abs().max()) <= FLOAT64_TOLERANCE * scale
+        assert float((found[whole] - wanted).abs().max()) <= FLOAT32_TOLERANCE * scale
