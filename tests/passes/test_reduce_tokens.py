@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,11 +18,14 @@ from tests import token_models
 from tests.harness import captured, check_pass, near_misses, one_thread
 from tests.token_models import PlainViT, drawn, images
 from vlexport.core.errors import InputError, UsageError, VlexportError
+from vlexport.core.numerics import relative_error
 from vlexport.ir.cost import cost
 from vlexport.ir.program import Program
 from vlexport.passes import pass_class
 from vlexport.passes.pipeline import run_pipeline, verify
 from vlexport.passes.reduce_tokens import ReduceTokens, ReduceTokensOptions
+from vlexport.targets import open_target
+from vlexport.targets.base import Brief
 
 SIZES = {"side": 16, "patch": 4, "width": 16, "depth": 4, "heads": 2}
 BEFORE = ("canonicalize", "fold-constants", "merge-duplicates", "raise-attention")
@@ -408,3 +412,18 @@ def test_patches_attended_to_most_are_given_out_in_order_when_the_method_is_cls(
 def test_cls_is_refused_when_nothing_behind_the_encoder_reads_patches(small: Program) -> None:
     with pytest.raises(InputError, match="no output holds patch tokens"):
         reduced(small, method="cls")
+
+
+@pytest.mark.parametrize("options", [{"method": "evit", "layers": "2"}])
+def test_artifact_computes_the_same_when_lowered_to_onnx(
+    options: dict[str, Any], dense: Program, tmp_path: Path
+) -> None:
+    """With tokens given back as well, at a batch that capture did not see."""
+    program = reduced(dense, **options)
+    target = open_target("onnxruntime")
+    artifact = target.lower(program, tmp_path, Brief(target.Options(), threads=1))
+    x = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(4))
+    with target.open(tmp_path, artifact, threads=1) as session:
+        (found,) = session.run({program.signature.inputs[0].name: x.numpy()}).values()
+    (wanted,) = program.run(x)
+    assert relative_error(found, wanted.numpy()) <= TOLERANCE
