@@ -238,16 +238,16 @@ class Sweep:
                 continue
             with self.program.graph.inserting_before(before):
                 twin = self.program.graph.node_copy(node, lambda n: made.get(n, n))
-            twin.args, twin.kwargs, twin.meta = self._as_it_was(node, made)
+            twin.args, twin.kwargs, twin.meta["val"] = self._as_it_was(node, made)
             made[node] = twin
             self._visit(twin)
         self._saved = saved  # a twin was never larger: what it costs is counted with what is made
         return made[value]
 
-    def _as_it_was(self, node: Node, made: Mapping[Node, Node]) -> tuple[Any, Any, dict[str, Any]]:
+    def _as_it_was(self, node: Node, made: Mapping[Node, Node]) -> tuple[Any, Any, Any]:
         args, kwargs, value = self._former.get(node, (node.args, node.kwargs, node.meta["val"]))
         args, kwargs = map_arg((args, kwargs), lambda n: made.get(n, n))
-        return args, kwargs, {**node.meta, "val": value}
+        return args, kwargs, value
 
     def _marked(self) -> set[Node]:
         return set(self.program.graph.nodes)
