@@ -139,9 +139,9 @@ class FreezeTokens(SampledPass[Program]):
         """Count, decide, and rebuild the Program once, as a whole: what lies behind a selection changes with it.
 
         Raises:
-            UsageError: VLX0411 for a Program without such a selection, VLX0703 for a budget that cannot be kept.
+            UsageError: VLX0413 for a Program without such a selection, VLX0703 for a budget that cannot be kept.
             CapabilityError: VLX0412 where no rule is known for something behind a selection.
-            DataError: VLX0213, VLX0214 as :func:`~vlexport.passes.tokens.counts.count`.
+            DataError: VLX0216, VLX0217 as :func:`~vlexport.passes.tokens.counts.count`.
         """
         if limit == 0 or _is_frozen(ir):
             return [], []
@@ -155,7 +155,7 @@ class FreezeTokens(SampledPass[Program]):
             )  # fmt: skip
         if not found:
             raise UsageError(
-                "VLX0411", "the model has no selection of tokens whose length the data decides", where="--tokens",
+                "VLX0413", "the model has no selection of tokens whose length the data decides", where="--tokens",
                 hint="leave --tokens freeze out; for a plain ViT, see --tokens evit or tome",
             )  # fmt: skip
         selections = {each.node: each.data for each in found if isinstance(each, Match)}

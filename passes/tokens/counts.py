@@ -55,7 +55,7 @@ def count(program: Program, masks: Sequence[Node], samples: Iterable[tuple[Tenso
         samples: One tensor per input each.
 
     Raises:
-        DataError: VLX0213 without samples, or where every sample lost all its tokens; VLX0214 naming a sample that
+        DataError: VLX0216 without samples, or where every sample lost all its tokens; VLX0217 naming a sample that
             holds NaN, makes one that a mask is made from, or does not run.
     """
     found: dict[Node, list[int]] = {mask: [] for mask in masks}
@@ -68,12 +68,12 @@ def count(program: Program, masks: Sequence[Node], samples: Iterable[tuple[Tenso
             found[mask].append(kept.get(mask, 0))
     if not total:
         raise DataError(
-            "VLX0213", "a selection is frozen at the number of tokens that real samples keep, and there are none",
+            "VLX0216", "a selection is frozen at the number of tokens that real samples keep, and there are none",
             where="--calib", hint="add --calib DATA: some hundred unlabelled samples like those of the field",
         )  # fmt: skip
     if emptied == total:
         raise DataError(
-            "VLX0213", f"every one of the {total} calibration samples loses all its tokens",
+            "VLX0216", f"every one of the {total} calibration samples loses all its tokens",
             where=provenance.describe(masks[0]), hint="check the preprocessing of --calib DATA",
         )  # fmt: skip
     return Counts({mask: tuple(each) for mask, each in found.items()}, total, emptied)
@@ -120,4 +120,4 @@ def _counted(program: Program, masks: Sequence[Node], name: str, values: tuple[T
 
 
 def _unusable(what: str, where: str) -> DataError:
-    return DataError("VLX0214", what, where=where, hint="check that sample and its preprocessing, or leave it out")
+    return DataError("VLX0217", what, where=where, hint="check that sample and its preprocessing, or leave it out")

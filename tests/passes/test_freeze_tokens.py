@@ -295,7 +295,7 @@ def test_model_saved_with_a_dynamic_batch_is_refused_with_what_to_do() -> None:
 
 def test_bad_input_has_one_clear_message_each() -> None:
     program = program_of("mask of a row")
-    with pytest.raises(DataError, match="VLX0213") as none:
+    with pytest.raises(DataError, match="VLX0216") as none:
         FreezeTokens().run(program.copy())
     assert "--calib" in none.value.hint
     broken = SAMPLES[1][0].clone()
@@ -307,7 +307,7 @@ def test_bad_input_has_one_clear_message_each() -> None:
     with pytest.raises(DataError, match="sample 1 does not run"):
         FreezeTokens(samples=[(sample(0)[..., :5],)]).run(program.copy())
     plain = captured(nn.Linear(WIDTH, 2), sample(0))
-    with pytest.raises(UsageError, match="VLX0411"):
+    with pytest.raises(UsageError, match="VLX0413"):
         FreezeTokens(samples=SAMPLES).run(plain.copy())
     with pytest.raises(ValueError, match="leave one of the two out"):
         FreezeTokensOptions(percentile=90, macs=1.0)
