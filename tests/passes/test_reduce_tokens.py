@@ -414,7 +414,7 @@ def test_cls_is_refused_when_nothing_behind_the_encoder_reads_patches(small: Pro
         reduced(small, method="cls")
 
 
-@pytest.mark.parametrize("options", [{"method": "evit", "layers": "2"}])
+@pytest.mark.parametrize("options", [{"method": "tome", "r": "2"}, {"method": "mctf", "r": "2", "layers": "2"}])
 def test_artifact_computes_the_same_when_lowered_to_onnx(
     options: dict[str, Any], dense: Program, tmp_path: Path
 ) -> None:
