@@ -86,9 +86,9 @@ def test_every_refusal_is_named_with_its_place_when_targets_are_asked(
     refused = {
         name: {(p["code"], p["where"].split(" (")[0]) for p in each["problems"]} for name, each in support.items()
     }
-    order, far = ("VLX0503", "aten.sort.stable in order"), ("VLX0503", "aten.special_erfinv in far")
-    assert refused["onnxruntime"] == {order, far}
-    assert {order, far, ("VLX0503", "aten.add.Tensor in windows")} <= refused["coreml"]
+    far = ("VLX0503", "aten.special_erfinv in far")
+    assert refused["onnxruntime"] == {far}  # the passes have a top-k for the stable sort
+    assert {far, ("VLX0503", "aten.add.Tensor in windows")} <= refused["coreml"]
     assert all("test_inspect.py:" in p["where"] for each in support.values() for p in each["problems"])
     (opaque,) = found["components"]["main"]["opaque"]
     assert opaque["operator"] == "aten.special_erfinv.default"

@@ -19,6 +19,8 @@ import torch
 from vlexport.core.errors import CaptureError
 
 _OURS = f"{Path(__file__).resolve().parents[1]}{os.sep}"
+_PASSED_THROUGH = f"{_OURS}frontends{os.sep}size_checks.py"
+"""It stands between the user's line and every operator that is traced."""
 _NOT_USERS = (_OURS, f"{Path(torch.__file__).parent}{os.sep}", sysconfig.get_paths()["stdlib"], "<")
 
 
@@ -86,7 +88,7 @@ def watch_guards(lines: list[str]) -> Iterator[None]:
             frame: Any = sys._getframe(1)
             while frame is not None:
                 file = frame.f_code.co_filename
-                if file.startswith(_OURS):
+                if file.startswith(_OURS) and file != _PASSED_THROUGH:
                     return
                 if _is_users(file):
                     line = f"{PurePath(file).name}:{frame.f_lineno}"
