@@ -37,6 +37,7 @@ CATALOGUE: dict[str, str] = {
 
 ON_REQUEST: dict[str, str] = {
     "cast-floats": "vlexport.passes.cast_floats:CastFloats",
+    "quantize": "vlexport.passes.quantize:Quantize",
 }
 """Id → where the class lies, of passes that a build runs where its options ask for what they do."""
 
