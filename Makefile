@@ -46,12 +46,14 @@ zoo: $(STAMP)
 	$(BIN)/python tests/zoo_models.py --record docs/measured/zoo.json
 	$(BIN)/python -m tests.zoo_targets --record docs/measured/zoo_targets.json --docs docs/zoo.md
 	$(BIN)/python -m tests.zoo_raising --record docs/measured/zoo_raising.json --docs docs/raising.md
+	$(BIN)/python -m tests.zoo_reparameterize --record docs/measured/zoo_reparameterize.json --docs docs/reparameterize.md
 	$(BIN)/python -m pytest -m zoo -k "not test_gate_is_silent"
 
 bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/build_time.py --record docs/measured/build_time.json
 	$(BIN)/python tests/benchmarks/build_scaling.py
 	$(BIN)/python tests/benchmarks/large_model.py
+	$(BIN)/python -m tests.benchmarks.reparameterize --record docs/measured/reparameterize.json
 
 clean:
 	rm -rf .venv $(OUT) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

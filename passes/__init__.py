@@ -21,7 +21,6 @@ CATALOGUE: dict[str, str] = {
     "fold-constants": "vlexport.passes.fold_constants:FoldConstants",
     "eliminate-dead": "vlexport.passes.eliminate_dead:EliminateDead",
     "merge-duplicates": "vlexport.passes.merge_duplicates:MergeDuplicates",
-    "fold-batch-norm": "vlexport.passes.fold_batch_norm:FoldBatchNorm",
     "legalize-repeats": "vlexport.passes.legalize_repeats:LegalizeRepeats",
     "eliminate-layout": "vlexport.passes.eliminate_layout:EliminateLayout",
     "merge-pieces": "vlexport.passes.merge_pieces:MergePieces",
@@ -31,13 +30,20 @@ CATALOGUE: dict[str, str] = {
     "raise-norms": "vlexport.passes.raise_norms:RaiseNorms",
     "raise-activations": "vlexport.passes.raise_activations:RaiseActivations",
     "raise-attention": "vlexport.passes.raise_attention:RaiseAttention",
+    "fold-preprocess": "vlexport.passes.fold_preprocess:FoldPreprocess",
+    "reparameterize": "vlexport.passes.reparameterize:Reparameterize",
+    "fold-affine": "vlexport.passes.fold_affine:FoldAffine",
+    "merge-linears": "vlexport.passes.merge_linears:MergeLinears",
+    "legalize-selections": "vlexport.passes.legalize_selections:LegalizeSelections",
     "narrow-to-demand": "vlexport.passes.narrow_to_demand:NarrowToDemand",
 }
 """Id → where the class lies, in pipeline order. Imported when used. These run in every build."""
 
 ON_REQUEST: dict[str, str] = {
+    "reduce-tokens": "vlexport.passes.reduce_tokens:ReduceTokens",
     "cast-floats": "vlexport.passes.cast_floats:CastFloats",
     "quantize": "vlexport.passes.quantize:Quantize",
+    "freeze-tokens": "vlexport.passes.freeze_tokens:FreezeTokens",
 }
 """Id → where the class lies, of passes that a build runs where its options ask for what they do."""
 

@@ -11,10 +11,11 @@ What differs between them (how a graph is run, what a node is) is a :class:`~vle
 from __future__ import annotations
 
 import abc
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal
 
+from torch import Tensor
 from torch.fx import Node
 from typing_extensions import TypeVar
 
@@ -77,7 +78,7 @@ class Pass(abc.ABC, Generic[IR]):
     """One transformation of a graph.
 
     Class attributes:
-        name: Id, verb + object (``fold-batch-norm``).
+        name: Id, verb + object (``fold-constants``).
         stage: Where it stands in the pipeline.
         effect: ``exact`` passes are proven by running; ``approximate`` ones are judged by their ``statistic``.
         requires: Facts that must hold before.
@@ -103,6 +104,25 @@ class Pass(abc.ABC, Generic[IR]):
     def statistic(self) -> Statistic | None:
         """What an approximate pass promises of every output; None for exact ones."""
         return None
+
+    @property
+    def adds(self) -> int:
+        """How many outputs the pass puts behind the graph's own."""
+        return 0
+
+    @property
+    def witnesses(self) -> Sequence[tuple[Any, ...]]:
+        """Further inputs on which the gate judges an approximate pass, known once it has run."""
+        return ()
+
+    def unpromised(self, ir: IR, values: tuple[Any, ...]) -> tuple[int, ...]:
+        """Rows of a probe of which an approximate pass promises nothing, once it has run.
+
+        Args:
+            ir: The graph before the pass.
+            values: The probe's, one per input.
+        """
+        return ()
 
     @abc.abstractmethod
     def find(self, ir: IR) -> Iterator[Match[Any] | NearMiss[Any]]:
@@ -142,7 +162,20 @@ class Pass(abc.ABC, Generic[IR]):
         )  # fmt: skip
 
 
+class SampledPass(Pass[IR]):
+    """A pass that measures on calibration samples before it decides.
+
+    Args:
+        options: Typed options.
+        samples: One tensor per input each; may be iterated any number of times, and is empty without ``--calib``.
+    """
+
+    def __init__(self, options: Frozen | None = None, *, samples: Iterable[tuple[Tensor, ...]] = ()) -> None:
+        super().__init__(options)
+        self.samples = samples
+
+
 __all__ = [
     "API_VERSION", "IR", "MAX_SWEEPS", "STAGES", "Change", "Effect", "Match", "N", "NearMiss", "NoOptions", "Pass",
-    "Stage",
+    "SampledPass", "Stage",
 ]  # fmt: skip

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from vlexport.core.bundle_schema import Change, GateRecord
-from vlexport.core.errors import GateError, InternalError
+from vlexport.core.errors import CapabilityError, GateError, InternalError
 from vlexport.core.numerics import relative_error
 from vlexport.passes.base import Pass
 from vlexport.passes.level import Failure, Level, Outputs
@@ -106,11 +106,19 @@ class NumericGate:
             raise InternalError("VLX0403", f"pass {applied.name} is approximate and declares no statistic")
         outputs: list[Outputs] = []
         verdict = Tally(statistic)
-        for probe, kept, found in zip(self.probes, self.kept, self.level.run(after, self.probes), strict=True):
+        seen = [Probe(f"sample {i}", tuple(values)) for i, values in enumerate(applied.witnesses, 1)]
+        probes, known = [*self.probes, *seen], [*self.kept, *self._sound(before, seen)]
+        judged = 0
+        for probe, kept, found in zip(probes, known, self.level.run(after, probes), strict=True):
             outputs.append(_required(applied, probe, found))
-            ours, reference = (tuple(map(as_array, each)) for each in (outputs[-1], kept))
-            aside = 0
-            if verdict.broken_by(ours, reference) and self._few_undecided(probe):
+            ours, reference = (tuple(map(as_array, each)) for each in (outputs[-1][: len(kept)], kept))
+            unpromised = applied.unpromised(before, probe.values)
+            aside = len(unpromised)
+            judged += _batch(probe) - aside
+            if unpromised:
+                probe = replace(probe, undecided=unpromised)
+                ours, reference = (_without(each, probe, _batch(probe)) for each in (ours, reference))
+            elif verdict.broken_by(ours, reference) and self._few_undecided(probe):
                 ours, reference = (_without(each, probe, _batch(probe)) for each in (ours, reference))
                 aside = len(probe.undecided)
             if broken := verdict.add(ours, reference, aside=aside):
@@ -120,9 +128,15 @@ class NumericGate:
                     where=self.level.first_difference(before, after, probe, statistic.broken),
                     hint=statistic.hint,
                 )
-        self.kept = outputs
+        if not judged:
+            raise CapabilityError(
+                "VLX0402", f"the gate is blind: pass {applied.name} promises nothing of any probe",
+                where="numeric gate",
+                hint="give other samples with --calib DATA, or switch the gate off with --no-gate",
+            )  # fmt: skip
+        self.kept = outputs[: len(self.probes)]
         self._digests = self._digested(after)
-        return verdict.record(len(self.probes))
+        return verdict.record(len(probes))
 
     def _few_undecided(self, probe: Probe) -> bool:
         """Whether a probe has undecided rows, and no more than half of all rows are."""

@@ -2,7 +2,7 @@
 
 At most four, of at most eight images in all: the saved example, one calibration sample, a seeded draw with every
 dynamic dim at its smallest size, and one with every dim at its largest (or three above the smallest, when it has no
-bound).
+bound). An input that the Program refuses by a check of its own is no probe.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 
 from vlexport.core.artifact import Array
 from vlexport.core.errors import CapabilityError
+from vlexport.ir import dialect
 from vlexport.ir.draw import draw
 from vlexport.ir.program import Program
 from vlexport.passes.selection import undecided_rows
@@ -62,7 +63,19 @@ def make_probes(program: Program, *, calibration: Sequence[torch.Tensor] | None,
         batch = _batch_dims(program)
         largest = {n: max(min(s, MAX_IMAGES - spent), dims[n].min) if n in batch else s for n, s in largest.items()}
         probes.append(Probe("draw at the largest size", draw(program, generator, largest, masks=True)))
+    probes = [probes[0], *(probe for probe in probes[1:] if _is_taken(program, probe))]
     return [replace(probe, undecided=undecided_rows(program, probe.values)) for probe in probes]
+
+
+def _is_taken(program: Program, probe: Probe) -> bool:
+    """Whether a Program that refuses some inputs while it runs takes this one: of noise, a mask may keep nothing."""
+    if not any(map(dialect.checks_at_run_time, program.calls())):
+        return True
+    try:
+        program.run(*probe.values)
+    except RuntimeError:
+        return False
+    return True
 
 
 def as_array(value: Any) -> Array:

@@ -32,20 +32,31 @@ class Statistic:
         bound: In the statistic's unit.
         agreement: Least share of equal elements of an integer or boolean output, 0 to 1.
         hint: What a user can do when the promise is broken.
+        fewer_rows: Outputs may hold fewer rows along one axis; then the means along it are compared.
     """
 
     name: StatisticName
     bound: float
     agreement: float = 0.9
     hint: str = "leave that pass out"
+    fewer_rows: bool = False
 
     def of(self, ours: Array, reference: Array) -> float:
         """The statistic of a floating output, the share of equal elements of any other."""
+        ours, reference = self.comparable(ours, reference)
         if reference.dtype.kind == "f":
             return _MEASURES[self.name](ours, reference)
         if ours.shape != reference.shape or ours.dtype != reference.dtype:
             return 0.0
         return float(np.mean(ours == reference)) if reference.size else 1.0
+
+    def comparable(self, ours: Array, reference: Array) -> tuple[Array, Array]:
+        """Both as they are, or their means along the axis on which ours holds fewer rows, where it may."""
+        if self.fewer_rows and ours.ndim == reference.ndim and ours.dtype.kind == "f":
+            axes = [i for i, (a, b) in enumerate(zip(ours.shape, reference.shape, strict=True)) if a != b]
+            if len(axes) == 1 and 0 < ours.shape[axes[0]] < reference.shape[axes[0]]:
+                return ours.mean(axes[0]), reference.mean(axes[0])
+        return ours, reference
 
     def excess(self, ours: Array, reference: Array) -> float:
         """How far an output lies beyond what is promised; 0 or less where the promise is kept. NaN is no promise."""
@@ -105,7 +116,7 @@ class Tally:
             floating = b.dtype.kind == "f"
             (self.values if floating else self.shares).append(value)
             if floating:
-                self.worst = max(self.worst, relative_error(a, b))
+                self.worst = max(self.worst, relative_error(*self.statistic.comparable(a, b)))
             if self.statistic.broken(a, b):
                 what = self.statistic.name if floating else "a share of equal elements of"
                 bound = self.statistic.bound if floating else self.statistic.agreement

@@ -163,6 +163,71 @@ def _layer_norm(g: Grower, x: Node) -> Node | None:
     return g.call(aten.layer_norm.default, x, [width], g.tensor(width), g.tensor(width))
 
 
+def _norm_then_linears(g: Grower, x: Node) -> Node | None:
+    """A norm that one or two linears read, one of them perhaps behind a view."""
+    if len(g.shape(x)) < 2 or g.shape(x)[-1] < 2 or not g.small(x):
+        return None
+    width, rank = g.shape(x)[-1], len(g.shape(x)) + 1
+    shift = g.tensor(width) if g.pick(True, False) else None
+    norm = g.call(aten.layer_norm.default, x, [width], g.tensor(width), shift)
+    swapped = g.call(aten.permute.default, norm, [0, *range(rank - 2, 0, -1), rank - 1])
+    read = g.pick(norm, norm, swapped)
+    left = g.call(aten.linear.default, read, g.tensor(3, width), g.tensor(3) if g.pick(True, True, False) else None)
+    if g.pick(True, False):
+        return left
+    return g.call(aten.mul.Tensor, left, g.call(aten.linear.default, read, g.tensor(3, width), g.tensor(3)))
+
+
+def _linear_then_scale(g: Grower, x: Node) -> Node | None:
+    """A linear, views, and a factor for each channel, for each token, or for all; perhaps of a part."""
+    if len(g.shape(x)) != 2 or not g.small(x):
+        return None
+    length, width = g.shape(x)
+    made = g.call(aten.linear.default, x, g.tensor(4, width), g.tensor(4) if g.pick(True, False) else None)
+    form = g.pick("plain", "heads", "swapped", "part", "tokens")
+    if form == "plain":
+        return g.call(aten.mul.Tensor, made, g.pick(g.tensor(4), 0.3))
+    if form == "tokens":
+        return g.call(aten.mul.Tensor, made, g.tensor(length, 1))
+    if form == "part":
+        half = g.call(aten.slice.Tensor, made, g.pick(1, 2), 0, 2)
+        rest = g.call(aten.slice.Tensor, made, g.pick(1, 2), 2, 4)
+        scaled = g.call(aten.mul.Tensor, half, g.tensor(g.shape(half)[-1]))
+        return scaled if g.shape(half) != g.shape(rest) else g.call(aten.add.Tensor, scaled, rest)
+    if form == "swapped":
+        swapped = g.call(aten.permute.default, made, [0, 2, 1])
+        return g.call(aten.div.Tensor, swapped, g.tensor(4, 1, positive=True))
+    split = g.call(aten.reshape.default, made, [-1, length, 2, 2])
+    return g.call(aten.mul.Tensor, g.call(aten.permute.default, split, [0, 2, 1, 3]), g.tensor(2, 1, 1))
+
+
+def _scaled_input_then_conv(g: Grower, x: Node) -> Node | None:
+    """Factors and shifts of an input's channels, then a convolution."""
+    image = g.program.placeholders[0]
+    if len(g.shape(image)) != 3 or not g.small(image):
+        return None
+    channels = g.shape(image)[0]
+    value = image
+    for _ in range(g.pick(1, 2, 3)):
+        target = g.pick(aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor)
+        operand = g.pick(g.tensor(channels, 1, 1, positive=True), 0.5)
+        swapped = target in (aten.mul.Tensor, aten.sub.Tensor) and isinstance(operand, Node) and g.pick(True, False)
+        value = g.call(target, operand, value) if swapped else g.call(target, value, operand)
+    return _conv2d(g, value)
+
+
+def _linears_of_one(g: Grower, x: Node) -> Node | None:
+    """Two or three linears of one value, with and without bias, perhaps one that is tied or of a part."""
+    if not g.small(x):
+        return None
+    width = g.shape(x)[-1]
+    first = g.tensor(3, width)
+    weights = [first, g.tensor(3, width), g.pick(g.tensor(3, width), first)][: g.pick(2, 3)]
+    biases = [g.tensor(3) if g.pick(True, False) else None for _ in weights]
+    made = [g.call(aten.linear.default, x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    return functools.reduce(lambda a, b: g.call(g.pick(aten.mul.Tensor, aten.sub.Tensor), a, b), made)
+
+
 def _unary(target: Any, **kwargs: Any) -> Callable[[Grower, Node], Node | None]:
     return lambda g, x: g.call(target, x, **kwargs)
 
@@ -550,6 +615,10 @@ OPERATORS: dict[str, Callable[[Grower, Node], Node | None]] = {
     "masks": _masks,
     "fill": _fill,
     "dead": _dead,
+    "layer_norm, linears": _norm_then_linears,
+    "linear, scale": _linear_then_scale,
+    "linears of one value": _linears_of_one,
+    "scaled input, conv2d": _scaled_input_then_conv,
 }
 """Name → builder."""
 

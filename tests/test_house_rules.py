@@ -444,6 +444,7 @@ DOCUMENTS = (
     "samples/quickstart/README.md",
     "samples/solar_cells/README.md",
     "samples/plugin/README.md",
+    "samples/zoo/fmvit/README.md",
     "docs/data.md",
     "docs/model_files.md",
     "docs/bundle.md",
@@ -451,6 +452,7 @@ DOCUMENTS = (
     "docs/coreml.md",
     "docs/inspect.md",
     "docs/onnxruntime.md",
+    "docs/reduce_tokens_example.md",
 )
 
 

@@ -104,13 +104,13 @@ def test_pass_runs_at_the_end_of_its_stage_when_asked_for(stage: str, install: I
 def test_pass_does_not_run_and_is_not_imported_when_not_asked_for(install: Install) -> None:
     install("fold-x", "raise SystemExit('this package must not be imported')")
     assert [each.name for each in passes_of(config())] == list(PASSES)
-    assert pass_class("fold-batch-norm").name == "fold-batch-norm"
+    assert pass_class("reparameterize").name == "reparameterize"
     assert "fold-x" in offered_passes()
     assert "made_up_a" not in sys.modules
 
 
 def test_catalogue_pass_runs_once_when_asked_for_by_name() -> None:
-    assert [each.name for each in passes_of(config("fold-batch-norm"))] == list(PASSES)
+    assert [each.name for each in passes_of(config("reparameterize"))] == list(PASSES)
 
 
 def test_options_reach_the_pass_when_it_runs(install: Install) -> None:
@@ -157,7 +157,7 @@ def test_both_packages_are_named_when_they_offer_one_id(install: Install) -> Non
     assert [each.name for each in passes_of(config())] == list(PASSES)
 
 
-@pytest.mark.parametrize(("group", "name"), [("passes", "fold-batch-norm"), ("targets", "onnxruntime")])
+@pytest.mark.parametrize(("group", "name"), [("passes", "reparameterize"), ("targets", "onnxruntime")])
 def test_package_is_named_when_it_offers_an_id_of_ours(group: str, name: str, install: Install) -> None:
     install(name, a_pass(name), group=group, package="thief")
     call = (lambda: passes_of(config())) if group == "passes" else (lambda: open_target(name))

@@ -23,8 +23,10 @@ NEEDS_TORCH = (
     "calibration/calibrate.py", "calibration/collect.py", "calibration/keys.py",
     "ir", "frontends", "passes", "stages/account.py", "stages/bisect.py", "stages/bisect_artifact.py",
     "stages/blame.py", "stages/build.py", "stages/build_each.py", "stages/choices.py", "stages/component.py",
+    "stages/folded.py",
     "stages/inspect_model.py", "stages/lowered.py", "stages/lowering_cache.py", "stages/naive.py", "stages/order.py",
-    "stages/plan.py", "stages/prepare.py", "stages/probe_memory.py", "stages/whole_model.py", "targets/onnx/",
+    "stages/plan.py", "stages/prepare.py", "stages/probe_memory.py", "stages/tokens.py", "stages/whole_model.py",
+    "targets/onnx/",
     "targets/tensorrt/lower.py", "targets/tensorrt/op_limits.py", "targets/tensorrt/op_support.py",
     *(f"targets/coreml/{name}.py" for name in (
         "classify", "convert", "legalize_resize", "legalize_spelling", "open_attention", "op_support", "outputs",

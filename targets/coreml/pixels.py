@@ -4,6 +4,8 @@ Before → after, for every input with a known preprocessing::
 
     image (normalized) → …       →       image (0 to 255) → mul [1, C, 1, 1] → add [1, C, 1, 1] → …
 
+A first convolution that does not pad takes both in, one that pads takes the factor (fold-preprocess).
+
 Equation: (p·scale − mean) / std = p·(scale / std) + (−mean / std), its factors computed in float64 and rounded once.
 Core ML's own image input has one scale for all channels, which cannot say this. Resizing and cropping stay outside.
 """
@@ -13,14 +15,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import torch
 
 from vlexport.core.artifact import TensorSpec
 from vlexport.core.errors import CapabilityError, DataError
 from vlexport.core.preprocess import Preprocess
+from vlexport.ir.input_arithmetic import with_arithmetic
 from vlexport.ir.program import Program
-
-aten = torch.ops.aten
+from vlexport.passes.fold_preprocess import FoldPreprocess
 
 
 def affine_of(preprocess: Preprocess) -> tuple[np.ndarray, np.ndarray]:
@@ -66,24 +67,10 @@ def require_images(specs: Mapping[str, TensorSpec], preprocess: Mapping[str, Pre
 
 
 def with_pixels(program: Program, preprocess: Mapping[str, Preprocess]) -> Program:
-    """A copy that takes pixel values 0 to 255 as floats for every input in ``preprocess``."""
-    changed = program.copy()
-    for node in changed.placeholders:
-        how = preprocess.get(str(node.target))
-        readers = list(node.users)
-        if how is None or not readers:
-            continue
-        first = next(n for n in changed.graph.nodes if n in node.users)
-        dtype = node.meta["val"].dtype
-        value = node
-        steps = zip((aten.mul.Tensor, aten.add.Tensor), affine_of(how), (1.0, 0.0), ("factor", "offset"), strict=True)
-        for operator, numbers, neutral, noun in steps:
-            if (numbers == neutral).all():
-                continue
-            constant = torch.tensor(numbers, dtype=torch.float64).to(dtype).reshape(1, -1, 1, 1)
-            stored = changed.add_tensor(f"{node.target}_{noun}", constant, before=first, kind="constant")
-            source = first if first.op == "call_function" else next(iter(changed.calls()))
-            value = changed.add_call(operator, (value, stored), before=first, value_of=source)
-        for reader in readers:
-            reader.replace_input_with(node, value)
+    """A copy that takes pixel values 0 to 255 as floats for every input in ``preprocess``.
+
+    What is exact of the arithmetic goes into the first convolution, unless its weight is stored in half precision.
+    """
+    changed = with_arithmetic(program, {name: affine_of(how) for name, how in preprocess.items()})
+    FoldPreprocess().run(changed)
     return changed

@@ -128,7 +128,7 @@ def test_bundle_is_shown_with_passes_files_and_tools_when_inspected(bundle: Path
         assert f"File     {path}  " in out
     for name, version in held.tools.items():
         assert f"{name} {version}" in out
-    assert "Pass     fold-batch-norm 1 change; largest change " in out
+    assert "Pass     reparameterize 1 change; largest change " in out
     assert "Golden   golden/main/outputs.npz: max|a−b| / max|b| within 0.0001" in out
     assert f"Needs    opset: {held.compatibility['opset']}" in out
     assert f"Intact   all {len(held.files)} files fit their hashes" in out
@@ -162,7 +162,7 @@ def test_bundle_is_refused_when_it_is_none_or_options_are_given(bundle: Path, cl
 
 
 def test_passes_are_explained_with_places_when_a_bundle_is_named(bundle: Path, cli: Any) -> None:
-    code, out, _ = cli("explain", "bundle", "--pass", "fold-batch-norm")
+    code, out, _ = cli("explain", "bundle", "--pass", "reparameterize")
     assert code == 0
     assert out.splitlines()[1:] == [
         "         batch norm folded into conv2d ×1 (1 fewer calls, 9 fewer parameters)",
@@ -171,7 +171,7 @@ def test_passes_are_explained_with_places_when_a_bundle_is_named(bundle: Path, c
     ]
     every = json.loads(cli("explain", "bundle", "--json")[1])["components"]["main"]
     assert [each["name"] for each in every] == [each.name for each in read_bundle(bundle).main.passes]
-    cli.refused(2, "VLX0703", "explain", "bundle", "--pass", "fold-batch", said="did you mean 'fold-batch-norm'")
+    cli.refused(2, "VLX0703", "explain", "bundle", "--pass", "reparametrize", said="did you mean 'reparameterize'")
 
 
 def test_near_miss_is_explained_with_node_and_reason_when_there_is_one(bundle: Path, cli: Any) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from vlexport.core.errors import CaptureError, UsageError
 from vlexport.frontends.capture import capture
-from vlexport.ir.outputs import with_outputs
+from vlexport.frontends.source import Source
+from vlexport.ir.outputs import stripped, with_outputs
 from vlexport.ir.program import Program
 
 
@@ -107,3 +108,38 @@ def test_choice_is_refused_when_it_cannot_be_made(program: Program, names: tuple
     assert (caught.value.code, caught.value.where) == ("VLX0703", "--output")
     assert part in caught.value.message
     assert "inner.features" in caught.value.hint
+
+
+class Training(nn.Module):
+    """A trunk with its head, an auxiliary branch and a decoder that only training reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.head = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.aux = nn.ModuleDict({"norm": nn.LayerNorm(8), "head": nn.Linear(8, 2, bias=False)})
+        self.decoder = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        hidden = self.trunk(x)
+        aux = self.aux["head"](self.aux["norm"](hidden))
+        return {"logits": self.head(hidden), "aux": aux, "image": self.decoder(hidden)}
+
+
+def test_account_names_modules_parameters_and_macs_when_outputs_are_left_out() -> None:
+    whole = capture(Training().eval(), torch.randn(2, 4)).program
+    chosen = with_outputs(whole, ["logits"])
+    went = stripped(whole, chosen)
+    assert went.modules == ("aux", "decoder"), "the outermost modules of which nothing is left"
+    assert (went.calls, went.parameters) == (5, 2 * 8 + 2 * 8 + (8 * 16 + 16) + (16 * 4 + 4))
+    assert went.macs == 2 * 8 + 8 * 16 + 16 * 4
+    assert str(went) == "aux, decoder; 244 parameters, 208 multiply-accumulates"
+    partly = stripped(whole, with_outputs(whole, ["logits", "aux"]))
+    assert partly.modules == ("decoder",)
+    assert stripped(whole, with_outputs(whole, ["logits", "aux", "image"])).calls == 0
+    assert str(stripped(chosen, chosen)).startswith("no whole module; 0 parameters")
+
+
+def test_source_says_what_went_when_outputs_are_chosen() -> None:
+    source = Source(capture(Training().eval(), torch.randn(2, 4)).program, {}, (), "hash")
+    (note,) = source.with_outputs(["image"]).notes
+    assert note == "left out with the other outputs: aux, head; 50 parameters, 32 multiply-accumulates"

@@ -19,7 +19,7 @@ from vlexport.ir.exported import exported_from_program, program_from_exported
 from vlexport.ir.program import Program
 from vlexport.ir.text import fingerprint, text
 from vlexport.passes.canonicalize import Canonicalize
-from vlexport.passes.fold_batch_norm import FoldBatchNorm
+from vlexport.passes.reparameterize import Reparameterize
 
 
 def assert_same(found: Program, expected: Program) -> None:
@@ -59,7 +59,7 @@ def test_program_survives_a_file_when_it_is_a_real_model(
 ) -> None:
     program = zoo(name)
     Canonicalize().run(program)
-    FoldBatchNorm().run(program)
+    Reparameterize().run(program)
     back = through_file(program, tmp_path / "model.pt")
     assert_same(back, program)
     for batch in (1, 3):

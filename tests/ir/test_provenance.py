@@ -14,7 +14,7 @@ from tests.harness import captured, randomize
 from vlexport.ir import provenance
 from vlexport.ir.program import Program
 from vlexport.passes.canonicalize import Canonicalize
-from vlexport.passes.fold_batch_norm import FoldBatchNorm
+from vlexport.passes.reparameterize import Reparameterize
 
 
 class Inner(nn.Module):
@@ -61,7 +61,7 @@ def test_origins_cover_the_captured_graph_when_passes_ran() -> None:
     program = outer()
     everything = {o for n in program.calls() for o in provenance.origins(n)}
     Canonicalize().run(program)
-    FoldBatchNorm().run(program)
+    Reparameterize().run(program)
     found = [provenance.origins(n) for n in program.calls()]
     assert {o for origins in found for o in origins} == everything
     assert len({origins[-1] for origins in found}) == len(found), "the last origin tells values apart"

@@ -17,10 +17,10 @@ from vlexport.core.errors import CapabilityError, GateError
 from vlexport.ir.program import Program
 from vlexport.passes import gate as gate_module
 from vlexport.passes.canonicalize import Canonicalize
-from vlexport.passes.fold_batch_norm import FoldBatchNorm
 from vlexport.passes.gate import FLOAT32_BOUND, NumericGate, one_digit
 from vlexport.passes.pipeline import run_pass, run_pipeline
 from vlexport.passes.probes import MAX_IMAGES, make_probes
+from vlexport.passes.reparameterize import Reparameterize
 
 aten = torch.ops.aten
 
@@ -148,7 +148,7 @@ def test_gate_names_the_first_pass_when_ten_drift() -> None:
 
 def test_gate_names_the_guilty_when_good_passes_stand_around_it() -> None:
     program = net_program()
-    passes = [Canonicalize(), Rewriting("aten.linear.default", scale_weight), FoldBatchNorm()]
+    passes = [Canonicalize(), Rewriting("aten.linear.default", scale_weight), Reparameterize()]
     with pytest.raises(GateError) as error:
         run_pipeline(program, passes, gate=gate_of(program))
     assert "pass break-something " in error.value.message
@@ -220,7 +220,7 @@ def ill_scaled(offset: float, depth: int = 3) -> Program:
 
 def test_gate_proves_a_fold_in_float64_when_float32_rounds_above_the_bound() -> None:
     program = ill_scaled(2000.0)
-    after, record = run_pass(FoldBatchNorm(), program, gate=gate_of(program))
+    after, record = run_pass(Reparameterize(), program, gate=gate_of(program))
     assert not after.calls("aten.batch_norm.default")
     assert record.gate.proof == "float64"
     assert record.gate.worst > FLOAT32_BOUND
@@ -238,7 +238,7 @@ def test_gate_still_catches_a_wrong_weight_when_float32_rounds_above_the_bound()
 def test_gate_takes_a_small_error_as_unproved_when_the_model_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate_module, "FLOAT64_WEIGHTS_LIMIT", 0)
     program = ill_scaled(500.0)
-    _, record = run_pass(FoldBatchNorm(), program, gate=gate_of(program))
+    _, record = run_pass(Reparameterize(), program, gate=gate_of(program))
     assert record.gate.proof == "unproved"
     assert FLOAT32_BOUND < record.gate.worst <= gate_module.UNPROVED_BOUND
 
@@ -279,7 +279,7 @@ def test_gate_proves_when_the_graph_makes_its_own_floats() -> None:
         model.conv.bias.fill_(20000.0)  # rounds by more than the bound on every processor
         model.norm.running_mean.fill_(20000.0)
     program = captured(model, torch.randn(1, 3, 4, 4))
-    _, record = run_pass(FoldBatchNorm(), program, gate=gate_of(program))
+    _, record = run_pass(Reparameterize(), program, gate=gate_of(program))
     assert record.gate.proof == "float64"
 
 
@@ -332,7 +332,7 @@ def test_record_is_finite_when_rounding_tips_an_integer_output() -> None:
         model.conv.bias.fill_(20000.0)  # rounds by more than the bound on every processor
         model.norm.running_mean.fill_(20000.0)
     program = captured(model, torch.randn(1, 3, 4, 4))
-    _, record = run_pass(FoldBatchNorm(), program, gate=gate_of(program))
+    _, record = run_pass(Reparameterize(), program, gate=gate_of(program))
     assert record.gate.proof == "float64"
     assert record.gate.worst == 1.0
 
@@ -350,7 +350,7 @@ def test_gate_accepts_nan_where_nan_was_when_a_fold_is_right() -> None:
     torch.manual_seed(0)
     program = captured(randomize(Logarithm()), torch.randn(1, 3, 4, 4))
     assert program.run(*program.example)[0].isnan().any()
-    _, record = run_pass(FoldBatchNorm(), program, gate=gate_of(program))
+    _, record = run_pass(Reparameterize(), program, gate=gate_of(program))
     assert record.gate.proof in ("float32", "float64")
 
 
@@ -389,7 +389,7 @@ def test_gate_keeps_the_accepted_outputs_when_a_pass_was_good() -> None:
     """The second fold is judged against what the first left, so a repeated run stays silent."""
     program = ill_scaled(0.0)
     gate = gate_of(program)
-    folded, _ = run_pass(FoldBatchNorm(), program, gate=gate)
+    folded, _ = run_pass(Reparameterize(), program, gate=gate)
     _, record = run_pass(Canonicalize(), folded, gate=gate)
     assert record.gate.proof == "identical"
     for kept, probe in zip(gate.kept, gate.probes, strict=True):

@@ -16,10 +16,10 @@ from vlexport.core.bundle_schema import Change
 from vlexport.core.errors import CapabilityError, GateError
 from vlexport.ir.program import Program
 from vlexport.passes.base import Match, NearMiss, Pass
-from vlexport.passes.fold_batch_norm import FoldBatchNorm
 from vlexport.passes.gate import NumericGate
 from vlexport.passes.pipeline import run_pass
 from vlexport.passes.probes import make_probes
+from vlexport.passes.reparameterize import Reparameterize
 from vlexport.passes.selection import undecided_rows
 
 aten = torch.ops.aten
@@ -139,7 +139,7 @@ def test_fold_is_not_accused_when_a_flat_photo_leaves_a_selection_open() -> None
         program = captured(model, torch.randn(1, 3, 12, 12))
         probes = make_probes(program, calibration=[flat], seed=0)
         assert [p.undecided for p in probes if p.name == "calibration sample"] == [(0,)]
-        _, record = run_pass(FoldBatchNorm(), program, gate=NumericGate(program, probes))
+        _, record = run_pass(Reparameterize(), program, gate=NumericGate(program, probes))
         accepted += record.gate.set_aside
     assert accepted  # on some seed the flat photo did disagree, and was counted
 
@@ -172,7 +172,7 @@ def test_fold_is_recorded_unproved_when_the_program_has_no_float64_twin(monkeypa
     randomize(model)
     program = captured(model, torch.randn(1, 1, 16))
     monkeypatch.setattr("vlexport.passes.gate.FLOAT32_BOUND", 0.0)  # asks for the proof whatever the rounding
-    _, record = run_pass(FoldBatchNorm(), program, gate=gate_of(program))
+    _, record = run_pass(Reparameterize(), program, gate=gate_of(program))
     assert record.gate.proof == "unproved"
 
 

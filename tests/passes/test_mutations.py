@@ -27,7 +27,6 @@ from vlexport.passes import (
     eliminate_dead,
     eliminate_layout,
     eliminate_round_trips,
-    fold_batch_norm,
     fold_constants,
     legalize_repeats,
     merge_duplicates,
@@ -126,34 +125,7 @@ def dead_chain() -> Program:
     return program
 
 
-CONV = layers(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6))
 FAULTS = {
-    "rsqrt is sqrt": Fault(fold_batch_norm, "torch.rsqrt(", "torch.sqrt(", CONV, "gate"),
-    "a large epsilon is dropped": Fault(
-        fold_batch_norm, " + float(dialect.operands(norm)[_EPSILON])", "",
-        layers(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, eps=1e-3)), "gate",
-    ),
-    "a small epsilon is dropped": Fault(
-        fold_batch_norm, " + float(dialect.operands(norm)[_EPSILON])", "",
-        layers(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, eps=1e-7)), "harness", "after 1 changes, on the example",
-    ),
-    "the mean is added": Fault(fold_batch_norm, "else 0) - mean)", "else 0) + mean)", CONV, "gate"),
-    "beta is left out": Fault(fold_batch_norm, "new_bias + beta", "new_bias", CONV, "gate"),
-    "the weight is folded in float32": Fault(
-        fold_batch_norm, "return new_weight.to(dtype)", "return new_weight.float().to(dtype)", CONV, "harness",
-        "after 1 changes, on the example",
-    ),
-    "groups are mixed up in a transposed convolution": Fault(
-        fold_batch_norm, "scale.reshape(groups, 1, outputs,",
-        "scale.reshape(outputs, groups).t().reshape(groups, 1, outputs,",
-        layers(nn.ConvTranspose2d(4, 6, 2, groups=2), nn.BatchNorm2d(6)), "gate",
-    ),
-    "an operand comes from a stale match": Fault(
-        fold_batch_norm, "x, _, _, *rest = dialect.operands(producer)",
-        "_, _, _, *rest = dialect.operands(producer); x = found['input']",
-        layers(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), "runner",
-        "before it is made",
-    ),
     "a permutation is wrong": Fault(
         canonicalize, "places[i] if i in places", "places[i - 1] if i - 1 in places",
         made_by(lambda x: x.movedim((1, 2), (2, 1)) * 2, 2, 3, 3, 3), "gate",

@@ -16,10 +16,10 @@ from vlexport.core.errors import InternalError
 from vlexport.ir.program import Program
 from vlexport.ir.text import fingerprint, text
 from vlexport.passes.canonicalize import Canonicalize
-from vlexport.passes.fold_batch_norm import FoldBatchNorm
 from vlexport.passes.gate import NumericGate
 from vlexport.passes.pipeline import DumpHook, TimingHook, check_order, run_pass, run_pipeline, verify
 from vlexport.passes.probes import make_probes
+from vlexport.passes.reparameterize import Reparameterize
 
 aten = torch.ops.aten
 
@@ -40,7 +40,7 @@ def broken_code(work: Callable[[], object], code: str) -> InternalError:
 
 
 def test_order_is_accepted_when_facts_are_established_before() -> None:
-    check_order([Canonicalize(), FoldBatchNorm(), nothing(requires={"canonical"}, stage="raise")])
+    check_order([Canonicalize(), Reparameterize(), nothing(requires={"canonical"}, stage="narrow")])
 
 
 @pytest.mark.parametrize(
@@ -164,10 +164,10 @@ def test_source_is_untouched_and_records_are_complete_when_a_pipeline_ran() -> N
     program = net_program()
     before = content(program)
     gate = NumericGate(program, make_probes(program, calibration=None, seed=0))
-    after, records = run_pipeline(program, [Canonicalize(), FoldBatchNorm()], gate=gate)
+    after, records = run_pipeline(program, [Canonicalize(), Reparameterize()], gate=gate)
     assert content(program) == before
     assert fingerprint(after) != fingerprint(program)
-    assert [r.name for r in records] == ["canonicalize", "fold-batch-norm"]
+    assert [r.name for r in records] == ["canonicalize", "reparameterize"]
     assert records[0].gate.proof == "identical"
     assert records[0].gate.probes == 3
     assert [(c.what, c.count) for c in records[0].changes] == [
@@ -193,11 +193,11 @@ def test_timing_hook_adds_up_when_a_pass_runs_twice(monkeypatch: pytest.MonkeyPa
 
 def test_dump_hook_writes_source_and_every_step_when_given_a_folder(tmp_path: Path) -> None:
     program = net_program()
-    after, _ = run_pipeline(program, [Canonicalize(), FoldBatchNorm()], gate=None, hooks=[DumpHook(tmp_path / "dump")])
+    after, _ = run_pipeline(program, [Canonicalize(), Reparameterize()], gate=None, hooks=[DumpHook(tmp_path / "dump")])
     files = {p.name: p.read_text(encoding="utf-8") for p in (tmp_path / "dump").iterdir()}
-    assert sorted(files) == ["00-source.txt", "01-canonicalize.txt", "02-fold-batch-norm.txt"]
+    assert sorted(files) == ["00-source.txt", "01-canonicalize.txt", "02-reparameterize.txt"]
     assert files["00-source.txt"] == text(program)
-    assert files["02-fold-batch-norm.txt"] == text(after)
+    assert files["02-reparameterize.txt"] == text(after)
 
 
 def test_hook_is_not_told_of_a_pass_when_it_was_refused() -> None:

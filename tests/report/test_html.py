@@ -49,7 +49,7 @@ def a_bundle(name: str = "image", label: str = "cat", what: str = "batch norm fo
     change = ChangeSummary(what=what, count=2, where=(name,), saved_nodes=2, saved_parameters=8, saved_macs=1)
     miss = NearMissRecord(pattern=name, node=name, reason=name)
     record = PassRecord(
-        name="fold-batch-norm", stage="normalize", effect="exact", options={}, changes=(change,), near_misses=(miss,),
+        name="reparameterize", stage="normalize", effect="exact", options={}, changes=(change,), near_misses=(miss,),
         gate=GateRecord(worst=2e-7, proof="float32", probes=3),
     )  # fmt: skip
     component = Component(

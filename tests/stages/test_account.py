@@ -21,9 +21,9 @@ from vlexport.ir import provenance
 from vlexport.ir.program import Program
 from vlexport.passes.base import Change, Match, NearMiss, Pass, Stage
 from vlexport.passes.canonicalize import Canonicalize
-from vlexport.passes.fold_batch_norm import FoldBatchNorm
 from vlexport.passes.merge_duplicates import MergeDuplicates
 from vlexport.passes.pipeline import run_pipeline
+from vlexport.passes.reparameterize import Reparameterize
 from vlexport.report.figures import account_phrase, missing_phrase, shortfall_phrase
 from vlexport.stages.account import Refusals, accounts
 from vlexport.stages.plan import plan
@@ -196,7 +196,7 @@ def test_norms_have_the_fate_of_what_they_became_when_counted() -> None:
         nn.LayerNorm(WIDTH), nn.Unflatten(1, (5, 1)), nn.Conv2d(5, 5, 1), nn.BatchNorm2d(5), nn.ReLU(),
         nn.BatchNorm2d(5), nn.Flatten(1, 2), SpelledRMSNorm(), FrozenBatchNorm(),
     )  # fmt: skip
-    found = told(net, FoldBatchNorm())["norm"]
+    found = told(net, Reparameterize())["norm"]
     assert (found.expected, found.found) == (4, 3)
     assert found.fates == {"layer_norm": 1, "folded into conv2d": 1, "batch_norm": 1}
     assert found.missing[0].of == "SpelledRMSNorm"

@@ -83,7 +83,7 @@ def test_bundle_holds_the_documented_files_when_built(bundle: Path) -> None:
 
 
 def test_bundle_records_changes_and_gate_when_a_batch_norm_was_folded(bundle: Path) -> None:
-    fold = next(p for p in read_bundle(bundle).main.passes if p.name == "fold-batch-norm")
+    fold = next(p for p in read_bundle(bundle).main.passes if p.name == "reparameterize")
     assert [(c.count, c.where) for c in fold.changes] == [(1, ("conv", "norm"))]
     assert fold.gate.proof in ("float32", "float64")
     assert fold.gate.worst < 1e-5

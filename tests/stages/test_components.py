@@ -145,8 +145,8 @@ def test_bundle_holds_each_component_and_the_whole_when_built(made: Path) -> Non
     assert [(spec.name, spec.shape) for spec in signature.outputs] == [("output", ("batch", 3))]
     assert found.main.labels == COLOURS
     assert list(found.main.preprocess) == ["image"]
-    folds = {r.name: len(r.changes) for r in found.main.passes if r.name.endswith("fold-batch-norm")}
-    assert folds == {"encoder.fold-batch-norm": 1, "head.fold-batch-norm": 0}
+    folds = {r.name: len(r.changes) for r in found.main.passes if r.name.endswith("reparameterize")}
+    assert folds == {"encoder.reparameterize": 1, "head.reparameterize": 0}
     costs = [each.cost.macs for each in found.components.values()]
     assert found.main.cost.macs == sum(costs) > 0
 
@@ -280,7 +280,7 @@ def test_calibration_sample_reaches_the_second_component_when_given(
     assert any("are calibration samples as well" in note for note in found.report.notes)
     lines = receipt(found.bundle, found.report, "b")
     assert "2 components (encoder, head)" in lines[0]
-    assert lines[2] == "Passes   encoder.fold-batch-norm 1 change; all others nothing to do"
+    assert lines[2] == "Passes   encoder.reparameterize 1 change; all others nothing to do"
     page = Path("b/measured/local-1/report.html").read_text()
     assert "Components: encoder, head; encoder.mean → head.mean, encoder.peak → head.peak." in page
 

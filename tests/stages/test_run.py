@@ -236,7 +236,7 @@ def test_receipt_says_what_was_not_measured_when_nothing_was(model_file: Path, t
     lines = receipt_of([str(model_file), "-o", str(tmp_path / "b"), "--no-profile"], capfd)
     assert any(line.startswith("Accuracy not measured: give samples with --data") for line in lines)
     assert any(line.startswith("Latency  not measured here") for line in lines)
-    assert any("fold-batch-norm 1 change" in line for line in lines)
+    assert any("reparameterize 1 change" in line for line in lines)
     assert any(line.startswith("Next ") for line in lines)
 
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, get_args
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
+from vlexport.core.baked_values import resolved
 from vlexport.core.errors import UsageError, nearest
 from vlexport.core.wrong_value import wrong_value
 
@@ -67,6 +68,10 @@ class BuildConfig(BaseModel):
     precision: Precision | None = _option(
         None, "Precision; the target's default is printed with its reason.", "--precision"
     )
+    tokens: str | None = _option(
+        None, "METHOD[:key=value,…]: freeze, evit:keep=0.7,layers=4+7+10, tome:r=8, mctf:r=16, cls or random.",
+        "--tokens",
+    )  # fmt: skip
     calib: str | None = _option(
         None, "Unlabelled samples; one of them probes the numeric gate.", "--calib", recipe=False
     )
@@ -93,6 +98,13 @@ class BuildConfig(BaseModel):
     )
     outputs: Annotated[tuple[str, ...], BeforeValidator(_split)] = _option(
         (), "NAME[,NAME]: outputs to keep, in this order; by default all.", "--output"
+    )
+    bake: tuple[str, ...] = _option(
+        (), "Repeatable NAME=VALUE or NAME=FILE.npy: an input that becomes a constant; numbers as 3 or [[1,2]].",
+        "--bake",
+    )  # fmt: skip
+    fold_preprocess: bool = _option(
+        False, "Mean and std go into the first convolution; what the bundle records is scale only.", "--fold-preprocess"
     )
     arch: str | None = _option(
         None,
@@ -141,6 +153,11 @@ class BuildConfig(BaseModel):
     @classmethod
     def _path_as_text(cls, value: object) -> object:
         return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+    @field_validator("bake")
+    @classmethod
+    def _bake_as_content(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(resolved(text) for text in texts)  # a file's content, never its path
 
     def recipe(self) -> str:
         """The resolved recipe as TOML: everything that decides the artifact, nothing that names a place."""

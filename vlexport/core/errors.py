@@ -65,6 +65,8 @@ CODES: dict[str, str] = {
     "VLX0213": "a value becomes NaN or infinite on a calibration sample",
     "VLX0214": "there are too few calibration samples",
     "VLX0215": "the calibration table cannot be used",
+    "VLX0216": "a selection of tokens needs calibration samples",
+    "VLX0217": "a calibration sample cannot be used",
     # 03: capture
     "VLX0301": "the model is in train mode",
     "VLX0302": "the example inputs do not fit the model",
@@ -84,6 +86,9 @@ CODES: dict[str, str] = {
     "VLX0408": "an outside optimizer failed or damaged the graph",
     "VLX0409": "a value does not fit the type that everything must have",
     "VLX0410": "the sizes do not fit in memory",
+    "VLX0411": "the model's tokens cannot be reduced",
+    "VLX0412": "the model's tokens cannot be frozen",
+    "VLX0413": "the model has no tokens to freeze",
     # 05: targets
     "VLX0501": "the target's runtime is not installed",
     "VLX0502": "the target does not run this precision",
@@ -110,6 +115,8 @@ CODES: dict[str, str] = {
     "VLX0703": "an option is not understood",
     "VLX0705": "a recipe is not understood",
     "VLX0706": "a dynamic dim has no upper bound, and the target wants one",
+    "VLX0707": "a value to bake does not fit the model",
+    "VLX0708": "the preprocessing cannot become part of the model",
     # 08: judging and measuring
     "VLX0803": "latency cannot be told: too noisy, or the timing is not real",
     "VLX0804": "a gate needs something that was not measured",

@@ -108,6 +108,11 @@ class Preprocess(Frozen):
         return self
 
     @property
+    def scale_only(self) -> Preprocess:
+        """The same without mean and std."""
+        return self.model_copy(update={"mean": (0.0,), "std": (1.0,)})
+
+    @property
     def channels(self) -> int:
         """1 for gray, else 3."""
         return 1 if self.color == "gray" else 3

@@ -26,6 +26,7 @@ from vlexport.frontends.decomposed import NOTE, own_quantization
 from vlexport.frontends.inline import inline_regions
 from vlexport.frontends.output_types import register_output_types
 from vlexport.frontends.quantized import require_float_module, require_not_quantized
+from vlexport.frontends.size_checks import SizeChecks
 from vlexport.frontends.user_lines import parting_line, user_line, watch_guards
 from vlexport.ir import compat, provenance
 from vlexport.ir.exported import program_from_exported, require_no_mutation
@@ -285,7 +286,7 @@ def _export(twin: nn.Module, arguments: _Arguments, chosen: Mapping[str, Mapping
             shapes[argument] = specs[0]
     positional, keyword = arguments.with_values(_grown(arguments, chosen))
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), SizeChecks():
             warnings.simplefilter("ignore")  # torch warns about attributes that the deep copy alone gets
             shaped = shapes if dims else None
             exported = torch.export.export(twin, positional, keyword, dynamic_shapes=shaped, strict=False)

@@ -13,6 +13,7 @@ from torch._export.verifier import SpecViolationError
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.export.pt2_archive._package import load_pt2
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.numbers import int_oo
 
@@ -24,6 +25,7 @@ __all__ = [
     "find_signature",
     "load_program",
     "module_from_torchscript",
+    "require_some",
     "tensor_leaves",
 ]
 
@@ -119,3 +121,9 @@ def declare_torchvision_operators() -> None:
 
 _LIBRARIES: list[torch.library.Library] = []
 """Operator declarations live as long as their Library object."""
+
+
+def require_some(size: Any) -> None:
+    """Leave a check in the graph that is being traced, that a size which the data decides is at least 1."""
+    if isinstance(size, torch.SymInt) and free_unbacked_symbols(size):
+        torch._check(size >= 1)

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.export import ExportedProgram
 
 from vlexport.core.artifact import Array, Signature
+from vlexport.core.baked_values import Baked, baked
 from vlexport.core.config import BuildConfig
 from vlexport.core.errors import ModelFileError, UsageError
 from vlexport.core.preprocess import Preprocess
@@ -22,8 +24,10 @@ from vlexport.frontends.model_file import Kind, kind_of
 from vlexport.frontends.model_place import place_of
 from vlexport.frontends.module_source import TRANSFORMERS, Opened, from_architecture
 from vlexport.frontends.transformers_folder import is_transformers_folder
+from vlexport.ir.bake import with_baked
 from vlexport.ir.exported import program_from_exported
-from vlexport.ir.outputs import with_outputs
+from vlexport.ir.input_arithmetic import with_arithmetic
+from vlexport.ir.outputs import stripped, with_outputs
 from vlexport.ir.program import Program
 
 
@@ -62,10 +66,75 @@ class Source:
         program = with_outputs(self.program, names)
         kept = [spec.name for spec in program.signature.inputs]
         unread = [spec.name for spec in before.inputs if spec.name not in kept]
-        notes = (f"the chosen outputs do not read {', '.join(unread)}: left out",) if unread else ()
+        notes = [f"the chosen outputs do not read {', '.join(unread)}: left out"] if unread else []
+        went = stripped(self.program, program)
+        if went.calls:
+            notes.append(f"left out with the other outputs: {went}")
         labels = self.labels if program.signature.outputs[0].name == before.outputs[0].name else ()
         preprocess = {name: each for name, each in self.preprocess.items() if name in kept}
         return Source(program, preprocess, labels, self.source_hash, (*self.notes, *notes))
+
+    def with_baked(self, given: Sequence[Baked]) -> Source:
+        """The same with inputs that are constants.
+
+        Raises:
+            UsageError: VLX0703 for an input that the model does not have, VLX0707 for a value that does not fit.
+        """
+        program, notes = with_baked(self.program, given)
+        specs = {spec.name: spec for spec in self.program.signature.inputs}
+        said = ", ".join(f"{each.name} ({specs[each.name].dtype})" for each in given)
+        preprocess = {k: each for k, each in self.preprocess.items() if k not in {each.name for each in given}}
+        return replace(
+            self,
+            program=program,
+            preprocess=preprocess,
+            notes=(*self.notes, f"constant in the artifact: {said}", *notes),
+        )
+
+    def with_arithmetic(self) -> Source:
+        """The same whose graph takes off the mean and divides by std, and whose preprocessing does not.
+
+        The pass fold-preprocess puts both into the first convolution.
+
+        Raises:
+            UsageError: VLX0708 without preprocessing, or for an input that it makes no channels of.
+        """
+        specs = {spec.name: spec for spec in self.program.signature.inputs}
+        if not self.preprocess:
+            raise UsageError(
+                "VLX0708", "the model has no recorded preprocessing", where="--fold-preprocess",
+                hint="give --preprocess, or leave --fold-preprocess out",
+            )  # fmt: skip
+        for name, how in self.preprocess.items():
+            shape, dtype = specs[name].shape, specs[name].dtype
+            if len(shape) < 3 or shape[1] != how.channels or not dtype.startswith("float"):
+                raise UsageError(
+                    "VLX0708", f"input {name} is {dtype}[{','.join(map(str, shape))}], not a batch of images of "
+                    f"{how.channels} channels", where="--fold-preprocess", hint="leave --fold-preprocess out",
+                )  # fmt: skip
+        arithmetic = {name: _arithmetic(how) for name, how in self.preprocess.items()}
+        program = with_arithmetic(self.program, arithmetic)
+        program.example = tuple(
+            _before(value, *arithmetic[spec.name]) if spec.name in arithmetic else value
+            for value, spec in zip(program.example, program.signature.inputs, strict=True)
+        )
+        left = {name: how.scale_only for name, how in self.preprocess.items()}
+        note = f"mean and std are part of the model: {', '.join(left)} takes pixels times scale"
+        return replace(self, program=program, preprocess=left, notes=(*self.notes, note))
+
+
+def _arithmetic(how: Preprocess) -> tuple[Array, Array]:
+    """Factor and offset of every channel: what mean and std do."""
+    mean, std = (np.broadcast_to(np.array(each, np.float64), (how.channels,)) for each in (how.mean, how.std))
+    return 1.0 / std, -mean / std
+
+
+def _before(value: torch.Tensor, factor: Array, offset: Array) -> torch.Tensor:
+    """What an example was before ``factor · x + offset``."""
+    shape = (1, -1, *[1] * (value.ndim - 2))
+    return ((value.double() - torch.from_numpy(offset).reshape(shape)) / torch.from_numpy(factor).reshape(shape)).to(
+        value.dtype
+    )
 
 
 def open_source(config: BuildConfig) -> Source:
@@ -81,9 +150,11 @@ def open_source(config: BuildConfig) -> Source:
     source = replace(source, notes=(*place.notes, *source.notes))
     if config.outputs:
         source = source.with_outputs(config.outputs)
-    if not config.preprocess:
-        return source
-    return replace(source, preprocess=preprocess_of(config.preprocess, source.program.signature))
+    if config.bake:
+        source = source.with_baked([baked(text) for text in config.bake])
+    if config.preprocess:
+        source = replace(source, preprocess=preprocess_of(config.preprocess, source.program.signature))
+    return source.with_arithmetic() if config.fold_preprocess else source
 
 
 def _opened(path: Path, config: BuildConfig) -> Source:

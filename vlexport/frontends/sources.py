@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from vlexport.core.artifact import ONLY_COMPONENT, Array, DimRange, Signature
+from vlexport.core.baked_values import baked
 from vlexport.core.bundle_schema import canonical_json
 from vlexport.core.config import BuildConfig, flags_of
 from vlexport.core.errors import UsageError, VlexportError
@@ -20,7 +21,9 @@ from vlexport.frontends.components import COMPONENTS_FILE, find_components, read
 from vlexport.frontends.source import Source, open_source
 from vlexport.ir.narrow import narrowed
 
-_OF_ONE_MODEL = ("arch", "arch_arg", "weights_key", "input", "outputs", "preprocess", "allow_code")
+_OF_ONE_MODEL = (
+    "arch", "arch_arg", "weights_key", "input", "outputs", "bake", "preprocess", "fold_preprocess", "allow_code",
+)  # fmt: skip
 """Options that say how to open a single model."""
 
 
@@ -102,6 +105,10 @@ class Sources:
                 made[name] = replace(each, program=narrowed(each.program, own))
         return _sources(made, self.edges)
 
+    def with_sources(self, components: Mapping[str, Source]) -> Sources:
+        """The same components and edges with other Sources, of the same names and shapes."""
+        return _sources(dict(components), self.edges)
+
     def with_outputs(self, names: Sequence[str]) -> Sources:
         """A single model with these outputs alone; the same where it has no others, or is several.
 
@@ -111,6 +118,18 @@ class Sources:
         if self.only is None or list(names) == [spec.name for spec in self.signature.outputs]:
             return self
         return _sources({name: each.with_outputs(names) for name, each in self.components.items()}, self.edges)
+
+    def with_baked(self, texts: Sequence[str]) -> Sources:
+        """A single model with those of these inputs constant that it has; the same where it is several.
+
+        Raises:
+            UsageError: VLX0707 for a value that does not fit.
+        """
+        there = {spec.name for spec in self.signature.inputs}
+        given = [each for each in map(baked, texts) if each.name in there]
+        if self.only is None or not given:
+            return self
+        return _sources({name: each.with_baked(given) for name, each in self.components.items()}, self.edges)
 
     @contextlib.contextmanager
     def named(self, name: str) -> Iterator[None]:

@@ -12,6 +12,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._export.verifier import Verifier
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
@@ -84,3 +85,18 @@ def public_symbol(name: str) -> Any:
 def value_range(smallest: int, largest: int | None) -> Any:
     """The sizes that a symbol may take, as ``ExportedProgram.range_constraints`` keeps them."""
     return ValueRanges(smallest, int_oo if largest is None else largest)
+
+
+def batched_fakes(mode: FakeTensorMode, fakes: list[torch.Tensor], batch: int | None) -> list[torch.Tensor]:
+    """Fakes like these, whose first size is ``batch``, or a new symbol that is the same in all of them."""
+    from torch._dynamo.source import ConstantSource  # imports the whole tracer
+
+    size: Any = batch
+    if batch is None:
+        shape_env = mode.shape_env
+        assert shape_env is not None
+        source = ConstantSource("batch")
+        symbol = shape_env.create_symbol(2, source, DimDynamic.DYNAMIC, constraint_dim=None)
+        size = shape_env.create_symintnode(symbol, hint=2, source=source)
+    with mode:
+        return [torch.empty((size, *fake.shape[1:]), dtype=fake.dtype, device=fake.device) for fake in fakes]

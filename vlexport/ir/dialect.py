@@ -159,7 +159,7 @@ OPS: dict[str, OpInfo] = {
     **_row("select", "scatter.src scatter.value scatter_add.default scatter_reduce.two index_put.default"),
     **_row("select", "index_copy.default take_along_dim.default masked_scatter.default select_scatter.default"),
     **_row("select", "slice_scatter.default one_hot.default bucketize.Tensor index_add.default index_fill.int_Scalar"),
-    **_row("select", "repeat_interleave.self_Tensor"),
+    **_row("select", "repeat_interleave.self_Tensor nonzero_numpy.default argwhere.default where.default"),
     **_row("make", "arange.default arange.start arange.start_step full.default full_like.default zeros.default"),
     **_row(
         "make", "zeros_like.default ones.default ones_like.default scalar_tensor.default linspace.default eye.default"

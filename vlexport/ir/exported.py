@@ -24,7 +24,7 @@ from torch.fx import Graph, Node
 
 from vlexport.core.artifact import Signature
 from vlexport.core.errors import CaptureError
-from vlexport.ir import compat, provenance
+from vlexport.ir import compat, dialect, provenance
 from vlexport.ir.program import Kind, Program
 
 _KINDS: dict[InputKind, Kind] = {
@@ -64,6 +64,8 @@ def program_from_exported(exported: ExportedProgram, signature: Signature) -> Pr
         if node.op != "placeholder":
             mapping[node] = graph.node_copy(node, lambda n: mapping[n])
             mapping[node].meta = dict(node.meta)
+            if node.op == "call_function" and dialect.checks_at_run_time(node):
+                mapping[node].meta["val"] = None  # it gives nothing, and a saved file keeps no record of that
             continue
         spec = specs[node.name]
         if spec.kind is InputKind.USER_INPUT:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from vlexport.core.artifact import Signature
 from vlexport.core.errors import UsageError, nearest
-from vlexport.ir import dialect
+from vlexport.ir import dialect, provenance
+from vlexport.ir.cost import cost
 from vlexport.ir.program import Program
 
 _SIZE = "aten.sym_size.int"
+_SHOWN = 4
+"""Modules that a note names."""
 
 
 def with_outputs(program: Program, names: Sequence[str]) -> Program:
@@ -55,6 +59,48 @@ def with_outputs(program: Program, names: Sequence[str]) -> Program:
         dims={name: each for name, each in found.signature.dims.items() if name in dims},
     )
     return found
+
+
+@dataclass(frozen=True)
+class Stripped:
+    """What went with the outputs that were not chosen.
+
+    Attributes:
+        modules: Paths of modules of which nothing is left; of nested ones the outermost, in the order of the graph.
+        calls: Calls that are gone.
+        parameters: Elements of floating tensors that nothing reads any more.
+        macs: Multiply-accumulates less, every dynamic dim at its ``opt``.
+    """
+
+    modules: tuple[str, ...]
+    calls: int
+    parameters: int
+    macs: int
+
+    def __str__(self) -> str:
+        shown = ", ".join(self.modules[:_SHOWN]) or "no whole module"
+        more = f" and {len(self.modules) - _SHOWN} more" if len(self.modules) > _SHOWN else ""
+        return f"{shown}{more}; {self.parameters:,} parameters, {self.macs:,} multiply-accumulates"
+
+
+def stripped(before: Program, after: Program) -> Stripped:
+    """What :func:`with_outputs` left out of ``before`` to make ``after``."""
+    left = {prefix for node in after.calls() for prefix in _prefixes(provenance.module_path(node))}
+    gone = dict.fromkeys(
+        next(prefix for prefix in prefixes if prefix not in left)
+        for node in before.calls()
+        if (prefixes := _prefixes(provenance.module_path(node))) and prefixes[-1] not in left
+    )
+    was, now = cost(before), cost(after)
+    return Stripped(
+        tuple(gone), len(before.calls()) - len(after.calls()), was.parameters - now.parameters, was.macs - now.macs
+    )
+
+
+def _prefixes(path: str) -> list[str]:
+    """``a``, ``a.b``, ``a.b.c`` for ``a.b.c``."""
+    names = path.split(".") if path else []
+    return [".".join(names[: i + 1]) for i in range(len(names))]
 
 
 def _ask_others(program: Program) -> None:

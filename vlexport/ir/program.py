@@ -76,7 +76,7 @@ class Program:
     @property
     def placeholders(self) -> list[Node]:
         """Input nodes, in order."""
-        return [n for n in self.graph.nodes if n.op == "placeholder"]
+        return list(self.graph.find_nodes(op="placeholder"))
 
     @property
     def output(self) -> Node:
@@ -225,6 +225,7 @@ class Program:
         before: Node,
         value_of: Node,
         merges: Sequence[Node] = (),
+        value: Any = None,
     ) -> Node:
         """Insert a call, with shape and provenance.
 
@@ -235,10 +236,15 @@ class Program:
             before: Where it goes.
             value_of: The node whose value it computes.
             merges: Further nodes that it stands for.
+            value: Its recorded value, where the caller knows it; by default the operator is run on recorded operands.
         """
         kwargs = kwargs or {}
         with self.graph.inserting_before(before):
             node = self.graph.call_function(target, args, kwargs)
+        if value is not None:
+            node.meta["val"] = value
+            provenance.inherit(node, value_of=value_of, merges=merges)
+            return node
         fake_args, fake_kwargs = map_arg((args, kwargs), lambda n: n.meta["val"])
         mode = compat.fake_mode_of([n.meta["val"] for n in self.placeholders])
         if mode is None:
@@ -272,10 +278,11 @@ class Program:
             operands = current.all_input_nodes
             erased.add(current)
             self.graph.erase_node(current)
-            if current.op == "get_attr" and not any(
-                n.op == "get_attr" and n.target == current.target for n in self.graph.nodes
-            ):
-                del self.tensors[str(current.target)]
-                del self.kinds[str(current.target)]
             pending.extend(operands)
+        names = {str(n.target) for n in erased if n.op == "get_attr"}
+        if names:
+            names -= {str(n.target) for n in self.graph.find_nodes(op="get_attr", sort=False)}
+        for name in names:
+            del self.tensors[name]
+            del self.kinds[name]
         return sum(n.op == "call_function" for n in erased)

@@ -62,7 +62,7 @@ _PROMISES = (
     _Promise("attention", re.compile(""), _ATTENTION, ("raise-attention",)),
     _Promise(
         "norm", re.compile(r"(layer|rms|group|batch|instance)_?norm|^norm$", re.IGNORECASE), _NORMS,
-        ("raise-norms", "fold-batch-norm"),
+        ("raise-norms", "reparameterize"),
     ),
     _Promise(
         "activation", re.compile(r"gelu|silu|swish|hard_?sigmoid|mish", re.IGNORECASE), _ACTIVATIONS,

@@ -37,6 +37,7 @@ from vlexport.stages.dims import dims_of
 from vlexport.stages.order import Order, configs_of, order_of
 from vlexport.stages.prepare import RANGE_SAMPLES
 from vlexport.stages.probe_memory import require_memory
+from vlexport.stages.tokens import component_passes
 from vlexport.stages.whole_model import first_samples
 
 MAX_SAMPLES = 8
@@ -92,7 +93,7 @@ def bisect(
             hint=f"as --target {next(iter(configs))}",
         )  # fmt: skip
     order = order_of(next(iter(configs.values())))
-    passes = passes_of(order.config)
+    passes_of(order.config)  # refuses wrong options before anything is opened
     with trail.reporter.stage("open the model"):
         saved = open_sources(order.config)
     if bundle is not None and bundle[1].source_hash != saved.source_hash:
@@ -101,10 +102,12 @@ def bisect(
     require_memory(saved, dims)
     sources = saved.narrowed(dims)
     samples = _samples(order, sources)
+    calibration = open_dataset(order.config.calib, saved, skip_bad=order.config.skip_bad)
     for name, source in saved.components.items():
         trail.component = name if saved.only is None else ""
         trail.passes.clear()
         with saved.named(name):
+            passes = component_passes(order.config, saved, name, calibration)
             walk = _Walk(order, bound, trail, passes, samples.get(name, []))
             own = saved.wiring.dims.own(name, dims)
             found = walk.component(source.program, sources.components[name], own, name, bundle)

@@ -148,7 +148,8 @@ def build_prepared(order: Order, prepared: Prepared, folder: Path, reporter: Rep
         components[name], dataset = tuned.component, tuned.dataset
         order = replace(order, config=tuned.config, brief=replace(brief, options=options_of(tuned.config, target)))
     prepared = replace(prepared, dataset=dataset)
-    goldens = whole_goldens(folder, sources, config.seed, golden_tolerance(brief.precision))
+    owed = sources.with_sources({name: each.held_to(sources.components[name]) for name, each in optimized.items()})
+    goldens = whole_goldens(folder, owed, config.seed, golden_tolerance(brief.precision))
     unwritten = _bundle(order, sources, components, lowered, goldens)
     bundle, report = _measured(order, prepared, sources, unwritten, folder, clock)
     report = report.model_copy(update={"tuning": tuned.tuning if tuned is not None else None})

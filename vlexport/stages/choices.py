@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from vlexport.core.config import BuildConfig
 from vlexport.core.device_profiles import DeviceProfile, device_profile
 from vlexport.core.errors import CapabilityError, InternalError, UsageError, nearest
 from vlexport.core.samples import Dataset, open_data
+from vlexport.core.tokens import TokensRequest, flag_of, tokens_from_text
 from vlexport.core.user_metric import metric_names
 from vlexport.core.verdict import Gate, gate_from_text
 from vlexport.core.wrong_value import wrong_value
@@ -27,7 +28,7 @@ from vlexport.frontends.sources import Sources
 from vlexport.ir.program import Program
 from vlexport.passes import CATALOGUE as PASSES
 from vlexport.passes import ON_REQUEST, offered_passes, pass_class
-from vlexport.passes.base import STAGES, Pass
+from vlexport.passes.base import STAGES, Pass, SampledPass
 from vlexport.passes.pipeline import check_order
 from vlexport.stages.validate import TIMED
 from vlexport.targets import offered_targets
@@ -35,6 +36,8 @@ from vlexport.targets.base import Target
 
 HALF_PRECISIONS = ("fp16", "bf16")
 """Precisions that a pass types the Program to."""
+PRECISION_PASSES = ("cast-floats",)
+"""Passes that run with one of them."""
 
 
 def model_name_of(config: BuildConfig) -> str:
@@ -87,8 +90,12 @@ def gates_of(config: BuildConfig) -> tuple[Gate, ...]:
     return gates
 
 
-def passes_of(config: BuildConfig) -> list[Pass[Program]]:
-    """Every pass of the catalogue and those asked for by name, each at the end of its stage, with their options.
+def passes_of(config: BuildConfig, *, samples: Iterable[tuple[Tensor, ...]] = ()) -> list[Pass[Program]]:
+    """Every pass of the catalogue, that of ``--tokens``, and those asked for by name, each at the end of its stage.
+
+    Args:
+        config: Their options.
+        samples: What the pass of ``--tokens`` measures on, one tensor per input each.
 
     Raises:
         UsageError: VLX0703 for an unknown pass or option, VLX0405 when one asks for what no earlier pass establishes.
@@ -97,10 +104,12 @@ def passes_of(config: BuildConfig) -> list[Pass[Program]]:
     made: list[Pass[Program]] = []
     for name in dict.fromkeys((*PASSES, *config.passes)):
         if name in ON_REQUEST:
-            how = f"it runs with --precision {' or '.join(HALF_PRECISIONS)}"
+            how = f"it runs with {_flag_of(name)}"
             raise UsageError("VLX0703", f"--pass {name}: {how}", where="--pass", hint="leave that --pass out")
         kind = pass_class(name)
         made.append(kind(_typed(kind.Options, config.scoped_options(name), name)))
+    if config.tokens is not None:
+        made.append(_tokens_pass(config, tokens_from_text(config.tokens), samples))
     made.sort(key=lambda each: STAGES.index(each.stage))  # stable: plugins stand behind ours of the same stage
     if config.passes:
         try:
@@ -108,6 +117,22 @@ def passes_of(config: BuildConfig) -> list[Pass[Program]]:
         except InternalError as error:
             raise UsageError(error.code, error.message, where="--pass", hint="leave that --pass out") from error
     return made
+
+
+def _tokens_pass(
+    config: BuildConfig, request: TokensRequest, samples: Iterable[tuple[Tensor, ...]]
+) -> SampledPass[Program]:
+    """The pass of ``--tokens``, with the options given there and by ``--set``."""
+    kind = pass_class(request.pass_name)
+    if not issubclass(kind, SampledPass):
+        raise InternalError("VLX0901", f"pass {request.pass_name} takes no samples")
+    values = {**config.scoped_options(request.pass_name), **request.values}
+    return kind(_typed(kind.Options, values, request.pass_name, flag=f"--tokens {request.method}"), samples=samples)
+
+
+def _flag_of(name: str) -> str:
+    """The flag that lets a pass run that only runs on request."""
+    return f"--precision {' or '.join(HALF_PRECISIONS)}" if name in PRECISION_PASSES else flag_of(name)
 
 
 def precision_passes_of(
@@ -145,7 +170,7 @@ def options_of(config: BuildConfig, target: Target) -> Frozen:
     options = _typed(target.Options, config.scoped_options(target.id), target.id)
     scopes = _scopes(config, target, options)
     asleep = {name: f"add --pass {name}" for name in offered_passes()}
-    asleep |= dict.fromkeys(ON_REQUEST, f"add --precision {HALF_PRECISIONS[0]}")
+    asleep |= {name: f"add {_flag_of(name).partition(' or ')[0]}" for name in ON_REQUEST}
     asleep |= {each.name: f"add --set {target.id}.{each.option}=true" for each in target.lowered}
     for key in config.options:
         scope = key.partition(".")[0]
@@ -172,7 +197,9 @@ def scopes_of(config: BuildConfig, target: Target) -> list[str]:
 
 def _scopes(config: BuildConfig, target: Target, options: Frozen) -> list[str]:
     wished = target.precisions[0] if config.precision in (None, "auto") else config.precision
-    requested = ON_REQUEST if wished in HALF_PRECISIONS else ()
+    requested = [*(PRECISION_PASSES if wished in HALF_PRECISIONS else ())]
+    if config.tokens is not None:
+        requested.append(tokens_from_text(config.tokens).pass_name)
     running = [each.name for each in target.lowered if getattr(options, each.option)]
     return [*PASSES, *requested, *config.passes, *offered_targets(), *running]
 
@@ -221,17 +248,19 @@ def why_untimed(session: Session, gates: Sequence[Gate]) -> str:
     return why
 
 
-def _typed(kind: type[Frozen], values: dict[str, str], scope: str) -> Frozen:
+def _typed(kind: type[Frozen], values: Mapping[str, str], scope: str, *, flag: str = "") -> Frozen:
+    """Options of a pass or target; ``flag`` is where they come from, if not from ``--set``."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        near = nearest(name, kind.model_fields) if name not in kind.model_fields else ""
+        name = ".".join(str(part) for part in first["loc"] if isinstance(part, str))
+        near = nearest(name, kind.model_fields) if name and name not in kind.model_fields else ""
+        place = ": ".join(filter(None, (flag, name))) if flag else f"--set {scope}.{name}"
         raise UsageError(
             "VLX0703",
-            f"--set {scope}.{name}: {wrong_value(first)}{near}",
-            where="--set",
+            f"{place}: {wrong_value(first)}{near}",
+            where=flag.partition(" ")[0] or "--set",
             hint=f"options of {scope}: {', '.join(kind.model_fields) or 'none'}",
         ) from error
 

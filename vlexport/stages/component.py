@@ -49,6 +49,8 @@ class Optimized:
         probes: Inputs of the gate; None where it is off.
         notes: What the user should know of the gate.
         account: What became of the model's own modules in the passes that no target owns.
+        reference: What the artifact is held to where a pass of the stage tokens changed what is computed; None means
+            the source. How far it lies from the source is that pass's statistic, and for the user's gates to judge.
     """
 
     program: Program
@@ -56,6 +58,11 @@ class Optimized:
     probes: Sequence[Probe] | None
     notes: tuple[str, ...]
     account: tuple[Account, ...] = ()
+    reference: Program | None = None
+
+    def held_to(self, source: Source) -> Source:
+        """The Source whose outputs the artifact owes."""
+        return source if self.reference is None else replace(source, program=self.reference)
 
 
 def optimize_component(
@@ -86,7 +93,12 @@ def optimize_component(
     refusals = Refusals()
     program, records = run_pipeline(source.program, passes, gate=gate, hooks=watching, listener=refusals)
     account = accounts(source.program, program, refusals)
-    return Optimized(program, tuple(records), probes if gate is not None else None, _blind(gate, source), account)
+    notes, reference = _blind(gate, source), None
+    changed = [r.name for r in records if r.stage == "tokens" and r.effect == "approximate" and r.changes]
+    if changed:
+        reference = program
+        notes = (*notes, f"golden vectors are those of the program behind {' and '.join(changed)}, not the source's")
+    return Optimized(program, tuple(records), probes if gate is not None else None, notes, account, reference)
 
 
 def specialize_component(
@@ -118,9 +130,10 @@ def specialize_component(
     Raises:
         VlexportError: VLX04xx.
     """
-    program, probes = shared.program, shared.probes
+    program, probes, reference = shared.program, shared.probes, shared.reference
     if dims:
         program = narrowed(program, dims)
+        reference = program if reference is not None else None
         if probes is not None:
             probes = _probes(source.program, samples, config.seed)
             require_same(program, shared.program, probes, what=f"narrowing {', '.join(dims)}")
@@ -132,7 +145,8 @@ def specialize_component(
     wanted = [*(again if dims else ()), *typed]
     program, records = _gone_on(program, wanted, probes, dump, hooks)
     told = [r for r, each in zip(records, wanted, strict=True) if r.changes or each not in again]
-    return replace(shared, program=program, records=(*shared.records, *told), probes=probes)
+    records = (*shared.records, *told)
+    return replace(shared, program=program, records=records, probes=probes, reference=reference)
 
 
 def legalize_component(
@@ -221,7 +235,8 @@ def lower_component(
     )  # fmt: skip
     signature = optimized.program.signature
     golden, smallest = write_goldens(
-        bundle, name, tolerance=golden_tolerance(brief.precision), dims=signature.dims, run=source.run,
+        bundle, name, tolerance=golden_tolerance(brief.precision), dims=signature.dims,
+        run=optimized.held_to(source).run,
         draw=lambda sizes, masks: drawn(source.program, seed + 1, sizes, masks=masks),
     )  # fmt: skip
     return Component(

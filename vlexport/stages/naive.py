@@ -18,7 +18,7 @@ from vlexport.frontends.sources import Sources, open_sources
 from vlexport.ir.program import Program
 from vlexport.stages.lowering_cache import Made, lowering_key, made_once
 from vlexport.stages.profile import Measurable
-from vlexport.stages.reference import reference_config, with_outputs_of
+from vlexport.stages.reference import reference_config, specialized_as
 from vlexport.targets import open_target
 from vlexport.targets.base import Target
 
@@ -60,7 +60,9 @@ def naive_baseline(bundle: Path, reference: str, arch: str | None, reporter: Rep
     with tempfile.TemporaryDirectory(prefix="vlexport-") as scratch:
         with reporter.stage("plain export"):
             recipe = read_recipe(bundle / RECIPE_FILE)
-            sources = with_outputs_of(open_sources(reference_config(reference, arch, recorded, recipe)), recorded)
+            sources = specialized_as(
+                open_sources(reference_config(reference, arch, recorded, recipe)), recorded, recipe
+            )
             if sources.source_hash != recorded.source_hash:
                 raise UsageError("VLX0804", "this is not the model that the bundle was built from", where="--reference")
             target, cache = open_target(recorded.target), open_cache(reporter)

@@ -13,7 +13,7 @@ from typing import Any
 from vlexport.core.account import Account, whole_account
 from vlexport.core.bundle_schema import CostRecord, PassRecord
 from vlexport.core.config import BuildConfig
-from vlexport.core.errors import CapabilityError, VlexportError
+from vlexport.core.errors import CapabilityError, InputError, UsageError, VlexportError
 from vlexport.core.progress import Reporter, Silent
 from vlexport.core.whole import summed_cost, whole_passes
 from vlexport.frontends.sources import Sources, open_sources
@@ -28,15 +28,16 @@ from vlexport.stages.choices import (
     open_dataset,
     options_of,
     output_of,
-    passes_of,
     precision_of,
     precision_passes_of,
     profile_of,
 )
 from vlexport.stages.component import cost_record
 from vlexport.stages.dims import dims_of
+from vlexport.stages.folded import require_folded
 from vlexport.stages.order import require_judged
 from vlexport.stages.probe_memory import require_memory
+from vlexport.stages.tokens import component_passes
 from vlexport.stages.tune import axes_of
 from vlexport.stages.write_bundle import require_free
 from vlexport.targets import open_target
@@ -116,11 +117,11 @@ def plan(
     if sources is None:
         with reporter.stage("open the model"):
             sources = open_sources(config)
-    for data in (config.data, config.calib):
-        collect(partial(open_dataset, data, sources))
-    passes: list[Pass[Program]] = []
+    collect(partial(open_dataset, config.data, sources))
+    passes: dict[str, list[Pass[Program]]] = {name: [] for name in sources.components}
     try:
-        passes = passes_of(config)
+        calibration = open_dataset(config.calib, sources, skip_bad=config.skip_bad)
+        passes.update({name: component_passes(config, sources, name, calibration) for name in sources.components})
     except VlexportError as error:
         problems.append(error)
     try:
@@ -134,8 +135,14 @@ def plan(
         ran, account = {}, {}
         for name, program in before.items():
             refusals = Refusals()
-            shared, records = run_pipeline(program, passes, gate=None, listener=refusals)
+            try:
+                shared, records = run_pipeline(program, passes[name], gate=None, listener=refusals)
+            except (InputError, UsageError) as error:  # of the pass of --tokens, for which this is not the model
+                problems.append(error)
+                rest = [each for each in passes[name] if each.stage != "tokens"]
+                shared, records = run_pipeline(program, rest, gate=None, listener=refusals)
             account[name] = accounts(program, shared, refusals)
+            collect(partial(require_folded, config, sources.components[name], shared, records))
             typed = precision_passes_of(config, precision, [program.example])
             ran[name] = (shared, records)
             try:

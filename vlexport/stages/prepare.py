@@ -28,8 +28,10 @@ from vlexport.stages.component import (
     specialize_component,
 )
 from vlexport.stages.dims import dims_of
+from vlexport.stages.folded import require_folded
 from vlexport.stages.order import Order
 from vlexport.stages.probe_memory import require_memory
+from vlexport.stages.tokens import component_passes
 from vlexport.stages.tune import require_searchable
 from vlexport.stages.validate import TIMED, require_measured
 from vlexport.stages.whole_model import first_samples
@@ -46,7 +48,7 @@ class Prepared:
     Attributes:
         sources: The model.
         optimized: Component → after the passes that no target owns.
-        passes: Those passes.
+        passes: Component → those passes.
         dataset: Evaluation samples.
         calibration: Calibration samples.
         metrics: The user's own.
@@ -57,7 +59,7 @@ class Prepared:
 
     sources: Sources
     optimized: dict[str, Optimized]
-    passes: tuple[Pass[Program], ...]
+    passes: Mapping[str, Sequence[Pass[Program]]]
     dataset: Dataset | None
     calibration: Dataset | None
     metrics: tuple[UserMetric, ...]
@@ -73,7 +75,7 @@ def prepare(config: BuildConfig, orders: Sequence[Order], reporter: Reporter) ->
         VlexportError: With the code and exit code of whatever is wrong.
     """
     clock = StageClock(reporter)
-    passes = tuple(passes_of(config))
+    passes_of(config)  # refuses wrong options before anything is opened
     metrics = open_metrics(config.metric)
     require_folder(config.dump)
     with clock.stage("open the model"):
@@ -87,14 +89,16 @@ def prepare(config: BuildConfig, orders: Sequence[Order], reporter: Reporter) ->
     samples = first_samples(calibration, sources, count=1)
     _require_dims(orders, sources)
     timing = TimingHook()
+    passes = {name: component_passes(config, sources, name, calibration) for name in sources.components}
     optimized: dict[str, Optimized] = {}
     with clock.stage("passes"):
         for name, source in sources.components.items():
             with sources.named(name):
                 optimized[name] = optimize_component(
-                    source, passes, config=config, samples=samples.get(name, ()), dump=dump_of(config, sources, name),
-                    hooks=[timing],
+                    source, passes[name], config=config, samples=samples.get(name, ()),
+                    dump=dump_of(config, sources, name), hooks=[timing],
                 )  # fmt: skip
+                require_folded(config, source, optimized[name].program, optimized[name].records)
     seconds = {**clock.seconds, **pass_seconds(timing)}
     return Prepared(sources, optimized, passes, dataset, calibration, metrics, open_cache(reporter), seconds)
 
@@ -136,7 +140,7 @@ def specialized(
         samples = first_samples(prepared.calibration, sources, count=count) if own or count > 1 else {}
         prepared.specialized[key] = specialize_component(
             prepared.optimized[name], sources.components[name], dims=own,
-            again=[p for p in prepared.passes if p.stage == "normalize"], precision=precision, config=config,
+            again=[p for p in prepared.passes[name] if p.stage == "normalize"], precision=precision, config=config,
             samples=samples.get(name, ()), dump=dump, hooks=[timing],
         )  # fmt: skip
     return prepared.specialized[key]

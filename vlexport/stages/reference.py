@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from vlexport.frontends.sources import Sources
 
 _OF_WEIGHTS = ("arch_arg", "weights_key")
+_OF_ARITHMETIC = ("preprocess", "fold_preprocess")
+"""What a bundle's inputs mean, where its graph does a part of the preprocessing."""
 _OTHER_PREPROCESSING = "the reference records another preprocessing; both were measured on this bundle's"
 
 
@@ -63,7 +65,7 @@ def open_reference(
             "VLX0104", "a model file as reference needs torch, which is not installed", where="--reference",
             hint="pip install 'vlexport[build]', or give a bundle as reference",
         ) from error  # fmt: skip
-    sources = with_outputs_of(open_sources(reference_config(path, arch, bundle, recipe)), bundle)
+    sources = specialized_as(open_sources(reference_config(path, arch, bundle, recipe)), bundle, recipe)
     signature = sources.signature
     _require_same(path, wanted_names(bundle), ([s.name for s in signature.inputs], [s.name for s in signature.outputs]))
     yield Reference("model", sources.run)
@@ -74,20 +76,25 @@ def reference_config(
 ) -> BuildConfig:
     """How to open a reference: weights get the inputs that the bundle records, and what its recipe says of them."""
     given = {key: value for key, value in (recipe or {}).items() if key in _OF_WEIGHTS}
+    folded = {key: value for key, value in (recipe or {}).items() if key in _OF_ARITHMETIC}
+    folded = folded if folded.get("fold_preprocess") else {}
     if not arch:
-        return BuildConfig(model=path)
+        return BuildConfig(model=path, **folded)
     texts = []
     for spec in bundle.main.artifact.inputs:
         sizes = [bundle.main.dims[d].opt if isinstance(d, str) else d for d in spec.shape]
         texts.append(f"{spec.name}={'x'.join(map(str, sizes))}:{spec.dtype}")
-    return BuildConfig(model=path, arch=arch, input=tuple(texts), **given)
+    names = {text.partition("=")[0] for text in (recipe or {}).get("bake", ())}
+    texts += [text for text in (recipe or {}).get("input", ()) if text.partition("=")[0] in names]
+    return BuildConfig(model=path, arch=arch, input=tuple(texts), **given, **folded)
 
 
-def with_outputs_of(sources: Sources, bundle: Bundle) -> Sources:
-    """The reference with the outputs that a bundle was built with, where it has them."""
+def specialized_as(sources: Sources, bundle: Bundle, recipe: Mapping[str, Any] | None) -> Sources:
+    """The reference with the outputs that a bundle was built with, and the constant inputs, where it has them."""
     wanted = wanted_names(bundle)[1]
     there = {spec.name for spec in sources.signature.outputs}
-    return sources.with_outputs(wanted) if set(wanted) <= there else sources
+    sources = sources.with_outputs(wanted) if set(wanted) <= there else sources
+    return sources.with_baked((recipe or {}).get("bake", ()))
 
 
 def wanted_names(bundle: Bundle) -> tuple[list[str], list[str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
@@ -29,13 +29,23 @@ def first_samples(dataset: Dataset | None, sources: Sources, *, count: int) -> d
     if dataset is None:
         return {}
     found: dict[str, list[dict[str, Array]]] = {name: [] for name in sources.components}
-    for sample in islice(dataset, count):
-        _require_fit(sample.inputs, sources)
-        for name, inputs in sources.inputs_of(_batched(sample.inputs, sources)).items():
+    for given in islice(samples_of(dataset, sources), count):
+        for name, inputs in given.items():
             found[name].append(inputs)
     if not any(found.values()):
         raise DataError("VLX0202", "the calibration data is empty", where="--calib")
     return found
+
+
+def samples_of(dataset: Dataset, sources: Sources) -> Iterator[dict[str, dict[str, Array]]]:
+    """What each component is given on every calibration sample, with batch dim, read one by one.
+
+    Raises:
+        DataError: VLX0205 for sizes that narrowed dims do not take.
+    """
+    for sample in dataset:
+        _require_fit(sample.inputs, sources)
+        yield sources.inputs_of(_batched(sample.inputs, sources))
 
 
 def _require_fit(sample: Mapping[str, Array], sources: Sources) -> None:

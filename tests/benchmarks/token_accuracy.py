@@ -1,0 +1,242 @@
+"""What token reduction costs on real weights: the solar cells' ViT-S/14, all 2,624 photos, each method beside chance.
+
+    python -m tests.benchmarks.token_accuracy --scratch DIR --record docs/measured/tokens.json [--only NAME]
+
+Each variant is a bundle that ``vlexport build --tokens`` makes for ONNX Runtime, and gives the class token's features.
+Linear heads judge them by five folds, so that no head ever saw the photo it judges. In the first column of drops the
+heads were fitted to the features of the model *without* reduction: a reduced model in the place of a model that is
+trained. In the second they were fitted again, to the reduced features of the other folds. Both are paired: photo by
+photo against the unreduced model. Against ``random``, which keeps as many tokens whatever they show, the pairs are the
+same photos under the same heads.
+
+A variant takes about five minutes of one core. Features are kept in the scratch folder under the digest of the bundle
+that made them, so nothing is done twice, and nothing old is taken for new.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import vlexport
+from samples.solar_cells import data
+from samples.solar_cells.model import IMAGE_SIZE, VisionTransformer, load_backbone
+from tests.linear_heads import Counts, Floats, Head, folds, heads_by_fold, right
+from tests.zoo_record import write_record
+from vlexport.core.verdict import measured_drop
+
+BATCH = 8
+PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to build the model.
+
+    Attributes:
+        name: Short, and a file's name.
+        tokens: What ``--tokens`` gets; empty for none.
+        control: The variant that keeps as many tokens at random, at nearly as many MACs.
+    """
+
+    name: str
+    tokens: str = ""
+    control: str = ""
+
+
+VARIANTS = (
+    Variant(DENSE),
+    Variant("random-0.7", "random:keep=0.7,layers=4+7+10"),
+    Variant("evit-0.7", "evit:keep=0.7,layers=4+7+10", "random-0.7"),
+    Variant("evit-count-0.7", "evit:keep=0.7,layers=4+7+10,count=true", "random-0.7"),
+    Variant("tome-14", "tome:r=14", "random-0.7"),
+    Variant("tome-late", "tome:r=26,layers=4+5+6+7+8+9+10+11+12", "random-0.7"),
+    Variant("mctf-14", "mctf:r=14", "random-0.7"),
+    Variant("random-0.5", "random:keep=0.5,layers=4+7+10"),
+    Variant("evit-count-0.5", "evit:keep=0.5,layers=4+7+10,count=true", "random-0.5"),
+    Variant("tome-18", "tome:r=18", "random-0.5"),
+)
+"""By multiply-accumulates: about two thirds of the model's, then about half."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one variant does.
+
+    Attributes:
+        name: The variant's.
+        tokens: What ``--tokens`` got.
+        macs: Multiply-accumulates of one photo.
+        photos: How many were judged.
+        right: Of these, by heads that were fitted without reduction.
+        lost: Right without reduction only; ``gained``: right with it only. Same heads.
+        refit_lost: As ``lost``, by heads that were fitted to the reduced features; ``refit_gained`` likewise.
+        control: The variant at random that it is compared with, or empty.
+        control_only: Right at random only; ``only_ours``: right by this method only. Heads fitted without reduction.
+    """
+
+    name: str
+    tokens: str
+    macs: int
+    photos: int
+    right: int
+    lost: int
+    gained: int
+    refit_lost: int
+    refit_gained: int
+    control: str = ""
+    control_only: int = 0
+    only_ours: int = 0
+
+
+class ClassToken(nn.Module):
+    """``image`` ``(N, 3, 224, 224)`` to the class token's features ``(N, 384)``."""
+
+    def __init__(self, backbone: VisionTransformer) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.backbone(image)[:, 0]
+
+
+def saved(scratch: Path) -> Path:
+    """The model's file, written once."""
+    file = scratch / "class_token.pt"
+    if not file.is_file():
+        example = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
+        model = ClassToken(load_backbone()).eval()
+        vlexport.save(model, file, inputs={"image": example}, preprocess=data.PREPROCESS)
+    return file
+
+
+def built(model: Path, variant: Variant, scratch: Path) -> Path:
+    """The variant's bundle, made anew: the code may have changed."""
+    output = scratch / f"{model.stem}-{variant.name}.bundle"
+    tokens = variant.tokens or None
+    vlexport.build(vlexport.BuildConfig(model=str(model), output=str(output), tokens=tokens, profile=False, force=True))
+    return output
+
+
+def features_of(bundle: Path, photos: Sequence[data.Photo], scratch: Path, threads: int) -> tuple[Floats, int]:
+    """The features ``(photos, 384)`` that a bundle gives, and its MACs."""
+    with vlexport.load(bundle, threads=threads) as loaded:
+        file = scratch / f"features-{loaded.bundle.digest[-16:]}-{len(photos)}.npy"
+        if not file.is_file():
+            found = [loaded.run({"image": images})["output"] for images in batches(photos)]
+            part = file.with_suffix(".part.npy")
+            np.save(part, np.concatenate(found))
+            part.replace(file)
+        return np.load(file, allow_pickle=False), loaded.bundle.main.cost.macs
+
+
+def batches(photos: Sequence[data.Photo]) -> Iterator[Floats]:
+    """Preprocessed photos, some at a time."""
+    samples = data.samples(photos)
+    while chunk := list(islice(samples, BATCH)):
+        yield np.stack([sample["image"] for sample in chunk])
+
+
+class Judge:
+    """Compares variants photo by photo.
+
+    Args:
+        photos: All of them.
+        dense: Their features without reduction.
+    """
+
+    def __init__(self, photos: Sequence[data.Photo], dense: Floats) -> None:
+        self._labels: Counts = np.array([photo.label for photo in photos], np.int64)
+        self._fold = folds([photo.path.name for photo in photos])
+        self._heads: list[Head] = heads_by_fold(dense, self._labels, self._fold)
+        self._right = {DENSE: right(dense, self._labels, self._fold, self._heads)}
+
+    def row(self, variant: Variant, features: Floats, macs: int) -> Row:
+        """The variant's row; its control must have been judged before."""
+        dense = self._right[DENSE]
+        ours = right(features, self._labels, self._fold, self._heads)
+        penalties = [head.penalty for head in self._heads]
+        refitted = heads_by_fold(features, self._labels, self._fold, penalties)
+        again = right(features, self._labels, self._fold, refitted)
+        self._right[variant.name] = ours
+        other = self._right[variant.control] if variant.control else ours
+        return Row(
+            name=variant.name, tokens=variant.tokens, macs=macs, photos=len(ours), right=int(ours.sum()),
+            lost=int((dense & ~ours).sum()), gained=int((ours & ~dense).sum()),
+            refit_lost=int((dense & ~again).sum()), refit_gained=int((again & ~dense).sum()),
+            control=variant.control, control_only=int((other & ~ours).sum()), only_ours=int((ours & ~other).sum()),
+        )  # fmt: skip
+
+
+def needed(names: Sequence[str]) -> list[Variant]:
+    """The variants of these names with what they are compared with; all where none is named.
+
+    Raises:
+        KeyError: There is no such variant.
+    """
+    known = {variant.name: variant for variant in VARIANTS}
+    wanted = {DENSE}
+    for name in names or known:
+        wanted |= {name, known[name].control}
+    return [variant for variant in VARIANTS if variant.name in wanted]
+
+
+def main() -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scratch", type=Path, required=True, help="folder for models, bundles and features")
+    parser.add_argument("--record", type=Path, help="JSON file for the rows")
+    parser.add_argument("--only", action="append", default=[], help="a variant; repeatable")
+    parser.add_argument("--every", type=int, default=1, help="judge each n-th photo only, for a first look")
+    parser.add_argument("--threads", type=int, default=1, help="of ONNX Runtime")
+    given = parser.parse_args()
+    given.scratch.mkdir(parents=True, exist_ok=True)
+    model, photos = saved(given.scratch), data.photos()[:: given.every]
+    rows: list[Row] = []
+    judge: Judge | None = None
+    for variant in needed(given.only):
+        bundle = built(model, variant, given.scratch)
+        features, macs = features_of(bundle, photos, given.scratch, given.threads)
+        judge = judge or Judge(photos, features)  # the first is without reduction
+        rows.append(judge.row(variant, features, macs))
+        print(line(rows[-1]), flush=True)
+        if given.record is not None:  # each time: an hour's work is not lost with the last variant
+            versions = ", ".join(f"{name} {importlib.metadata.version(name).split('+')[0]}" for name in PACKAGES)
+            write_record(given.record, command(given), versions, rows)
+    return 0
+
+
+def command(given: argparse.Namespace) -> str:
+    """What reproduces the record; the scratch folder is the reader's own."""
+    parts = ["python -m tests.benchmarks.token_accuracy --scratch DIR", f"--record {given.record}"]
+    parts += [f"--only {name}" for name in given.only]
+    return " ".join([*parts, *([f"--every {given.every}"] if given.every != 1 else [])])
+
+
+def line(row: Row) -> str:
+    """A row for the terminal."""
+    drop, refit = (measured_drop(lost, gained, row.photos) for lost, gained in _pairs(row))
+    shown = f"{row.name:12} {row.macs / 1e9:.3f} GMACs, {100 * row.right / row.photos:.2f} % right, "
+    shown += f"drop {drop.value:.2f} ({drop.low:.2f} to {drop.high:.2f}), fitted again {refit.value:.2f}"
+    if row.control:
+        gain = measured_drop(row.only_ours, row.control_only, row.photos)
+        shown += f", over {row.control} {gain.value:+.2f} ({gain.low:+.2f} to {gain.high:+.2f})"
+    return shown
+
+
+def _pairs(row: Row) -> tuple[tuple[int, int], tuple[int, int]]:
+    return (row.lost, row.gained), (row.refit_lost, row.refit_gained)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""What token reduction gains: latency of ONNX Runtime at batch 1 against the same model built without it.
+
+    python -m tests.benchmarks.token_latency --scratch DIR --record docs/measured/tokens_latency.json
+    python -m tests.benchmarks.token_latency --scratch DIR --only deit_small_patch16_224
+    python -m tests.benchmarks.token_latency --pass-time vit_large_patch16_224
+
+Both bundles come from ``vlexport build`` with the same flags but ``--tokens``, and are measured as ``vlexport profile
+--against`` does it: interleaved rounds, each session alone in its own process, rounds in which the baseline drifts by
+more than 5 % repeated. The ratio is baseline / reduced with its 95 % interval. Weights of models of timm are random,
+which decides neither latency nor multiply-accumulates. Run it on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+import vlexport
+from samples.solar_cells import data
+from samples.solar_cells.model import IMAGE_SIZE, load_model
+from tests.benchmarks.token_accuracy import DENSE, PACKAGES, VARIANTS, Variant
+from tests.zoo_record import write_record
+from vlexport.core.bundle import read_bundle
+from vlexport.core.devices import this_machine
+from vlexport.core.errors import InternalError
+from vlexport.frontends.architecture import factory_from_text
+from vlexport.frontends.capture import capture
+from vlexport.ir.cost import cost
+from vlexport.stages.choices import passes_of
+from vlexport.stages.profile import ProfileConfig, profile
+
+SOLAR_CELLS = "solar_cells"
+DEIT = "deit_small_patch16_224"
+MODELS: dict[str, tuple[Variant, ...]] = {
+    SOLAR_CELLS: VARIANTS,
+    DEIT: (
+        Variant(DENSE),
+        Variant("evit-0.7", "evit:keep=0.7,layers=4+7+10"),
+        Variant("tome-13", "tome:r=13"),
+        Variant("mctf-16", "mctf:r=16"),
+    ),
+}
+"""Model → how it is built; the first is what the others are measured against."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant of one model.
+
+    Attributes:
+        model: A key of :data:`MODELS`.
+        name: The variant's; ``tokens`` is what ``--tokens`` got.
+        macs: Multiply-accumulates of one image; ``dense_macs`` those without reduction.
+        p50_ms: Median of one image, milliseconds; ``dense_p50_ms`` without reduction, in the same rounds.
+        ratio: Median over rounds of dense / reduced, with its 95 % interval from ``low`` to ``high``.
+        rounds: Whose control held; ``repeated`` were thrown away.
+        verdict: As ``vlexport profile`` says it.
+    """
+
+    model: str
+    name: str
+    tokens: str
+    macs: int
+    dense_macs: int
+    p50_ms: float
+    dense_p50_ms: float | None
+    ratio: float | None
+    low: float | None
+    high: float | None
+    rounds: int
+    repeated: int
+    verdict: str
+
+
+def saved(name: str, scratch: Path) -> Path:
+    """A model's file, written once."""
+    file = scratch / f"{name}.pt"
+    if file.is_file():
+        return file
+    if name == SOLAR_CELLS:
+        example = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
+        vlexport.save(
+            load_model(), file, inputs={"image": example}, preprocess=data.PREPROCESS, labels=data.LABELS
+        )  # fmt: skip
+        return file
+    torch.manual_seed(0)
+    made = factory_from_text(f"timm:{name}")
+    vlexport.save(made.module.eval(), file, inputs=made.inputs, preprocess=f"timm:{name}")
+    return file
+
+
+def built(model: Path, variant: Variant, scratch: Path) -> Path:
+    """The variant's bundle, made anew."""
+    output = scratch / f"{model.stem}-{variant.name}-timed.bundle"
+    tokens = variant.tokens or None
+    vlexport.build(vlexport.BuildConfig(model=str(model), output=str(output), tokens=tokens, profile=False, force=True))
+    return output
+
+
+def rows(model: str, scratch: Path, wanted: list[str], threads: int) -> list[Row]:
+    """Every variant against the first, one after the other."""
+    file = saved(model, scratch)
+    dense, *others = MODELS[model]
+    against = built(file, dense, scratch)
+    found = []
+    for variant in others:
+        if wanted and variant.name not in wanted:
+            continue
+        bundle = built(file, variant, scratch)
+        report = profile(ProfileConfig(bundle=bundle, against=str(against), threads=threads))
+        latency = report.latency
+        if latency is None:
+            raise InternalError("VLX0901", "profile measured nothing")
+        found.append(
+            Row(
+                model=model, name=variant.name, tokens=variant.tokens, macs=_macs(bundle), dense_macs=_macs(against),
+                p50_ms=latency.p50_ms, dense_p50_ms=latency.baseline_p50_ms, ratio=latency.ratio,
+                low=latency.ratio_low, high=latency.ratio_high, rounds=latency.rounds, repeated=latency.repeated,
+                verdict=latency.verdict,
+            )
+        )  # fmt: skip
+        print(line(found[-1]), flush=True)
+    return found
+
+
+def _macs(bundle: Path) -> int:
+    return read_bundle(bundle).main.cost.macs
+
+
+def line(row: Row) -> str:
+    """A row for the terminal."""
+    ratio = "no ratio" if row.ratio is None else f"{row.ratio:.2f}x ({row.low:.2f} to {row.high:.2f})"
+    share = 100 * (1 - row.macs / row.dense_macs)
+    return (
+        f"{row.model} {row.name}: {ratio}, {row.p50_ms:.1f} ms, {row.macs / 1e9:.3f} GMACs ({share:.1f} % fewer), "
+        f"{row.rounds} rounds, {row.repeated} repeated, {row.verdict}"
+    )
+
+
+def pass_seconds(name: str, tokens: str) -> tuple[float, int, int]:
+    """Seconds of the pass alone, on a model of timm behind every earlier pass; its MACs before and after."""
+    torch.manual_seed(0)
+    made = factory_from_text(f"timm:{name}")
+    program = capture(made.module.eval(), made.inputs, own=True).program
+    for each in passes_of(vlexport.BuildConfig(model=name, tokens=tokens)):
+        if each.stage == "tokens" and each.effect == "approximate":
+            before, started = cost(program).macs, time.perf_counter()
+            each.run(program)
+            return time.perf_counter() - started, before, cost(program).macs
+        each.run(program)
+    raise InternalError("VLX0901", f"no pass answers to --tokens {tokens}")
+
+
+def main() -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scratch", type=Path, default=Path("out"), help="folder for models and bundles")
+    parser.add_argument("--record", type=Path, help="JSON file for the rows")
+    parser.add_argument("--only", choices=MODELS, action="append", default=[], help="a model; repeatable")
+    parser.add_argument("--variant", action="append", default=[], help="a variant by name; repeatable")
+    parser.add_argument("--threads", type=int, default=0, help="of ONNX Runtime; 0 takes all cores")
+    parser.add_argument("--pass-time", metavar="MODEL", help="time the pass alone on this model of timm instead")
+    parser.add_argument("--tokens", default="evit:keep=0.7,layers=4+7+10", help="method for --pass-time")
+    given = parser.parse_args()
+    machine = this_machine()
+    print(f"{machine.cpu} ({', '.join(machine.instruction_set)}), {machine.cores} cores")
+    if given.pass_time:
+        seconds, before, after = pass_seconds(given.pass_time, given.tokens)
+        print(f"{given.pass_time}: {seconds:.2f} s, {before / 1e9:.2f} to {after / 1e9:.2f} GMACs")
+        return 0
+    given.scratch.mkdir(parents=True, exist_ok=True)
+    found = [row for model in given.only or MODELS for row in rows(model, given.scratch, given.variant, given.threads)]
+    if given.record is not None:
+        versions = ", ".join(f"{name} {version(name).split('+')[0]}" for name in PACKAGES)
+        write_record(given.record, f"python -m tests.benchmarks.token_latency --record {given.record}", versions, found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""Tables of ``docs/reduce_tokens_example.md`` from what the commands of ``tests/benchmarks/token_*.py`` recorded.
+
+Intervals are computed here from the recorded counts, and what they do not show is said in words.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vlexport.core.verdict import Measured, measured_drop
+
+MEASURED = Path(__file__).resolve().parents[1] / "docs" / "measured"
+DENSE = "dense"
+
+
+def recorded(name: str) -> dict[str, Any]:
+    """A record, or one without rows where nothing was recorded yet."""
+    file = MEASURED / f"{name}.json"
+    if not file.is_file():
+        return {"rows": []}
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def drop(row: dict[str, Any]) -> Measured:
+    """The paired drop under heads that were fitted without reduction, in points."""
+    return measured_drop(row["lost"], row["gained"], row["photos"])
+
+
+def refitted(row: dict[str, Any]) -> Measured:
+    """The paired drop under heads that were fitted again."""
+    return measured_drop(row["refit_lost"], row["refit_gained"], row["photos"])
+
+
+def gain(row: dict[str, Any]) -> Measured:
+    """What the method is right on more often than the control at random, in points."""
+    return measured_drop(row["only_ours"], row["control_only"], row["photos"])
+
+
+def accuracy(record: dict[str, Any], latency: dict[str, Any]) -> str:
+    """One line a variant, and which of them chance would have done as well."""
+    rows = record["rows"]
+    ratios = {row["tokens"]: row for row in latency["rows"] if row["model"] == "solar_cells"}
+    lines = [
+        _source(record), "",
+        "| `--tokens` | GMACs | photos | right | drop, points (95 %) | heads fitted again | over random | latency |",
+        "|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for row in rows:
+        right = f"{100 * row['right'] / row['photos']:.1f} %"
+        cells = [
+            f"`{row['tokens']}`" if row["tokens"] else "none",
+            f"{row['macs'] / 1e9:.2f}",
+            str(row["photos"]),
+            right,
+        ]
+        if row["name"] == DENSE:
+            cells += ["-", "-", "-", "-"]
+        else:
+            over = _shown(gain(row), sign="+") if row["control"] else "-"
+            cells += [_shown(drop(row)), _shown(refitted(row)), over, _ratio(ratios.get(row["tokens"]))]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", *_words(rows), "", "```csv", *_csv(rows), "```"]
+    return "\n".join(lines)
+
+
+def _words(rows: list[dict[str, Any]]) -> list[str]:
+    better, not_shown, worse = [], [], []
+    for row in rows:
+        if row["control"]:
+            low, high = gain(row).interval or (0.0, 0.0)
+            (better if low > 0 else worse if high < 0 else not_shown).append(f"`{row['tokens']}`")
+    said = []
+    if better:
+        said.append(f"Better than chance at its rate: {', '.join(better)}.")
+    if not_shown:
+        said.append(
+            f"**Not shown to be better than chance** (the interval over `random` holds zero): {', '.join(not_shown)}."
+        )
+    if worse:
+        said.append(f"**Worse than chance** at its rate: {', '.join(worse)}.")
+    return [" ".join(said)]
+
+
+def _csv(rows: list[dict[str, Any]]) -> list[str]:
+    lines = ["name,gmacs,accuracy,drop,drop_low,drop_high,refit_drop,over_random,over_random_low,over_random_high"]
+    for row in rows:
+        first, again, over = drop(row), refitted(row), gain(row)
+        figures = [
+            row["macs"] / 1e9,
+            100 * row["right"] / row["photos"],
+            first.value,
+            first.low,
+            first.high,
+            again.value,
+        ]
+        figures += [over.value, over.low, over.high] if row["control"] else []
+        cells = [f"{figure:.3f}" for figure in figures if figure is not None]
+        lines.append(",".join([row["name"], *cells, *[""] * (9 - len(cells))]))
+    return lines
+
+
+def latency(record: dict[str, Any]) -> str:
+    """One line a model and variant."""
+    lines = [
+        _source(record), "",
+        "| model | `--tokens` | GMACs | fewer | ms | ratio over the same build without (95 %) | rounds |",
+        "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for row in record["rows"]:
+        macs = f"{row['dense_macs'] / 1e9:.2f} → {row['macs'] / 1e9:.2f}"
+        fewer = f"{100 * (1 - row['macs'] / row['dense_macs']):.1f} %"
+        times = f"{row['dense_p50_ms']:.1f} → {row['p50_ms']:.1f}"
+        cells = [row["model"], f"`{row['tokens']}`", macs, fewer, times, _ratio(row), str(row["rounds"])]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def heatmaps(record: dict[str, Any]) -> str:
+    """One line a variant."""
+    lines = [
+        _source(record), "",
+        "| `--tokens` | GMACs | photos | mean correlation | median | 5 % lie below | lowest |",
+        "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for row in record["rows"]:
+        macs = f"{row['dense_macs'] / 1e9:.2f} → {row['macs'] / 1e9:.2f}"
+        figures = [f"{row[name]:.3f}" for name in ("mean", "median", "lowest_5_percent", "lowest")]
+        lines.append("| " + " | ".join([f"`{row['tokens']}`", macs, str(row["photos"]), *figures]) + " |")
+    return "\n".join(lines)
+
+
+def _shown(found: Measured, sign: str = "") -> str:
+    return f"{found.value:{sign}.2f} ({found.low:{sign}.2f} to {found.high:{sign}.2f})"
+
+
+def _ratio(row: dict[str, Any] | None) -> str:
+    if row is None or row["ratio"] is None:
+        return "not measured"
+    return f"{row['ratio']:.2f}× ({row['low']:.2f} to {row['high']:.2f})"
+
+
+def _source(record: dict[str, Any]) -> str:
+    machine = record["machine"]
+    where = f"{machine['cpu']} ({machine['cores']} cores)"
+    return f"{record['date']}, {where}, by `{record['command']}`, with {record['versions']}."
+
+
+TABLES = {
+    "tokens": lambda: accuracy(recorded("tokens"), recorded("tokens_latency")),
+    "token_heatmaps": lambda: heatmaps(recorded("token_heatmaps")),
+    "tokens_latency": lambda: latency(recorded("tokens_latency")),
+}
+"""Record → its table."""
