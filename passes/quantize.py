@@ -45,7 +45,7 @@ from vlexport.passes.quantization.decisions import Decisions, LayerDecision
 from vlexport.passes.statistic import Statistic
 
 Emit = Callable[[Program, Decisions, Mapping[str, Node], LayerDecision], Change]
-"""Spells one decision in a Program: the target's. Nodes are those of the Program before anything was spelled, by key."""
+"""Spells one decision in a Program: the target's. Nodes are those of the Program before any was spelled, by key."""
 
 
 def _split(value: object) -> object:

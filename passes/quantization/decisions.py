@@ -84,9 +84,9 @@ class Decisions(Frozen):
             weight = f" x {layer.weight}, bias {layer.bias}" if layer.weight else ""
             output = f" -> {layer.output}" if layer.output else ""
             lines.append(f"{layer.op} {layer.call} in {layer.module}: {', '.join(layer.operands)}{weight}{output}")
-        for value in self.values:
-            lines.append(
-                f"{value.value}: {value.low:.4g}…{value.high:.4g} {value.type} scale {value.scale:.4g} "
-                f"zero {value.zero_point}{' for all readers' if value.for_all else ''}"
-            )
+        lines += [
+            f"{value.value}: {value.low:.4g}…{value.high:.4g} {value.type} scale {value.scale:.4g} "
+            f"zero {value.zero_point}{' for all readers' if value.for_all else ''}"
+            for value in self.values
+        ]
         return "\n".join(lines) + "\n"

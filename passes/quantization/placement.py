@@ -58,7 +58,9 @@ class Placement:
     refused: dict[Node, str]
 
 
-def place(program: Program, scheme: QuantScheme, *, keep: Sequence[str] = (), refuse: Refuse = lambda _: "") -> Placement:
+def place(
+    program: Program, scheme: QuantScheme, *, keep: Sequence[str] = (), refuse: Refuse = lambda _: ""
+) -> Placement:
     """Place quantization.
 
     Args:

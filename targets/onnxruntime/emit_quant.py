@@ -40,10 +40,12 @@ def emit_quant(program: Program, decisions: Decisions, nodes: Mapping[str, Node]
     values = decisions.by_value()
     node = nodes[layer.call]
     if layer.op == "linear" and node.meta["val"].ndim != 2:
-        node = _as_rows(program, node, nodes[layer.operands[0]], values[layer.operands[0]])
+        node = _as_rows(program, node, values[layer.operands[0]])
     else:
-        for key in layer.operands:
-            _feed(program, nodes[key], values[key], node)
+        for position, key in enumerate(layer.operands):
+            operand = dialect.operands(node)[position]
+            if operand.target is not DEQUANTIZE:
+                _feed(program, operand, values[key], node)
     if layer.weight:
         _store(program, node, layer, values[layer.operands[0]])
     if layer.output:
@@ -64,9 +66,10 @@ def _feed(program: Program, value: Node, decision: ValueDecision, reader: Node) 
             each.replace_input_with(value, rounded)
 
 
-def _as_rows(program: Program, node: Node, value: Node, decision: ValueDecision) -> Node:
+def _as_rows(program: Program, node: Node, decision: ValueDecision) -> Node:
     """A linear over rows in place of ``node``: its input is reshaped as integers, its result back."""
-    rounded = _rounded(program, value, decision)
+    value = dialect.operands(node)[0]
+    rounded = value if value.target is DEQUANTIZE else _rounded(program, value, decision)
     stored, scale, point = rounded.args[:3]
     assert isinstance(stored, Node)
     width = [-1, value.meta["val"].shape[-1]]
