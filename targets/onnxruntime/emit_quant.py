@@ -146,7 +146,7 @@ def _store(program: Program, node: Node, layer: LayerDecision, value: ValueDecis
         floating = was.detach().double().numpy() if was is not None else np.zeros(array.shape[0])
         points = np.zeros(scales.shape, np.int32)
         steps = quantize(floating, scales, points, INT32, axis=0)
-        called = str(bias.target) if was is not None else f"{name}_bias"
+        called = str(bias.target) if isinstance(bias, Node) else f"{name}_bias"
         fresh["bias"] = _stored(program, node, called, steps, scales, points)
     operands = [fresh.get(key, each) for key, each in given.items()]
     assert isinstance(node.target, torch._ops.OpOverload)

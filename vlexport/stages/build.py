@@ -231,6 +231,9 @@ def _measured(
         except CapabilityError as error:  # of the plain export's making: ours has passed its golden check
             latency = measured(baseline=None)
             report = _with_notes(report, f"no ratio: the plain export of this model does not run, {error.message}")
+    if order.brief.precision in INTEGER_PRECISIONS and latency.ratio is not None and latency.ratio < 1.0:
+        slower = f"{order.brief.precision} is slower here than the plain fp32 export: {latency.ratio:.2f}x its speed"
+        report = _with_notes(report, f"{slower}; build with --precision fp32")
     return bundle, report.model_copy(update={"latency": latency})
 
 

@@ -9,6 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from vlexport.calibration.calibrate import calibrate
 from vlexport.calibration.table import TABLE_FILE, CalibrationTable, write_table
 from vlexport.core.artifact import Array
@@ -32,7 +35,7 @@ from vlexport.stages.component import Optimized, in_order
 from vlexport.targets.base import Brief, Target
 
 DECISIONS_FILE = "quantization.json"
-PROBES = 4
+PROBES = 8
 """Calibration samples that the gate judges on."""
 
 
@@ -123,13 +126,24 @@ def quantize_component(
         )  # fmt: skip
     gate = None
     if optimized.probes is not None:
-        judged = [Probe(f"calibration sample {i}", in_order(source.program, each)) for i, each in enumerate(probes)]
+        judged = _stacked(source, [in_order(source.program, each) for each in probes])
         gate = NumericGate(program, judged, sighted=True)
     watching = [*hooks, *([DumpHook(dump)] if dump is not None else [])]
     after, records = run_pipeline(program, [pass_], gate=gate, hooks=watching)
     notes = (*optimized.notes, *_notes(decisions, table, scheme, len(records[0].near_misses)))
     made = replace(optimized, program=after, records=(*optimized.records, *records), notes=notes, reference=after)
     return Quantized(made, table, decisions)
+
+
+def _stacked(source: Source, rows: Sequence[tuple[Tensor, ...]]) -> list[Probe]:
+    """All samples as one probe where the batch is dynamic and they are of one size: the ratio is that of all of them.
+
+    A single sample whose true answer lies near 0 has a small ratio however little is lost.
+    """
+    dynamic = all(spec.shape and isinstance(spec.shape[0], str) for spec in source.program.signature.inputs)
+    if dynamic and len({tuple(value.shape for value in row) for row in rows}) == 1:
+        return [Probe("calibration samples", tuple(map(torch.cat, zip(*rows, strict=True))))]
+    return [Probe(f"calibration sample {number}", row) for number, row in enumerate(rows)]
 
 
 def _notes(decisions: Decisions, table: CalibrationTable, scheme: QuantScheme, left: int) -> tuple[str, ...]:
