@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.fx import Node
 
 from vlexport.calibration.scales import symmetric
@@ -167,4 +166,5 @@ def _stored(program: Program, node: Node, name: str, integers: Any, scale: Any, 
 
 
 def _elements(program: Program) -> int:
-    return sum(tensor.numel() for tensor in program.used_tensors().values() if isinstance(tensor, Tensor))
+    """Stored floats, as ir/cost counts parameters."""
+    return sum(tensor.numel() for tensor in program.used_tensors().values() if tensor.is_floating_point())

@@ -152,9 +152,8 @@ def test_program_is_valid_and_decided_once_when_graphs_are_random(program: Progr
     example = program.example[0]
     try:
         found = quantizer(program, table=ranges(program, SCHEMES["static-u8s8"], example))
-    except DataError as error:
-        assert error.code == "VLX0213"
-        assume(False)
+    except DataError:
+        assume(False)  # NaN or infinite
     after = program.copy()
     changes, _ = found.run(after)
     verify(after, made_by="quantize")
