@@ -43,7 +43,7 @@ def sqnr(pass_: Quantize, program: Program, image: Tensor) -> float:
 def test_text_is_golden_when_convolutions_and_linears_are_quantized(mixed: Program, table: CalibrationTable) -> None:
     checked = check_pass(quantizer(mixed, table=table), mixed, golden="quantize", expect_changes=6)
     assert {c.what for c in checked.changes} == {"conv2d in uint8 x int8", "linear in uint8 x int8"}
-    assert not checked.misses
+    assert not checked.near_misses
 
 
 def test_decisions_are_golden_and_norm_and_sum_stay_in_float(mixed: Program, table: CalibrationTable) -> None:
@@ -146,8 +146,8 @@ def test_gate_names_the_pass_when_too_much_is_lost(mixed: Program, table: Calibr
     assert (error.value.code, "pass quantize costs more" in error.value.message) == ("VLX0401", True)
 
 
-@settings(max_examples=200, suppress_health_check=list(HealthCheck))
-@given(programs(including=("linear",)))
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(programs(most=5, including=("linear",)))
 def test_program_is_valid_and_decided_once_when_graphs_are_random(program: Program) -> None:
     example = program.example[0]
     try:

@@ -47,7 +47,7 @@ from vlexport.stages.naive import plain_export
 from vlexport.stages.order import Order, configs_of, order_of
 from vlexport.stages.prepare import Prepared, dump_of, pass_seconds, prepare, specialized
 from vlexport.stages.profile import QUICK, Measurable, measure_latency
-from vlexport.stages.quantized import PROBES, quantize_component
+from vlexport.stages.quantized import PROBES, quantize_component, require_single
 from vlexport.stages.tune import Subject, Tuned, autotune
 from vlexport.stages.validate import judge_gates, measure_accuracy, skipped_phrase
 from vlexport.stages.whole_model import first_samples, opt_inputs, whole_goldens
@@ -122,6 +122,7 @@ def build_prepared(order: Order, prepared: Prepared, folder: Path, reporter: Rep
                 dump = dump_of(config, sources, name, target.id)
                 shared = specialized(prepared, sources, name, dims, brief.precision, config, dump, timing)
                 if brief.precision in INTEGER_PRECISIONS:
+                    require_single(sources)
                     assert prepared.calibration is not None
                     probes = first_samples(prepared.calibration, sources, count=PROBES)[name]
                     quantized = quantize_component(

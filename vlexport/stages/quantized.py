@@ -15,7 +15,7 @@ from torch import Tensor
 from vlexport.calibration.calibrate import calibrate
 from vlexport.calibration.table import TABLE_FILE, CalibrationTable, write_table
 from vlexport.core.artifact import Array
-from vlexport.core.bundle_schema import canonical_json
+from vlexport.core.bundle_schema import canonical_json, plain_json
 from vlexport.core.cache import Cache
 from vlexport.core.config import BuildConfig
 from vlexport.core.dataset import Dataset
@@ -24,6 +24,7 @@ from vlexport.core.errors import CapabilityError, UsageError
 from vlexport.core.progress import Reporter
 from vlexport.core.scheme import QuantScheme, choose_scheme
 from vlexport.frontends.source import Source
+from vlexport.frontends.sources import Sources
 from vlexport.passes.gate import NumericGate
 from vlexport.passes.pipeline import DumpHook, Hook, run_pipeline
 from vlexport.passes.probes import Probe
@@ -56,7 +57,7 @@ class Quantized:
     def write(self, folder: Path) -> None:
         """Put both tables into a bundle."""
         write_table(self.table, folder / TABLE_FILE)
-        text = canonical_json(self.decisions)
+        text = canonical_json(plain_json(self.decisions))
         (folder / DECISIONS_FILE).write_text(f"{text}\n", encoding="utf-8", newline="\n")
 
 
@@ -74,6 +75,19 @@ def require_calibrated(config: BuildConfig, brief: Brief, target: Target) -> Qua
             hint="add --calib DATA: some hundred unlabelled samples like those of later use",
         )  # fmt: skip
     return choose_scheme(target.schemes(), brief.precision, brief.device, this_machine())
+
+
+def require_single(sources: Sources) -> None:
+    """Refuse a model of several components, whose samples are those of the whole.
+
+    Raises:
+        CapabilityError: VLX0502.
+    """
+    if sources.only is None:
+        raise CapabilityError(
+            "VLX0502", f"a model of several components ({', '.join(sources.components)}) is not quantized in this version",
+            where="--precision", hint="build it with --precision fp32, or each component as a model of its own",
+        )  # fmt: skip
 
 
 def quantize_component(
