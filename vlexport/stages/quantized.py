@@ -85,7 +85,8 @@ def require_single(sources: Sources) -> None:
     """
     if sources.only is None:
         raise CapabilityError(
-            "VLX0502", f"a model of several components ({', '.join(sources.components)}) is not quantized in this version",
+            "VLX0502",
+            f"a model of several components ({', '.join(sources.components)}) is not quantized in this version",
             where="--precision", hint="build it with --precision fp32, or each component as a model of its own",
         )  # fmt: skip
 
