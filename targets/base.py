@@ -22,9 +22,13 @@ from vlexport.core.preprocess import Preprocess
 from vlexport.core.scheme import QuantScheme
 
 if TYPE_CHECKING:
+    from torch.fx import Node
+
+    from vlexport.core.bundle_schema import Change
     from vlexport.ir.program import Program
     from vlexport.passes.base import Pass
     from vlexport.passes.level import Level
+    from vlexport.passes.quantization.decisions import Decisions, LayerDecision
 
 
 API_VERSION = 1
@@ -176,6 +180,25 @@ class Target(abc.ABC):
     def program_passes(self, brief: Brief) -> Sequence[Pass[Program]]:
         """Passes that spell the Program as this target wants it, run last."""
         return ()
+
+    def emit_quant(
+        self, program: Program, decisions: Decisions, nodes: Mapping[str, Node], layer: LayerDecision
+    ) -> Change:
+        """Spell one quantized call as this target wants it; see :mod:`vlexport.passes.quantize`.
+
+        Args:
+            program: Changed in place.
+            decisions: All of them.
+            nodes: Key → node, of the Program before any was spelled.
+            layer: The call.
+
+        Raises:
+            CapabilityError: VLX0502 for a target that runs no integers.
+        """
+        raise CapabilityError(
+            "VLX0502", f"{self.id} does not run integers in this version", where="--precision",
+            hint=f"it runs: {', '.join(self.precisions)}",
+        )  # fmt: skip
 
     def lowered_passes(self, options: Frozen) -> Sequence[Pass[Any]]:
         """Passes over what ``lower`` makes, run before it is written: those of ``lowered`` that the options turn on.

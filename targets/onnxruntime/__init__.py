@@ -1,4 +1,4 @@
-"""onnxruntime: ONNX for CPU boxes (fp32; fp16 to halve the weights)."""
+"""onnxruntime: ONNX for CPU boxes (fp32; int8 with calibration samples; fp16 to halve the weights)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,12 @@ from vlexport.targets.base import Brief, LoweredPass, Probe, Target
 from vlexport.targets.onnx.providers import CPU, PROVIDERS, missing_provider
 
 if TYPE_CHECKING:
+    from torch.fx import Node
+
+    from vlexport.core.bundle_schema import Change
     from vlexport.ir.program import Program
     from vlexport.passes.level import Level
+    from vlexport.passes.quantization.decisions import Decisions, LayerDecision
 
 
 _FP16_NOTE = "asked for; weights take half the space, the CPU provider computes most of it in fp32 and gains no speed"
@@ -82,7 +86,7 @@ class OnnxRuntimeTarget(Target):
 
     id: ClassVar[str] = "onnxruntime"
     summary: ClassVar[str] = "ONNX model for ONNX Runtime on CPUs"
-    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16")
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "int8")
     precision_reason: ClassVar[str] = "the CPU provider computes in fp32"
     Options: ClassVar[type[Frozen]] = OnnxRuntimeOptions
     session_entry: ClassVar[str] = "vlexport.targets.onnxruntime.session:open_session"
@@ -132,6 +136,14 @@ class OnnxRuntimeTarget(Target):
             )  # fmt: skip
         precision, reason = super().choose_precision(wished)
         return precision, _FP16_NOTE if precision == "fp16" else reason
+
+    def emit_quant(
+        self, program: Program, decisions: Decisions, nodes: Mapping[str, Node], layer: LayerDecision
+    ) -> Change:
+        """As integer kernels want it."""
+        from vlexport.targets.onnxruntime.emit_quant import emit_quant
+
+        return emit_quant(program, decisions, nodes, layer)
 
     def problems(self, program: Program, brief: Brief) -> Sequence[VlexportError]:
         """Calls that torch's exporter refuses, or the opset has no spelling for."""

@@ -140,7 +140,7 @@ OPTIONS: list[tuple[str, int, str, tuple[str, ...], str]] = [
     ("max-drop-without-data", 2, "VLX0804", ("--max-drop", "0.5"), "--data DATA"),
     ("max-drop-negative", 2, "VLX0703", ("--max-drop", "-1"), "--max-drop"),
     ("precision", 2, "VLX0703", ("--precision", "fp23"), "did you mean 'fp32'?"),
-    ("precision-not-run", 4, "VLX0502", ("--precision", "int8"), "fp32"),
+    ("precision-not-run", 4, "VLX0502", ("--precision", "fp8"), "fp32"),
     ("device", 2, "VLX0703", ("--for", "cpu-x86-avx"), "did you mean 'cpu-x86-avx2'"),
     ("seed", 2, "VLX0703", ("--seed", "99999999999999999999"), "--seed"),
     ("threads", 2, "VLX0703", ("--threads", "99999999999"), "--threads"),

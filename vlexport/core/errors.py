@@ -67,6 +67,7 @@ CODES: dict[str, str] = {
     "VLX0215": "the calibration table cannot be used",
     "VLX0216": "a selection of tokens needs calibration samples",
     "VLX0217": "a calibration sample cannot be used",
+    "VLX0218": "a quantized precision needs calibration samples",
     # 03: capture
     "VLX0301": "the model is in train mode",
     "VLX0302": "the example inputs do not fit the model",

@@ -29,6 +29,7 @@ from vlexport.passes.base import Pass
 from vlexport.passes.pipeline import TimingHook
 from vlexport.report.write import new_report, write_report
 from vlexport.stages.choices import (
+    INTEGER_PRECISIONS,
     lowered_passes_of,
     options_of,
     output_of,
@@ -46,9 +47,10 @@ from vlexport.stages.naive import plain_export
 from vlexport.stages.order import Order, configs_of, order_of
 from vlexport.stages.prepare import Prepared, dump_of, pass_seconds, prepare, specialized
 from vlexport.stages.profile import QUICK, Measurable, measure_latency
+from vlexport.stages.quantized import PROBES, quantize_component, require_single
 from vlexport.stages.tune import Subject, Tuned, autotune
 from vlexport.stages.validate import judge_gates, measure_accuracy, skipped_phrase
-from vlexport.stages.whole_model import opt_inputs, whole_goldens
+from vlexport.stages.whole_model import first_samples, opt_inputs, whole_goldens
 from vlexport.stages.write_bundle import golden_tolerance, require_free, staging, write_bundle
 
 
@@ -119,6 +121,17 @@ def build_prepared(order: Order, prepared: Prepared, folder: Path, reporter: Rep
             with sources.named(name):
                 dump = dump_of(config, sources, name, target.id)
                 shared = specialized(prepared, sources, name, dims, brief.precision, config, dump, timing)
+                if brief.precision in INTEGER_PRECISIONS:
+                    require_single(sources)
+                    assert prepared.calibration is not None
+                    probes = first_samples(prepared.calibration, sources, count=PROBES)[name]
+                    quantized = quantize_component(
+                        shared, sources.components[name], target=target, brief=brief, config=config,
+                        samples=prepared.calibration, probes=probes, dump=dump and dump / "quantized", hooks=[timing],
+                        cache=prepared.cache, reporter=reporter,
+                    )  # fmt: skip
+                    quantized.write(folder)
+                    shared = quantized.optimized
                 optimized[name] = legalize_component(
                     shared, target.program_passes(brief), dump=dump and dump / "legalized", hooks=[timing]
                 )
@@ -219,6 +232,9 @@ def _measured(
         except CapabilityError as error:  # of the plain export's making: ours has passed its golden check
             latency = measured(baseline=None)
             report = _with_notes(report, f"no ratio: the plain export of this model does not run, {error.message}")
+    if order.brief.precision in INTEGER_PRECISIONS and latency.ratio is not None and latency.ratio < 1.0:
+        slower = f"{order.brief.precision} is slower here than the plain fp32 export: {latency.ratio:.2f}x its speed"
+        report = _with_notes(report, f"{slower}; build with --precision fp32")
     return bundle, report.model_copy(update={"latency": latency})
 
 

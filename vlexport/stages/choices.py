@@ -10,7 +10,7 @@ import importlib.metadata
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 from torch import Tensor
@@ -34,10 +34,15 @@ from vlexport.stages.validate import TIMED
 from vlexport.targets import offered_targets
 from vlexport.targets.base import Target
 
+if TYPE_CHECKING:
+    from vlexport.passes.quantize import QuantizeOptions
+
 HALF_PRECISIONS = ("fp16", "bf16")
 """Precisions that a pass types the Program to."""
-PRECISION_PASSES = ("cast-floats",)
-"""Passes that run with one of them."""
+INTEGER_PRECISIONS = ("int8",)
+"""Precisions for which values become integers."""
+PRECISION_PASSES = {"cast-floats": HALF_PRECISIONS, "quantize": INTEGER_PRECISIONS}
+"""Passes that run with a precision → with which."""
 
 
 def model_name_of(config: BuildConfig) -> str:
@@ -132,7 +137,8 @@ def _tokens_pass(
 
 def _flag_of(name: str) -> str:
     """The flag that lets a pass run that only runs on request."""
-    return f"--precision {' or '.join(HALF_PRECISIONS)}" if name in PRECISION_PASSES else flag_of(name)
+    precisions = PRECISION_PASSES.get(name)
+    return flag_of(name) if precisions is None else f"--precision {' or '.join(precisions)}"
 
 
 def precision_passes_of(
@@ -159,6 +165,19 @@ def precision_passes_of(
             where="--set", hint="leave that --set out",
         )  # fmt: skip
     return [CastFloats(_typed(CastFloatsOptions, values, CastFloats.name), samples=samples)]
+
+
+def quantize_options_of(config: BuildConfig) -> QuantizeOptions:
+    """Options of quantize.
+
+    Raises:
+        UsageError: VLX0703.
+    """
+    from vlexport.passes.quantize import Quantize, QuantizeOptions
+
+    found = _typed(QuantizeOptions, config.scoped_options(Quantize.name), Quantize.name)
+    assert isinstance(found, QuantizeOptions)
+    return found
 
 
 def options_of(config: BuildConfig, target: Target) -> Frozen:
@@ -197,7 +216,7 @@ def scopes_of(config: BuildConfig, target: Target) -> list[str]:
 
 def _scopes(config: BuildConfig, target: Target, options: Frozen) -> list[str]:
     wished = target.precisions[0] if config.precision in (None, "auto") else config.precision
-    requested = [*(PRECISION_PASSES if wished in HALF_PRECISIONS else ())]
+    requested = [name for name, precisions in PRECISION_PASSES.items() if wished in precisions]
     if config.tokens is not None:
         requested.append(tokens_from_text(config.tokens).pass_name)
     running = [each.name for each in target.lowered if getattr(options, each.option)]

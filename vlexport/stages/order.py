@@ -9,7 +9,17 @@ from vlexport.core.config import BuildConfig
 from vlexport.core.device_profiles import device_profiles
 from vlexport.core.errors import CapabilityError, UsageError, VlexportError
 from vlexport.core.verdict import Gate
-from vlexport.stages.choices import gates_of, model_name_of, options_of, precision_of, profile_of, scopes_of
+from vlexport.stages.choices import (
+    INTEGER_PRECISIONS,
+    gates_of,
+    model_name_of,
+    options_of,
+    precision_of,
+    profile_of,
+    quantize_options_of,
+    scopes_of,
+)
+from vlexport.stages.quantized import require_calibrated
 from vlexport.stages.tune import axes_of
 from vlexport.stages.validate import TIMED
 from vlexport.targets import open_target, target_names
@@ -54,6 +64,9 @@ def order_of(config: BuildConfig) -> Order:
     precision, reason = precision_of(config, target)
     gates = gates_of(config)
     brief = Brief(options_of(config, target), profile_of(config, target), precision, config.threads)
+    if precision in INTEGER_PRECISIONS:
+        require_calibrated(config, brief, target)
+        quantize_options_of(config)
     target.require_tools(brief)
     probe = target.probe_for(brief)
     require_judged(gates, target, probe)

@@ -1,0 +1,1 @@
+"""What quantize decides: which calls, at which scales."""

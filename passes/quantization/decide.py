@@ -1,0 +1,92 @@
+"""decide: scales for what is placed, from calibrated ranges; and which values have to be calibrated for that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch.fx import Node
+
+from vlexport.calibration.collect import Want, Wanted
+from vlexport.calibration.keys import value_keys
+from vlexport.calibration.scales import Scaling, affine, symmetric
+from vlexport.calibration.table import ValueEntry
+from vlexport.core.artifact import Array
+from vlexport.core.grids import GRIDS
+from vlexport.core.scheme import QuantScheme, TensorRule
+from vlexport.ir import dialect, provenance
+from vlexport.ir.program import Program
+from vlexport.passes.quantization.decisions import Decisions, LayerDecision, ValueDecision
+from vlexport.passes.quantization.placement import Placement, place
+
+
+def wanted_values(program: Program, scheme: QuantScheme, *, keep: Sequence[str] = ()) -> Wanted:
+    """Which values need a range."""
+    placed = place(program, scheme, keep=keep)
+    values = {*placed.integers, *(each for layer in placed.layers for each in layer.operands)}
+    return lambda node: Want() if node in values else None
+
+
+def decide(
+    program: Program, scheme: QuantScheme, ranges: Mapping[str, ValueEntry], *, keep: Sequence[str] = ()
+) -> tuple[Decisions, Placement]:
+    """Decide everything.
+
+    Args:
+        program: In float; the one that was calibrated.
+        scheme: What the target wants.
+        ranges: Key of a value → its range.
+        keep: Patterns of module paths that stay in float.
+
+    Returns:
+        The decisions, and the placement that they rest on, with the reasons for what stays in float.
+    """
+    keys = value_keys(program)
+
+    def refuse(node: Node) -> str:
+        entry = ranges.get(keys.get(node, ""))
+        what = dialect.plain_name(node) if node.op == "call_function" else f"input {node.name}"
+        if entry is None:
+            return f"no range was measured for {what}"
+        if entry.low == entry.high:
+            return f"{what} is {entry.low:g} on all calibration samples: its range on others is unknown"
+        return ""
+
+    placed = place(program, scheme, keep=keep, refuse=refuse)
+    rules: dict[Node, TensorRule] = {}
+    layers = []
+    for layer in placed.layers:
+        assert layer.rule.activation is not None
+        for node in (*layer.operands, *([layer.output] if layer.output is not None else [])):
+            rules.setdefault(node, layer.rule.activation)
+        weight = layer.rule.weight
+        layers.append(
+            LayerDecision(
+                call=keys[layer.node], op=dialect.plain_name(layer.node), module=provenance.module_path(layer.node),
+                operands=tuple(keys[node] for node in layer.operands),
+                weight=weight.type if weight is not None else "", bias=layer.rule.bias,
+                output=keys[layer.output] if layer.output is not None else "",
+            )
+        )  # fmt: skip
+    for node in placed.integers:
+        if node not in rules:
+            rules[node] = next(rules[each] for each in placed.groups[node] if each in rules)
+    order = [node for node in (*program.placeholders, *program.calls()) if node in rules]
+    values = [_value(node, rules[node], placed, keys, ranges) for node in order]
+    return Decisions(scheme=scheme.id, layers=tuple(layers), values=tuple(values)), placed
+
+
+def scaling(low: float | Array, high: float | Array, rule: TensorRule) -> Scaling:
+    """Scale and zero point of a range by a rule."""
+    return (symmetric if rule.symmetric else affine)(low, high, GRIDS[rule.type])
+
+
+def _value(
+    node: Node, rule: TensorRule, placed: Placement, keys: Mapping[Node, str], ranges: Mapping[str, ValueEntry]
+) -> ValueDecision:
+    entries = [ranges[keys[each]] for each in placed.groups.get(node, (node,)) if keys[each] in ranges]
+    low, high = min(e.low for e in entries), max(e.high for e in entries)
+    made = scaling(low, high, rule)
+    return ValueDecision(
+        value=keys[node], place=ranges[keys[node]].place, low=low, high=high, type=rule.type,
+        scale=float(made.scale), zero_point=int(made.zero_point), for_all=node in placed.integers,
+    )  # fmt: skip

@@ -1,0 +1,153 @@
+"""quantize: linears and convolutions compute with 8-bit integers, at scales that calibration found.
+
+Before → after::
+
+    %0 = linear(x, @w: f32[8,8], @b)       %0 = quantize(x, scale, zero)
+    return %0                              %1 = dequantize(%0, scale, zero)
+                                      →    %2 = dequantize(@w_int8, scales, zeros, axis=0)
+                                           %3 = dequantize(@b_int32, scales · scale, zeros, axis=0)
+                                           %4 = linear(%1, %2, %3)
+                                           return %4
+
+What is quantized, and how, is one table of decisions, made from the target's scheme and the calibration table before
+anything is changed; the target spells it. Norms, softmax and residual adds stay in float.
+
+Does not apply when: the scheme has no rule for the operator, a weight or bias is computed, no range was measured, a
+value is constant on all calibration samples, or the module is kept.
+Equation: q = saturate(round(x / scale) + zero); x' = (q - zero) · scale, with scale = (high - low) / 255 for uint8 and
+max|w| / 127 (7 bits: 63) a channel for weights.
+Options: see :class:`QuantizeOptions`.
+Numerical effect: rounding to 8 bits (weights to 7 where the processor's products saturate). Judged by the signal to
+noise ratio of every output on calibration samples.
+Source: Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference,
+2018; ONNX Runtime's documentation, Quantize ONNX models, for the form with explicit quantize and dequantize operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, ClassVar
+
+from pydantic import BeforeValidator, Field
+from torch.fx import Node
+
+from vlexport.calibration.keys import value_keys
+from vlexport.calibration.methods import Method, MethodName
+from vlexport.calibration.table import ValueEntry
+from vlexport.core.artifact import Frozen
+from vlexport.core.errors import UsageError, nearest
+from vlexport.core.scheme import QuantScheme
+from vlexport.ir import provenance
+from vlexport.ir.program import Program
+from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
+from vlexport.passes.quantization.decide import decide
+from vlexport.passes.quantization.decisions import Decisions, LayerDecision
+from vlexport.passes.statistic import Statistic
+
+Emit = Callable[[Program, Decisions, Mapping[str, Node], LayerDecision], Change]
+"""Spells one decision in a Program: the target's. Nodes are those of the Program before any was spelled, by key."""
+
+
+def _split(value: object) -> object:
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+class QuantizeOptions(Frozen):
+    """Options of quantize.
+
+    Attributes:
+        method: How ranges follow from what calibration saw: min-max, moving-average, percentile, entropy, mse.
+        percentile: Of the method percentile: how many percent of all values lie inside the range.
+        keep: Modules that stay in float, with commas between; blocks.*.attn names one of every block, and what lies in
+            it.
+        min_samples: Calibration samples that are needed.
+        min_sqnr_db: Least signal to noise ratio of an output on calibration samples.
+    """
+
+    method: MethodName = "min-max"
+    percentile: Annotated[float, Field(gt=50.0, le=100.0)] = 99.99
+    keep: Annotated[tuple[str, ...], BeforeValidator(_split)] = ()
+    min_samples: int = Field(default=16, ge=1)
+    min_sqnr_db: float = Field(default=10.0, ge=0.0, le=200.0)
+
+    def calibration_method(self) -> Method:
+        """How ranges are chosen."""
+        return Method(name=self.method, percentile=self.percentile)
+
+
+class Quantize(Pass[Program]):
+    """Linears and convolutions compute with 8-bit integers, at scales that calibration found."""
+
+    name: ClassVar[str] = "quantize"
+    stage: ClassVar[Stage] = "precision"
+    effect: ClassVar[Effect] = "approximate"
+    Options: ClassVar[type[Frozen]] = QuantizeOptions
+    options: QuantizeOptions
+
+    def __init__(
+        self,
+        options: Frozen | None = None,
+        *,
+        scheme: QuantScheme | None = None,
+        ranges: Mapping[str, ValueEntry] | None = None,
+        emit: Emit | None = None,
+    ) -> None:
+        """Without a scheme of the target, ranges of its calibration and its way to spell them, nothing is found."""
+        super().__init__(options)
+        self.scheme = scheme
+        self.ranges = ranges or {}
+        self.emit = emit
+
+    @property
+    def statistic(self) -> Statistic:
+        """Signal to noise ratio."""
+        hint = (
+            f"keep that module in float (--set {self.name}.keep=MODULE), try another method "
+            f"(--set {self.name}.method=percentile), or accept more noise (--set {self.name}.min_sqnr_db=…)"
+        )
+        return Statistic("sqnr_db", self.options.min_sqnr_db, hint=hint)
+
+    def decisions(self, ir: Program) -> Decisions:
+        """The table for a Program that is in float still."""
+        if self.scheme is None:
+            return Decisions(scheme="")
+        return decide(ir, self.scheme, self.ranges, keep=self.options.keep)[0]
+
+    def find(self, ir: Program) -> Iterator[Match | NearMiss]:
+        """Every call that can be quantized, and why the others stay in float.
+
+        Raises:
+            UsageError: VLX0703 when ``keep`` names no module.
+        """
+        self._require_modules(ir)
+        if self.scheme is None or self.emit is None:
+            return
+        decisions, placed = decide(ir, self.scheme, self.ranges, keep=self.options.keep)
+        nodes = {key: node for node, key in value_keys(ir).items()}
+        for node, why in placed.refused.items():
+            yield NearMiss("quantized", node, why)
+        for layer in decisions.layers:
+            node = nodes[layer.call]
+            yield Match(node, (node,), (decisions, nodes, layer))
+
+    def apply(self, ir: Program, match: Match) -> Change:
+        """Let the target spell one call."""
+        assert self.emit is not None
+        decisions, nodes, layer = match.data
+        return self.emit(ir, decisions, nodes, layer)
+
+    def run(self, ir: Program, *, limit: int | None = None) -> tuple[list[Change], list[NearMiss]]:
+        """Decide once, on the Program that was calibrated, then spell call by call: keys are those of that Program."""
+        found = list(self.find(ir))
+        misses = [each for each in found if isinstance(each, NearMiss)]
+        matches = [each for each in found if isinstance(each, Match)]
+        return [self.apply(ir, match) for match in matches[:limit]], misses
+
+    def _require_modules(self, ir: Program) -> None:
+        known = {provenance.module_path(node) for node in ir.calls()}
+        for pattern in self.options.keep:
+            if not any(provenance.lies_in(node, pattern) for node in ir.calls()):
+                raise UsageError(
+                    "VLX0703", f"--set {self.name}.keep: no module is called '{pattern}'{nearest(pattern, known)}",
+                    where="--set", hint=f"modules are named as in {', '.join(sorted(known - {''})[:3])}",
+                )  # fmt: skip

@@ -1,0 +1,87 @@
+"""--precision int8: from the flag to the artifact, and what is refused on the way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir
+import pytest
+
+import vlexport
+from tests.passes.quantizing import Mixed, images
+from vlexport.calibration.table import read_table
+from vlexport.core.bundle import read_bundle
+from vlexport.core.config import BuildConfig
+from vlexport.core.errors import VlexportError
+from vlexport.stages.build import build
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("int8")
+    vlexport.save(Mixed().eval(), made / "model.pt", inputs={"image": images(2, 0)})
+    np.savez(made / "calib.npz", image=images(24, 1).numpy())
+    np.savez(made / "few.npz", image=images(5, 1).numpy())
+    return made
+
+
+def config(folder: Path, output: str, **given: Any) -> BuildConfig:
+    values = {"precision": "int8", "profile": False, "threads": 1, "calib": str(folder / "calib.npz"), **given}
+    return BuildConfig(model=str(folder / "model.pt"), output=str(folder / output), **values)
+
+
+@pytest.fixture(scope="module")
+def built(folder: Path) -> Path:
+    return build(config(folder, "int8.bundle")).output
+
+
+def test_artifact_holds_integers_and_is_verified_when_built_in_int8(built: Path) -> None:
+    bundle = read_bundle(built)
+    assert (bundle.precision, bundle.state) == ("int8", "verified")
+    record = next(each for each in bundle.main.passes if each.name == "quantize")
+    assert (record.gate.proof, record.gate.statistic) == ("statistic", "sqnr_db")
+    assert record.gate.value is not None
+    assert record.gate.value >= 30
+    assert {each.what.partition(" ")[0]: each.count for each in record.changes} == {"conv2d": 3, "linear": 3}
+    model = onnx_ir.load(built / "artifact" / "main.onnx")
+    weights = [v for v in model.graph.initializers.values() if v.shape is not None and v.shape.rank() > 1]
+    assert {v.dtype for v in weights} == {onnx_ir.DataType.INT8}
+
+
+def test_receipt_and_tables_say_what_is_in_integers(folder: Path, built: Path) -> None:
+    report = build(config(folder, "int8.bundle", force=True)).report
+    assert any("in integers: 3 conv2d, 3 linear (scheme static-u8s" in note for note in report.notes)
+    table = read_table(built / "calibration.json")
+    decisions = json.loads((built / "quantization.json").read_text(encoding="utf-8"))
+    assert table.samples == 24
+    assert {each["value"] for each in decisions["values"]} <= {each.value for each in table.values}
+    assert len(decisions["layers"]) == 6
+
+
+def test_weights_have_seven_bits_when_the_device_has_no_vnni(folder: Path) -> None:
+    made = build(config(folder, "avx2.bundle", device_profile="cpu-x86-avx2")).output
+    assert json.loads((made / "quantization.json").read_text(encoding="utf-8"))["scheme"] == "static-u8s7"
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "said"),
+    [
+        ({"calib": None}, "VLX0218", "rounds every value by the range that it has on real samples"),
+        ({"calib": "few.npz"}, "VLX0214", "5 calibration samples are too few: 16 are needed"),
+        ({"options": {"quantize.method": "median"}}, "VLX0703", "quantize.method"),
+        ({"passes": ("quantize",)}, "VLX0703", "it runs with --precision int8"),
+        ({"precision": "fp32", "options": {"quantize.keep": "up"}}, "VLX0703", "pass 'quantize' is not run"),
+        ({"target": "coreml"}, "VLX0502", "does not run int8"),
+        ({"options": {"quantize.min_sqnr_db": "90"}}, "VLX0401", "pass quantize costs more than it may"),
+    ],
+)
+def test_build_is_refused_when_int8_cannot_be(folder: Path, given: dict[str, Any], code: str, said: str) -> None:
+    if given.get("calib"):
+        given = {**given, "calib": str(folder / given["calib"])}
+    with pytest.raises(VlexportError) as error:
+        build(config(folder, "refused.bundle", **given))
+    assert (error.value.code, said in error.value.message) == (code, True), error.value.message
+    assert not (folder / "refused.bundle").exists()
