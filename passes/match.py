@@ -264,22 +264,30 @@ class Place:
     Attributes:
         reader: The call.
         position: Of the operand, in the order of the schema.
+        entry: Of the operand within a list that stands there, as of a cat; None where it stands there itself.
     """
 
     reader: Node
     position: int
+    entry: int | None = None
 
     @property
     def value(self) -> Any:
         """What stands there now."""
-        return dialect.operands(self.reader)[self.position]
+        found = dialect.operands(self.reader)[self.position]
+        return found if self.entry is None else found[self.entry]
 
 
 def place_of(value: Node, nodes: Iterable[Node]) -> Place:
     """Where one of ``nodes`` reads ``value``."""
-    return next(
-        Place(node, i) for node in nodes for i, operand in enumerate(dialect.operands(node)) if operand is value
-    )
+    return next(place for node in nodes for place in _places(node) if place.value is value)
+
+
+def _places(node: Node) -> Iterator[Place]:
+    for i, operand in enumerate(dialect.operands(node)):
+        yield Place(node, i)
+        if isinstance(operand, (list, tuple)):
+            yield from (Place(node, i, entry) for entry in range(len(operand)))
 
 
 def constant(name: str, *allowed: Any) -> Bind:

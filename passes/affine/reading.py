@@ -125,7 +125,14 @@ def read(program: Program, node: Node) -> Reading | None:
         operands = found.operands if isinstance(found, Joined) else _operands(found)
         if any(operand.meta["val"].dtype != value.dtype for operand in operands):
             return None
+    if isinstance(found, Rescaled) and not all(_is_held(each, value.dtype) for each in (found.factor, found.shift)):
+        return Refused("the scale or shift is not finite")
     return found
+
+
+def _is_held(number: Tensor | float, dtype: torch.dtype) -> bool:
+    """Whether a dtype holds a number: by a variance of 0, or one that is far too small, nothing can be divided."""
+    return bool(torch.as_tensor(number, dtype=torch.float64).to(dtype).isfinite().all())
 
 
 def _operands(found: Mapped | Rescaled | Added | Picked | Viewed) -> tuple[Node, ...]:

@@ -116,6 +116,8 @@ def _read_elsewhere(found: Trace, known: dict[Node, Any], reader: Node) -> str:
     mine[found.channels.flatten()] = True
     chain = (found.projection.node, *found.path, reader)
     for node, follower in itertools.pairwise(chain):
+        if dialect.operands(follower).count(node) > 1:  # queries that are the keys too
+            return f"the {dialect.plain_name(follower)} reads the {dialect.plain_name(node)}'s output twice"
         others = [user for user in node.users if user is not follower]
         if not all(_is_disjoint(user, known, mine) for user in others):
             return f"the {dialect.plain_name(node)}'s output is used by {len(others)} other(s)"

@@ -15,7 +15,8 @@ from vlexport.passes.match import as_number, same_shape
 
 _MUL, _DIV = ("aten.mul.Tensor", "aten.mul.Scalar"), ("aten.div.Tensor", "aten.div.Scalar")
 _ADD, _SUB = ("aten.add.Tensor", "aten.add.Scalar"), ("aten.sub.Tensor", "aten.sub.Scalar")
-STEPS = (*_MUL, *_DIV, *_ADD, *_SUB)
+_REVERSED = {"aten.rsub.Tensor": "aten.sub.Tensor", "aten.rsub.Scalar": "aten.sub.Scalar"}
+STEPS = (*_MUL, *_DIV, *_ADD, *_SUB, *_REVERSED)
 _MOVES = (
     "aten.permute.default", "aten.reshape.default", "aten.unsqueeze.default", "aten.flip.default", "aten.slice.Tensor",
     "aten.select.int", "aten.index_select.default", "aten.pad.default", "aten.constant_pad_nd.default",
@@ -86,6 +87,8 @@ class _Step:
 def _step(ir: Program, node: Node, axis: int) -> _Step | None:
     name = dialect.op_name(node)
     left, right, *rest = dialect.operands(node)
+    if name in _REVERSED:
+        left, right, name = right, left, _REVERSED[name]
     alpha = float(rest[0]) if rest else 1.0
     size, rank = int(node.meta["val"].shape[axis]), int(node.meta["val"].ndim)
     one, zero = torch.ones(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)

@@ -107,6 +107,7 @@ REFUSED: dict[str, tuple[list[str], str, str, str]] = {
     "wrong shape": (["prompt=[[1,2]]"], "VLX0707", "shape [1,2]; prompt is int64[texts,3]", "of that shape"),
     "wrong rank": (["prompt=[[[1,2,3]]]"], "VLX0707", "the value has 3 axes", "of that shape"),
     "no integer": (["task=1.5"], "VLX0707", "task is int64, which does not hold the value", "give int64"),
+    "far too large": (["task=1e30"], "VLX0707", "task is int64, which does not hold the value", "give int64"),
     "no boolean": (["mask=[1,2,0]"], "VLX0707", "mask is bool, which does not hold the value", "give bool"),
     "other dtype": (["task=float32[1]:AACAPw=="], "VLX0707", "the value is float32, task is int64", "give int64"),
     "too large": (["temperature=1e300"], "VLX0707", "infinite in float32", "float32"),
@@ -115,6 +116,7 @@ REFUSED: dict[str, tuple[list[str], str, str, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_value_is_refused_when(program: Program, case: str) -> None:
     texts, code, message, hint = REFUSED[case]
     with pytest.raises(UsageError) as caught:

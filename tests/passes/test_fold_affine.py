@@ -199,6 +199,10 @@ STAYS: dict[str, tuple[Callable[[Net, Tensor], Tensor], dict[str, bool], list[tu
     "the unscaled value is used": (
         lambda n, x: n.a(x) * n.gamma + n.a(x).relu(), {}, [("mul", "the linear's weight is used by 1 other(s)")],
     ),
+    "the queries are the keys": (
+        lambda n, x: (lambda q: F.scaled_dot_product_attention(q, q, x, scale=0.7))(n.a(x)), {},
+        [("scaled_dot_product_attention", "the scaled_dot_product_attention reads the linear's output twice")],
+    ),
     "the unscaled channels are read": (
         lambda n, x: (y := n.a(x)) * n.gamma + y.relu(), {}, [("mul", "the linear's output is used by 1 other(s)")],
     ),

@@ -62,6 +62,7 @@ FOLDED: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "a factor alone, with padding": lambda n, x: n.padded(x / n.std),
     "numbers": lambda n, x: n.patch(x * 2.0 - 1.0),
     "subtracted from": lambda n, x: n.patch(n.mean - x),
+    "subtracted from a number": lambda n, x: n.patch(1.0 - n.normal(x)),
     "a scaled shift": lambda n, x: n.patch(torch.add(x, n.mean, alpha=-2) * n.std),
     "no padding by name": lambda n, x: n.valid(n.normal(x)),
     "groups": lambda n, x: n.depthwise(n.normal(x)),

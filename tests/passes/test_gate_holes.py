@@ -54,6 +54,19 @@ def test_small_part_is_seen_when_it_vanishes_beside_large_values() -> None:
     assert "scores" in caught.value.where
 
 
+def test_pass_is_caught_when_a_weight_left_the_range_of_float32() -> None:
+    """In float64 both programs are finite and equal, and yet the artifact would compute NaN."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 2, 1, bias=False), nn.BatchNorm2d(2)).eval()
+    with torch.no_grad():
+        model[0].weight.mul_(1e20)  # type: ignore[operator]
+        model[1].weight.mul_(1e20)  # type: ignore[operator]
+    program = captured(model, torch.randn(1, 2, 4, 4) * 1e-30)
+    with pytest.raises(GateError) as caught:
+        run_pass(Reparameterize(), program, gate=gate_of(program))
+    assert caught.value.code == "VLX0401"
+
+
 class OnceWrong(Pass[Program]):
     """Wrong in its first run only: a proof by running it again would prove something else."""
 

@@ -53,6 +53,18 @@ class Halves(nn.Module):
         return torch.cat([branch(part) for branch, part in zip(self.branches, parts, strict=True)], 1)
 
 
+class Doubled(nn.Module):
+    """Its input twice, side by side, and nothing else reads it."""
+
+    def __init__(self, behind: nn.Module) -> None:
+        super().__init__()
+        self.behind = behind
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.behind(torch.cat([x, x], 1))
+        return made
+
+
 class LayerScale(nn.Module):
     """A residual branch with a scale for every channel."""
 
@@ -138,6 +150,7 @@ COLLAPSES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "joined": (Joined(conv(4, 2), conv(4, 3), conv(4, 1)), PICTURE),
     "joined, then 1×1": (Joined(conv(4, 2), conv(4, 3), behind=conv(5, 4, 1)), PICTURE),
     "joined identity": (Joined(conv(4, 2, 1), nn.Sequential(conv(4, 4, 1)), behind=nn.BatchNorm2d(6)), PICTURE),
+    "the input twice": (Doubled(conv(8, 4)), PICTURE),
     "halves": (Halves(conv(2, 2), conv(2, 2)), PICTURE),
     "halves of groups": (Halves(normed(4, 4, groups=2), conv(4, 4, groups=2)), (1, 8, 6, 6)),
     "1d": (

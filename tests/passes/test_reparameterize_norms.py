@@ -220,6 +220,17 @@ class First(nn.Module):
         return self.norm(x)
 
 
+class NoVariance(nn.Module):
+    """One channel never varied, and nothing is added to its variance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, eps=0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
+
+
 COMPUTED = "the convolution's weight or bias is computed, not stored"
 PICTURE = (1, 3, 4, 4)
 
@@ -253,6 +264,14 @@ def test_batch_norm_stays_and_says_why_when(model: type[nn.Module], shape: tuple
     assert record.pattern in ("conv → batch_norm", "one convolution")
     assert "aten.batch_norm" in record.node
     assert "test_reparameterize_norms.py:" in record.node
+
+
+def test_batch_norm_stays_when_a_channel_has_no_variance() -> None:
+    """Behind its infinite factor stands an infinity of one sign; a folded weight would make a NaN of it."""
+    model = randomize(NoVariance())
+    model.norm.running_var[1] = 0.0  # type: ignore[union-attr,index,operator]
+    program = captured(model, image(*PICTURE))
+    assert near_misses(Reparameterize(), program) == [("batch_norm", "the scale or shift is not finite")]
 
 
 def test_text_is_golden_when_a_residual_block_is_folded() -> None:

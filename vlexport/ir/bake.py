@@ -108,7 +108,7 @@ def _typed(given: Baked, spec: TensorSpec) -> Array:
     fits = kinds[0] == kinds[1] or set(kinds) <= set("iu") or (kinds[0] in "iu" and kinds[1] == "f")
     if given.typed and not fits:
         raise _wrong(spec.name, f"the value is {value.dtype.name}, {spec.name} is {spec.dtype}", f"give {spec.dtype}")
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         made = value.astype(wanted)
     rounds = kinds == ("f", "f")
     if not rounds and not np.array_equal(made, value):
