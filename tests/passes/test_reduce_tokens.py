@@ -331,9 +331,13 @@ def test_class_token_is_missed_when_there_is_none() -> None:
     assert reduced(program, method="tome", r="2").run(sequence())[0].shape == (2, 8)
 
 
-def test_layer_says_so_when_nothing_is_left_to_do(small: Program) -> None:
-    _, misses = ReduceTokens(ReduceTokensOptions(keep=1.0)).run(small.copy())
-    assert {miss.reason for miss in misses} == {"all 16 patch tokens stay"}
+@pytest.mark.parametrize(
+    ("keep", "said"),
+    [(1.0, "all 16 patch tokens stay"), (0.9, "one of 16 patch tokens would go, and come back as fused")],
+)
+def test_layer_says_so_when_nothing_is_left_to_do(keep: float, said: str, small: Program) -> None:
+    changes, misses = ReduceTokens(ReduceTokensOptions(keep=keep)).run(small.copy())
+    assert (changes, {miss.reason for miss in misses}) == ([], {said})
 
 
 def expected_refusal(tokens: int, stored: int, method: str, rate: int) -> str:

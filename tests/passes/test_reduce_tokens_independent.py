@@ -316,10 +316,7 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], int]] = {
 """What merging must not change, with the tokens in front of its patches."""
 
 
-_FOLDED = pytest.mark.xfail(strict=True, reason="sizes do not reach an attention that folds heads into the batch")
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=_FOLDED) if name == "siglip" else name for name in FAMILIES])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_nothing_is_lost_when_equal_tokens_are_merged(name: str) -> None:
     make, front = FAMILIES[name]
     net, image = make(), paired(3, front)
