@@ -126,15 +126,21 @@ def pictures(batch: int, seed: int = 0) -> Tensor:
     return torch.randn(batch, 3, GRID * PATCH, GRID * PATCH, generator=torch.Generator().manual_seed(seed))
 
 
-def reduced(program: Program, tokens: str) -> Program:
-    """After every pass up to the stage tokens, as ``--tokens`` builds it."""
-    request = tokens_from_text(tokens)
-    kind = pass_class(request.pass_name)
+def prepared(program: Program) -> Program:
+    """After every pass up to the stage tokens."""
     after = program.copy()
     for name in CATALOGUE:
         earlier = pass_class(name)
         if STAGES.index(earlier.stage) < STAGES.index("tokens"):
             earlier().run(after)
+    return after
+
+
+def reduced(program: Program, tokens: str) -> Program:
+    """A prepared program as ``--tokens`` builds it."""
+    request = tokens_from_text(tokens)
+    kind = pass_class(request.pass_name)
+    after = program.copy()
     changes, misses = kind(kind.Options.model_validate(request.values)).run(after)
     assert changes, [miss.reason for miss in misses]
     return after
@@ -225,7 +231,14 @@ SPELLINGS: dict[str, dict[str, Any]] = {
 @cache
 def subject(name: str) -> tuple[Vit, Program]:
     net = vit(**SPELLINGS[name])
-    return net, captured(net, pictures(2))
+    return net, prepared(captured(net, pictures(2)))
+
+
+@cache
+def without_places() -> tuple[nn.Module, Program]:
+    """A plain one without positions, prepared."""
+    net = without_positions(vit())
+    return net, prepared(captured(net, pictures(2)))
 
 
 @pytest.mark.parametrize(
@@ -322,7 +335,7 @@ def test_nothing_is_lost_when_equal_tokens_are_merged(name: str) -> None:
     net, image = make(), paired(3, front)
     pairs = (PATCHES - front % 2) // 2
     program = captured(net, image[:2])
-    after = reduced(program, f"tome:r={pairs},layers=1")
+    after = reduced(prepared(program), f"tome:r={pairs},layers=1")
     assert cost(after).macs < 0.8 * cost(program).macs
     with torch.inference_mode(), one_thread():
         (expected,) = program.run(image)
@@ -339,8 +352,7 @@ def test_nothing_is_lost_when_equal_tokens_are_merged(name: str) -> None:
 )
 def test_output_is_that_of_any_order_when_all_tokens_tie(tokens: str) -> None:
     """Every patch is the same, so every score ties: which of them stay cannot matter, and nothing may be NaN."""
-    net = without_positions(vit())
-    program = captured(net, pictures(2))
+    net, program = without_places()
     after = reduced(program, tokens)
     image = torch.ones(2, 3, GRID * PATCH, GRID * PATCH) * torch.tensor([0.5, -1.0])[:, None, None, None]
     with torch.inference_mode(), one_thread():
