@@ -26,6 +26,7 @@ from vlexport.ir.cost import cost
 from vlexport.ir.program import Program
 from vlexport.passes import CATALOGUE, pass_class
 from vlexport.passes.base import STAGES
+from vlexport.passes.tokens.blocks import find_encoder
 
 WIDTH, HEADS, DEPTH, PATCH, GRID = 24, 2, 3, 4, 4
 PATCHES = GRID * GRID
@@ -386,3 +387,36 @@ def test_graph_is_static_and_without_scatter_when_reduced(tokens: str) -> None:
     assert [spec.shape for spec in after.signature.outputs] == [spec.shape for spec in program.signature.outputs]
     if not tokens.startswith("mctf"):  # it reads the whole map of attention, and spells it out
         assert len(after.calls(ATTENTION)) == len(program.calls(ATTENTION)) == DEPTH
+
+
+class Clips(Vit):
+    """A video's encoder: tubes of two frames are its tokens, places in time and on the grid are added one by one."""
+
+    def __init__(self) -> None:
+        super().__init__(reads="mean")
+        self.tubes = nn.Conv3d(3, WIDTH, (2, PATCH, PATCH), (2, PATCH, PATCH))
+        self.times = nn.Parameter(torch.randn(1, 2, 1, WIDTH))
+
+    def embed(self, image: Tensor) -> Tensor:
+        x = self.tubes(image).permute(0, 2, 3, 4, 1).flatten(2, 3) + self.positions[:, None, 1:] + self.times
+        return torch.cat((self.front.expand(image.shape[0], -1, -1), x.flatten(1, 2)), 1)
+
+
+def test_video_of_frames_and_patches_is_one_encoder() -> None:
+    torch.manual_seed(7)
+    clips = torch.randn(2, 3, 4, GRID * PATCH, GRID * PATCH, generator=torch.Generator().manual_seed(1))
+    encoder, misses = find_encoder(prepared(captured(Clips().eval(), clips)))
+    assert encoder is not None, misses
+    assert (len(encoder.blocks), encoder.tokens, encoder.protected) == (DEPTH, 1 + 2 * PATCHES, 1)
+
+
+def test_blocks_of_timm_are_found_with_all_tokens_at_the_front() -> None:
+    import timm
+
+    torch.manual_seed(8)
+    net = timm.models.vision_transformer.VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=32, depth=4, num_heads=2, num_classes=3, reg_tokens=2, init_values=0.1
+    )
+    encoder, misses = find_encoder(prepared(captured(net.eval(), pictures(2))))
+    assert encoder is not None, misses
+    assert (len(encoder.blocks), encoder.tokens, encoder.protected) == (4, PATCHES + 3, 3)
