@@ -50,6 +50,8 @@ def _keeping(encoder: Encoder, options: ReduceTokensOptions) -> Plan:
         keep = math.ceil(options.keep * patches)
         if keep >= patches:
             misses.append(_nothing(block, options, f"all {patches} patch tokens stay"))
+        elif options.method == "evit" and options.fuse and keep + 1 == patches:
+            misses.append(_nothing(block, options, f"one of {patches} patch tokens would go, and come back as fused"))
         elif options.method == "evit":
             made.append(Evit(block, keep, options.fuse, options.count))
             count = encoder.protected + keep + options.fuse

@@ -36,8 +36,7 @@ class Recorded:
         """A value of these sizes."""
         key = (*map(str, sizes), dtype)
         if key not in self._known:
-            with compat.quiet_fake(self._mode):
-                self._known[key] = torch.empty(list(sizes), dtype=dtype)
+            self._known[key] = compat.fake_empty(self._mode, sizes, dtype)
         return self._known[key]
 
     def resized(self, value: Tensor, axis: int, count: int) -> Tensor:

@@ -25,6 +25,7 @@ from vlexport.passes.tokens.blocks import Block, between
 from vlexport.passes.tokens.emit import Emit, aten, size
 from vlexport.passes.tokens.recorded import Recorded
 from vlexport.passes.tokens.rules import ATTENTION, Call, Kept, Needs, Track, is_item, outcome
+from vlexport.passes.tokens.weighing import heads_in_batch, mask
 
 MARK = "tokens: "
 """How a note on a call begins at which tokens were reduced."""
@@ -138,17 +139,19 @@ class Sweep:
         self._shapes: dict[Node, torch.Size] = {}
         self._generations = [_Generation(self.tokens)]
         self._restored: dict[Node, Node] = {}
-        self._masks: dict[int, Node] = {}
+        self._masks: dict[tuple[int, int, int], Node] = {}
         self._saved = [0, 0]
         self._recorded = Recorded(self.program)
         self._replaced: dict[Node, Node] = {}
         self._former: dict[Node, tuple[Any, Any, Any]] = {}
+        self._spared = False  # whether a call that multiplies got fewer tokens
+        self._given_back = ""
 
     def run(self) -> list[Change]:
         """Reduce, and return one change per reduction.
 
         Raises:
-            InputError: VLX0411 where a call needs tokens that cannot be given back.
+            InputError: VLX0411 where a call needs tokens that cannot be given back, or no call works on fewer.
         """
         behind = {each.place: each for each in self.reductions if not each.before_attention}
         inside = {each.block.attention: each for each in self.reductions if each.before_attention}
@@ -163,6 +166,9 @@ class Sweep:
             if node in behind:
                 self._reduce(behind[node])
         self._settle()
+        if not self._spared and not self.gives_fewer:
+            last = self.reductions[-1].block.attention
+            raise refused(last, f"nothing behind it would work on fewer: {self._given_back or 'all is elementwise'}")
         return self.changes
 
     def _settle(self) -> None:
@@ -274,7 +280,9 @@ class Sweep:
             self._keep(node, result)
         if dialect.op_name(node) == ATTENTION:
             self._weigh(node)
-        self._saved[1] += before - node_macs(self.program, node, {})
+        now = node_macs(self.program, node, {})
+        self._saved[1] += before - now
+        self._spared = self._spared or now < before
 
     def _call(self, node: Node) -> Call:
         tracked = [self._tracks[v] for v in node.all_input_nodes if v in self._tracks]
@@ -343,14 +351,19 @@ class Sweep:
         weights = self._weights(generation)
         if weights is None:
             return
-        if generation not in self._masks:
-            emit = Emit(self.program, attention, attention, self._recorded)
-            logs = emit(aten.log.default, weights)
-            self._masks[generation] = emit(aten.unsqueeze.default, emit(aten.permute.default, logs, [0, 2, 1]), 1)
-            self._saved[0] -= 3
-        attention.args = (*attention.args[:3], self._masks[generation], *attention.args[4:])
+        times = heads_in_batch(key, weights)
+        if times is None:
+            raise refused(attention, "its batch holds more than samples, and merged tokens must be weighed in it")
+        rank = key.meta["val"].ndim
+        kind = (generation, rank, times)
+        if kind not in self._masks:
+            known = self._marked()
+            self._masks[kind] = mask(Emit(self.program, attention, attention, self._recorded), weights, rank, times)
+            self._count_made(known)
+        attention.args = (*attention.args[:3], self._masks[kind], *attention.args[4:])
 
     def _restore(self, node: Node, reason: str) -> None:
+        self._given_back = self._given_back or _met(node, reason)
         for value in list(node.all_input_nodes):
             if value in self._tracks:
                 node.replace_input_with(value, self._all_of(value, node, reason))
@@ -400,6 +413,10 @@ class Sweep:
         found = found if track.axis == 1 else emit(aten.permute.default, found, [0, 2, 1])
         self._count_made(known)
         return found
+
+
+def _met(node: Node, reason: str) -> str:
+    return reason if node.op == "output" else f"{dialect.plain_name(node)} follows, and {reason}"
 
 
 def refused(node: Node, reason: str) -> InputError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -331,9 +331,13 @@ def test_class_token_is_missed_when_there_is_none() -> None:
     assert reduced(program, method="tome", r="2").run(sequence())[0].shape == (2, 8)
 
 
-def test_layer_says_so_when_nothing_is_left_to_do(small: Program) -> None:
-    _, misses = ReduceTokens(ReduceTokensOptions(keep=1.0)).run(small.copy())
-    assert {miss.reason for miss in misses} == {"all 16 patch tokens stay"}
+@pytest.mark.parametrize(
+    ("keep", "said"),
+    [(1.0, "all 16 patch tokens stay"), (0.9, "one of 16 patch tokens would go, and come back as fused")],
+)
+def test_layer_says_so_when_nothing_is_left_to_do(keep: float, said: str, small: Program) -> None:
+    changes, misses = ReduceTokens(ReduceTokensOptions(keep=keep)).run(small.copy())
+    assert (changes, {miss.reason for miss in misses}) == ([], {said})
 
 
 def expected_refusal(tokens: int, stored: int, method: str, rate: int) -> str:
@@ -346,16 +350,21 @@ def expected_refusal(tokens: int, stored: int, method: str, rate: int) -> str:
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    st.sampled_from([(12, 0), (13, 1), (12, 2), (13, 3)]),
+    st.sampled_from([(10, 0), (11, 1), (10, 3)]),
     st.sampled_from(["evit", "evit", "random", "random", "tome", "mctf"]),  # merging takes several times as long
-    st.integers(0, 7),
+    st.sampled_from([0, 1, 3, 4, 5, 7]),
     st.sampled_from(["", "fuse", "count"]),
 )
 def test_shapes_and_savings_hold_when_encoders_and_rates_are_any(
     shape: tuple[int, int], method: str, rate: int, how: str
 ) -> None:
     """Of any small encoder the reduced Program runs, says true sizes, and saves what it says."""
-    tokens, stored = shape
+    judge(*shape, method, rate, how if method == "evit" else "")
+
+
+@cache
+def judge(tokens: int, stored: int, method: str, rate: int, how: str) -> None:
+    """What was found right is not looked at again."""
     program = program_of(tokens, stored)
     options: dict[str, Any] = {"method": method, "fuse": bool(how), "count": how == "count"}
     options |= {"r": str(rate)} if method in ("tome", "mctf") else {"keep": 0.1 + rate / 8, "layers": "1+2"}
@@ -414,12 +423,12 @@ def test_cls_is_refused_when_nothing_behind_the_encoder_reads_patches(small: Pro
         reduced(small, method="cls")
 
 
-@pytest.mark.parametrize("options", [{"method": "tome", "r": "2"}, {"method": "mctf", "r": "2", "layers": "2"}])
-def test_artifact_computes_the_same_when_lowered_to_onnx(
-    options: dict[str, Any], dense: Program, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("options", [{"method": "tome", "r": "2", "layers": "1"}, {"method": "mctf", "r": "2"}])
+def test_artifact_computes_the_same_when_lowered_to_onnx(options: dict[str, Any], tmp_path: Path) -> None:
     """With tokens given back as well, at a batch that capture did not see."""
-    program = reduced(dense, **options)
+    shallow = weighted(Dense(**(SIZES | {"depth": 2})), "concentrated")
+    with one_thread():
+        program = reduced(raised(shallow, torch.randn(2, 3, 16, 16)), **options)
     target = open_target("onnxruntime")
     artifact = target.lower(program, tmp_path, Brief(target.Options(), threads=1))
     x = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(4))

@@ -26,6 +26,7 @@ from vlexport.ir.cost import cost
 from vlexport.ir.program import Program
 from vlexport.passes import CATALOGUE, pass_class
 from vlexport.passes.base import STAGES
+from vlexport.passes.tokens.blocks import find_encoder
 
 WIDTH, HEADS, DEPTH, PATCH, GRID = 24, 2, 3, 4, 4
 PATCHES = GRID * GRID
@@ -126,15 +127,21 @@ def pictures(batch: int, seed: int = 0) -> Tensor:
     return torch.randn(batch, 3, GRID * PATCH, GRID * PATCH, generator=torch.Generator().manual_seed(seed))
 
 
-def reduced(program: Program, tokens: str) -> Program:
-    """After every pass up to the stage tokens, as ``--tokens`` builds it."""
-    request = tokens_from_text(tokens)
-    kind = pass_class(request.pass_name)
+def prepared(program: Program) -> Program:
+    """After every pass up to the stage tokens."""
     after = program.copy()
     for name in CATALOGUE:
         earlier = pass_class(name)
         if STAGES.index(earlier.stage) < STAGES.index("tokens"):
             earlier().run(after)
+    return after
+
+
+def reduced(program: Program, tokens: str) -> Program:
+    """A prepared program as ``--tokens`` builds it."""
+    request = tokens_from_text(tokens)
+    kind = pass_class(request.pass_name)
+    after = program.copy()
     changes, misses = kind(kind.Options.model_validate(request.values)).run(after)
     assert changes, [miss.reason for miss in misses]
     return after
@@ -225,7 +232,14 @@ SPELLINGS: dict[str, dict[str, Any]] = {
 @cache
 def subject(name: str) -> tuple[Vit, Program]:
     net = vit(**SPELLINGS[name])
-    return net, captured(net, pictures(2))
+    return net, prepared(captured(net, pictures(2)))
+
+
+@cache
+def without_places() -> tuple[nn.Module, Program]:
+    """A plain one without positions, prepared."""
+    net = without_positions(vit())
+    return net, prepared(captured(net, pictures(2)))
 
 
 @pytest.mark.parametrize(
@@ -316,16 +330,13 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], int]] = {
 """What merging must not change, with the tokens in front of its patches."""
 
 
-_FOLDED = pytest.mark.xfail(strict=True, reason="sizes do not reach an attention that folds heads into the batch")
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=_FOLDED) if name == "siglip" else name for name in FAMILIES])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_nothing_is_lost_when_equal_tokens_are_merged(name: str) -> None:
     make, front = FAMILIES[name]
     net, image = make(), paired(3, front)
     pairs = (PATCHES - front % 2) // 2
     program = captured(net, image[:2])
-    after = reduced(program, f"tome:r={pairs},layers=1")
+    after = reduced(prepared(program), f"tome:r={pairs},layers=1")
     assert cost(after).macs < 0.8 * cost(program).macs
     with torch.inference_mode(), one_thread():
         (expected,) = program.run(image)
@@ -342,8 +353,7 @@ def test_nothing_is_lost_when_equal_tokens_are_merged(name: str) -> None:
 )
 def test_output_is_that_of_any_order_when_all_tokens_tie(tokens: str) -> None:
     """Every patch is the same, so every score ties: which of them stay cannot matter, and nothing may be NaN."""
-    net = without_positions(vit())
-    program = captured(net, pictures(2))
+    net, program = without_places()
     after = reduced(program, tokens)
     image = torch.ones(2, 3, GRID * PATCH, GRID * PATCH) * torch.tensor([0.5, -1.0])[:, None, None, None]
     with torch.inference_mode(), one_thread():
@@ -377,3 +387,36 @@ def test_graph_is_static_and_without_scatter_when_reduced(tokens: str) -> None:
     assert [spec.shape for spec in after.signature.outputs] == [spec.shape for spec in program.signature.outputs]
     if not tokens.startswith("mctf"):  # it reads the whole map of attention, and spells it out
         assert len(after.calls(ATTENTION)) == len(program.calls(ATTENTION)) == DEPTH
+
+
+class Clips(Vit):
+    """A video's encoder: tubes of two frames are its tokens, places in time and on the grid are added one by one."""
+
+    def __init__(self) -> None:
+        super().__init__(reads="mean")
+        self.tubes = nn.Conv3d(3, WIDTH, (2, PATCH, PATCH), (2, PATCH, PATCH))
+        self.times = nn.Parameter(torch.randn(1, 2, 1, WIDTH))
+
+    def embed(self, image: Tensor) -> Tensor:
+        x = self.tubes(image).permute(0, 2, 3, 4, 1).flatten(2, 3) + self.positions[:, None, 1:] + self.times
+        return torch.cat((self.front.expand(image.shape[0], -1, -1), x.flatten(1, 2)), 1)
+
+
+def test_video_of_frames_and_patches_is_one_encoder() -> None:
+    torch.manual_seed(7)
+    clips = torch.randn(2, 3, 4, GRID * PATCH, GRID * PATCH, generator=torch.Generator().manual_seed(1))
+    encoder, misses = find_encoder(prepared(captured(Clips().eval(), clips)))
+    assert encoder is not None, misses
+    assert (len(encoder.blocks), encoder.tokens, encoder.protected) == (DEPTH, 1 + 2 * PATCHES, 1)
+
+
+def test_blocks_of_timm_are_found_with_all_tokens_at_the_front() -> None:
+    import timm
+
+    torch.manual_seed(8)
+    net = timm.models.vision_transformer.VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=32, depth=4, num_heads=2, num_classes=3, reg_tokens=2, init_values=0.1
+    )
+    encoder, misses = find_encoder(prepared(captured(net.eval(), pictures(2))))
+    assert encoder is not None, misses
+    assert (len(encoder.blocks), encoder.tokens, encoder.protected) == (4, PATCHES + 3, 3)
