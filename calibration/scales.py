@@ -18,6 +18,7 @@ from vlexport.core.grids import Grid
 
 _LEAST_SCALE = float(np.finfo(np.float32).tiny)
 """Below it, runtimes that flush subnormal numbers would divide by 0."""
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,12 +40,12 @@ def affine(low: float | Array, high: float | Array, grid: Grid) -> Scaling:
     """A grid that spans ``low`` to ``high``.
 
     Args:
-        low: Finite; scalar or one a channel.
+        low: Finite in float32; scalar or one a channel.
         high: Finite, shaped like ``low`` and nowhere below it.
         grid: Where the integers lie.
 
     Raises:
-        ValueError: A bound is not finite, or ``low`` lies above ``high``.
+        ValueError: A bound is not finite in float32, or ``low`` lies above ``high``.
     """
     bottom, top = _checked(low, high)
     bottom, top = np.minimum(bottom, 0.0), np.maximum(top, 0.0)
@@ -69,8 +70,8 @@ def symmetric(low: float | Array, high: float | Array, grid: Grid) -> Scaling:
 
 def _checked(low: float | Array, high: float | Array) -> tuple[Array, Array]:
     bottom, top = np.asarray(low, np.float64), np.asarray(high, np.float64)
-    if not (np.isfinite(bottom).all() and np.isfinite(top).all()):
-        raise ValueError("a range with a bound that is not finite has no scale")
+    if not all((np.abs(each) <= _LARGEST).all() for each in (bottom, top)):
+        raise ValueError("a range with a bound that is not finite in float32 has no scale")
     if (bottom > top).any():
         raise ValueError("the lower bound of a range lies above its upper bound")
     return bottom, top

@@ -66,14 +66,15 @@ class FreezeTokensOptions(Frozen):
             to it is taken.
         key: Which tokens stay where there are more than K: those of the highest score, or the first in order.
         overflow: output adds the output truncated_tokens, int64: how many tokens of a sample found no place.
-        batch: How many samples the frozen model takes at once, each choosing for itself; dynamic makes it a dim.
+        batch: How many samples the frozen model takes at once, each choosing for itself, 1024 at most; dynamic makes
+            it a dim.
     """
 
     percentile: float | None = Field(default=None, gt=0.0, le=100.0)
     macs: float | None = Field(default=None, gt=0.0)
     key: Literal["score", "order"] = "score"
     overflow: Literal["none", "output"] = "none"
-    batch: Literal["dynamic"] | Annotated[int, Field(ge=1)] = 1
+    batch: Literal["dynamic"] | Annotated[int, Field(ge=1, le=1024)] = 1
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:

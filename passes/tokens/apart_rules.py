@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from vlexport.ir import dialect
@@ -41,6 +42,10 @@ def made(build: Rebuild, node: Node, given: Given) -> Value:
     """``arange``, ``full``: a constant, whose length may be a number of tokens."""
     shape = old_shape(node)
     slots = build.slots_of(shape)
+    may_grow = "end" if dialect.plain_name(node) == "arange" else "size"
+    for name, each in zip(dialect.operand_names(node), given, strict=True):
+        if isinstance(each, torch.SymInt) and name != may_grow:
+            raise CannotFreeze(f"the values of {dialect.plain_name(node)} depend on the number of tokens")
     index = dialect.plain_name(node) == "arange" and min([0, *(g for g in given[:1] if isinstance(g, int))]) == 0
     values = [v.node if isinstance(v, Value) else v for v in given]
     return Value(build.call(node.target, *values), shape, None, slots, index=index)

@@ -15,6 +15,9 @@ from vlexport.passes.tokens.values import HIDDEN, CannotFreeze, Parts, Slots, Va
 from vlexport.passes.tokens.view_rules import Given, Rule, old_shape, subject
 
 _LEAST = -math.inf
+_PRODUCTS = ("aten.matmul.default", "aten.bmm.default", "aten.mm.default")
+_MOVED = ("aten.reshape.default", "aten.expand.default", "aten.permute.default", "aten.transpose.int")
+"""What may stand between a softmax and the product that it weighs for."""
 
 
 def attention(build: Rebuild, node: Node, given: Given) -> Value:
@@ -30,6 +33,8 @@ def attention(build: Rebuild, node: Node, given: Given) -> Value:
         raise CannotFreeze("keys and values of an attention are tokens of two selections")
     if causal and (keys is not None or query.rank - 2 in query.slots):
         raise CannotFreeze("a causal attention orders the tokens")
+    if build.exact_zeros_read and keys is not None:
+        key, value = (build.filled(each, [each.rank - 2], 0.0) for each in (key, value))
     nodes, batch = build.aligned([query, key, value], shape, tail=2)
     slots = merged([(query, rank - query.rank)])
     slots |= {a + rank - key.rank: s for a, s in key.slots.items() if a < key.rank - 2}
@@ -70,8 +75,18 @@ def softmax(build: Rebuild, node: Node, given: Given) -> Value:
         if "log" in dialect.plain_name(node):
             raise CannotFreeze("no rule is known for a log_softmax over tokens")
         value = build.filled(value, [dim], _LEAST)
+        build.exact_zeros_read |= not _only_weighs(node)
     made = build.call(node.target, value.node, value.at(dim), *given[2:])
     return value.become(made, old=old_shape(node), zero=zero)
+
+
+def _only_weighs(node: Node) -> bool:
+    """Whether a value does nothing but weigh tokens in products: no ``log 0`` or ``x / 0`` can come of it."""
+    return all(
+        dialect.op_name(user) in _PRODUCTS
+        or ((dialect.is_cast(user) or dialect.op_name(user) in _MOVED) and _only_weighs(user))
+        for user in node.users
+    )
 
 
 def matmul(build: Rebuild, node: Node, given: Given) -> Value:
@@ -87,7 +102,10 @@ def matmul(build: Rebuild, node: Node, given: Given) -> Value:
             raise CannotFreeze("tokens of two selections meet in a product")
         if inner is None and other is None:
             raise CannotFreeze("a product mixes the tokens with stored weights")
-        if left.rank - 1 not in left.zero and right.rank - 2 not in right.zero:
+        if build.exact_zeros_read:
+            left = build.filled(left, [left.rank - 1] if inner is not None else [], 0.0)
+            right = build.filled(right, [right.rank - 2] if other is not None else [], 0.0)
+        elif left.rank - 1 not in left.zero and right.rank - 2 not in right.zero:
             left = build.filled(left, [left.rank - 1], 0.0) if inner is not None else left
             right = right if inner is not None else build.filled(right, [right.rank - 2], 0.0)
     nodes, batch = build.aligned([left, right], shape, tail=2)
@@ -202,7 +220,7 @@ def along(build: Rebuild, node: Node, given: Given) -> Any:
 RULES: Mapping[str, Rule] = {
     "aten.scaled_dot_product_attention.default": attention,
     **dict.fromkeys(("aten.softmax.int", "aten._softmax.default", "aten.log_softmax.int"), softmax),
-    **dict.fromkeys(("aten.matmul.default", "aten.bmm.default", "aten.mm.default"), matmul),
+    **dict.fromkeys(_PRODUCTS, matmul),
     **dict.fromkeys(
         ("aten.mean.dim", "aten.mean.default", "aten.sum.dim_IntList", "aten.sum.default"), total
     ),

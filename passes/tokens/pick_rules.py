@@ -155,8 +155,11 @@ def selecting(*, by_score: bool) -> Mapping[str, Rule]:
         row = build.hidden(row)
         node = row.node
         if not row.index:
-            size = value.size(axis)
-            wrapped = build.call(aten.add.Scalar, node, size)
+            if axis in value.slots:  # from the last live token on
+                size = build.call(aten.sum.dim_IntList, value.slots[axis].valid, [1], True, node.meta["val"].dtype)
+                wrapped = build.call(aten.add.Tensor, node, size)
+            else:
+                wrapped = build.call(aten.add.Scalar, node, value.size(axis))
             node = build.call(aten.where.self, build.call(aten.lt.Scalar, node, 0), wrapped, node)
         return picked(build, value, axis, node, row.slots.get(0))
 

@@ -21,6 +21,10 @@ class Rebuild:
     Args:
         program: Whose inputs all have the batch in front.
         places: Call that makes a mask → K.
+
+    Attributes:
+        exact_zeros_read: A softmax over tokens is read by more than the products that it weighs for: what follows may
+            be infinite at places that are not live (``log 0``), and is no longer left out by a weight of 0.
     """
 
     def __init__(self, program: Program, places: Mapping[Node, int]) -> None:
@@ -33,6 +37,7 @@ class Rebuild:
         self.selections: dict[tuple[Node, Any], Any] = {}
         self.truncated: list[Node] = []
         self.inputs: list[Node] = program.placeholders
+        self.exact_zeros_read = False
         self._made: dict[Any, Node] = {}
 
     # -- making calls --------------------------------------------------------------------------------------------

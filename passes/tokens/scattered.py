@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -84,6 +84,8 @@ def _why_not(ir: Program, found: Scattered) -> str:
         if axis != found.axis and have != 1 and str(have) != str(size):
             return "its index covers a part of the target"
     if found.source is not None:
+        if len(shape_of(found.source)) != len(shape):
+            return "its source is not as large as its index"
         for axis, (size, have) in enumerate(zip(shape, shape_of(found.source), strict=True)):
             if str(have) != str(found.count if axis == found.axis else size):
                 return "its source is not as large as its index"
@@ -167,6 +169,9 @@ def _index_put(ir: Program, node: Node) -> Scattered | str | None:
     if any(index.meta["val"].dtype == torch.bool for _, index in given):
         return "it writes where a mask says, to a number of places that depends on the data"
     how: How = "sum" if accumulate else "assign"
+    number = ir.tensor_of(values)
+    if number is not None and number.numel() == 1 and not accumulate:  # y[rows, places] = 0.0
+        how, values = "fill", None
     rank = len(shape_of(target))
     if len(given) == 1 and len(shape_of(given[0][1])) == 1:
         axis, index = given[0]
@@ -181,7 +186,7 @@ def _index_put(ir: Program, node: Node) -> Scattered | str | None:
     limits = bounds(ir, found.index)
     if limits is None or limits[0] < 0:
         return "its places may be negative"
-    return found
+    return found if how != "fill" or number is None else replace(found, value=float(number))
 
 
 _READERS: dict[str, Callable[[Program, Node], Scattered | str | None]] = {

@@ -194,6 +194,9 @@ def _slice_of_slots(build: Rebuild, value: Value, dim: int, cut: tuple[Any, Any,
         key = ("slice", slots, start)
         if key not in build.joined:
             valid = build.call(aten.slice.Tensor, slots.valid, 1, start, slots.size, 1)
+            if slots.lead == start:  # a sample of which nothing is left: its first token stands in
+                first = build.stored("first_place", torch.arange(slots.size - start) == 0)
+                valid = build.call(aten.logical_or.default, valid, first)
             build.joined[key] = Slots(slots.size - start, valid, slots.lead - start, slots.compact)
         rest = build.joined[key]
         build.know(shape[dim], rest)

@@ -79,7 +79,7 @@ def test_scale_is_a_normal_number_when_the_range_is_tiny() -> None:
         assert found.scale >= np.finfo(np.float32).tiny
 
 
-@pytest.mark.parametrize(("low", "high"), [(np.nan, 1.0), (0.0, np.inf), (2.0, 1.0)])
+@pytest.mark.parametrize(("low", "high"), [(np.nan, 1.0), (0.0, np.inf), (-1e39, 1.0), (2.0, 1.0)])
 def test_range_is_refused_when_it_is_none(low: float, high: float) -> None:
     for make in (affine, symmetric):
         with pytest.raises(ValueError):

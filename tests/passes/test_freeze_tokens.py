@@ -131,6 +131,52 @@ def test_number_of_tokens_is_that_of_the_live_ones_when_it_is_computed_with() ->
     assert relative_error(after.run(torch.cat([x for (x,) in SAMPLES[:8]]))[0].numpy(), wanted.numpy()) <= TOLERANCE
 
 
+def infinite_in_attention(x: Tensor) -> Tensor:
+    far = x / x.softmax(1)
+    return F.scaled_dot_product_attention(x, x, far).mean(1)
+
+
+NOT_FINITE_AT_FREE_PLACES: dict[str, Callable[[Tensor], Tensor]] = {
+    "log 0 in a product": lambda x: (x.softmax(1).transpose(1, 2) @ x.softmax(1).log()).mean(1),
+    "x / 0 in a product": lambda x: ((x @ x.transpose(1, 2)).softmax(-1) @ (x / x.softmax(1))).mean(1),
+    "x / 0 in an attention": infinite_in_attention,
+}
+
+
+@pytest.mark.parametrize("name", NOT_FINITE_AT_FREE_PLACES)
+def test_infinity_at_free_places_is_left_out_by_more_than_a_weight_of_zero(name: str) -> None:
+    model = Pruner(ROW, pool=NOT_FINITE_AT_FREE_PLACES[name]).eval()
+    after = frozen(captured(model, sample(0), dynamic=False), batch=8)
+    with torch.no_grad():
+        wanted = torch.cat([model(x) for (x,) in SAMPLES[:8]])
+    assert relative_error(after.run(torch.cat([x for (x,) in SAMPLES[:8]]))[0].numpy(), wanted.numpy()) <= TOLERANCE
+
+
+def test_answer_is_finite_when_all_tokens_but_the_one_cut_off_are_gone() -> None:
+    model = Pruner(lambda x, s: x[:, s[0] > 0][:, 1:]).eval()
+    after = frozen(captured(model, aimed(3), dynamic=False), samples=[(aimed(4),)])
+    assert after.run(aimed(1))[0].isfinite().all()
+    with torch.no_grad():
+        assert relative_error(after.run(aimed(3))[0].numpy(), model(aimed(3)).numpy()) <= TOLERANCE
+
+
+class Indexed(nn.Module):
+    """Tokens that an input names, of those that a mask left."""
+
+    def forward(self, x: Tensor, places: Tensor) -> Tensor:
+        return x[:, x[0, :, 0] > 0][:, places[0]].sum(1)
+
+
+def test_negative_places_count_from_the_last_live_token() -> None:
+    model, places = Indexed().eval(), torch.tensor([[-1, 0]])
+    rows = [(x, places) for (x,) in SAMPLES]
+    program = captured(model, rows[0], dynamic=False)
+    after = frozen(program, samples=rows, batch=8)
+    wanted = torch.cat([model(*row) for row in rows[:8]])
+    found = after.run(torch.cat([x for (x,) in SAMPLES[:8]]), places.expand(8, 2))[0]
+    assert relative_error(found.numpy(), wanted.numpy()) <= TOLERANCE
+
+
 def test_text_is_golden() -> None:
     check_golden("freeze_tokens", text(frozen(program_of("mask of a row"), percentile=75)))
 
@@ -260,6 +306,11 @@ REFUSED: dict[str, tuple[Choose, Callable[[Tensor], Tensor] | None, str]] = {
     "variance": (ROW, lambda x: x.var(1), "no rule is known for var"),
     "root of the count": (ROW, lambda x: x.sum(1) * x.shape[1] ** -0.5, "computes with the number of tokens"),
     "filled with the count": (ROW, lambda x: x.mean(1) + torch.full((WIDTH,), x.shape[1]), "computes with the number"),
+    "counted down": (
+        ROW,
+        lambda x: (x * torch.arange(x.shape[1], 0, -1)[None, :, None]).sum(1),
+        "depend on the number of tokens",
+    ),
     "sort": (ROW, lambda x: x.sort(1).values.mean(1), "no rule is known for sort over tokens"),
     "fixed mask": (lambda x, s: x[:, torch.arange(TOKENS).remainder(2).nonzero().flatten()], None, "does not depend"),
 }

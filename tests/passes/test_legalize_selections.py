@@ -109,6 +109,14 @@ def same_for_all(scores: Tensor) -> None:
     scores[:, scores.mean((0, 2)).topk(2).indices] = scores[:, :2] * 2
 
 
+def picked_to_none(scores: Tensor) -> None:
+    scores[torch.arange(scores.shape[0])[:, None], top(scores, 3) // 2] = -2.5
+
+
+def same_to_none(scores: Tensor) -> None:
+    scores[:, scores.mean((0, 2)).topk(2).indices] = -2.5
+
+
 def one_cell(scores: Tensor) -> None:
     scores[:, top(scores, 2)[0], top(scores, 2)[1] // 2] = 1.0
 
@@ -182,6 +190,8 @@ POSITIVE: dict[str, tuple[Function, int, list[str]]] = {
         lambda x: x.index_put((torch.arange(x.shape[0])[:, None], top(x, 3) // 2), x[:, :3], accumulate=True), 1,
         ["matmul"],
     ),
+    "index_put of one value": (lambda x: written(x, picked_to_none), 1, ["where"]),
+    "index_put of one value, same for all": (lambda x: written(x, same_to_none), 2, ["where"]),
     "first row": (lambda x: written(x, first_to_none), 2, ["cat"]),
     "every second row": (lambda x: written(x, every_second), 2, ["where"]),
     "columns in the middle": (lambda x: written(x, middle), 1, ["cat"]),
@@ -286,6 +296,14 @@ NEAR: dict[str, tuple[Function, tuple[int, ...], tuple[str, str]]] = {
     "negative places": (
         lambda x: x.index_put((torch.arange(x.shape[0])[:, None], top(x, 3) - 9), x[:, :3]), (),
         ("index_put", "its places may be negative"),
+    ),
+    "index_put of one row everywhere": (
+        lambda x: x.index_put((torch.arange(x.shape[0])[:, None], top(x, 3)), torch.ones(WIDTH)), (),
+        ("index_put", "its source is not as large as its index"),
+    ),
+    "index_put that adds one value": (
+        lambda x: x.index_put((torch.arange(x.shape[0])[:, None], top(x, 3)), torch.tensor(2.0), accumulate=True), (),
+        ("index_put", "its source is not as large as its index"),
     ),
     "samples at another distance": (
         lambda x: rows_at(x, 3), (), ("index", "samples are 3 rows apart, and have (9,) rows each"),

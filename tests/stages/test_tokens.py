@@ -80,6 +80,32 @@ def test_plan_collects_the_refusal_when_the_model_has_no_tokens(model_file: Path
     assert found.passes[-1].name == "narrow-to-demand"
 
 
+def test_plan_says_a_problem_once_when_several_checks_meet_it(vit_file: Path, tmp_path: Path) -> None:
+    found = plan(config(vit_file, tmp_path / "out", tokens="evot"))
+    assert [problem.code for problem in found.problems] == ["VLX0703"]
+
+
+class LastOfTheKept(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, x[0, :, 0] > 0][:, -1]
+
+
+def test_plan_collects_the_refusal_when_the_tokens_cannot_be_frozen(tmp_path: Path) -> None:
+    x = torch.ones(1, 4, 2)
+    vlexport.save(LastOfTheKept().eval(), tmp_path / "last.pt", inputs=x, dynamic=False)
+    found = plan(config(tmp_path / "last.pt", tmp_path / "out", tokens="freeze"))
+    assert "VLX0412" in [problem.code for problem in found.problems]
+
+
+@pytest.mark.parametrize("batch", ["0", "9999999999"])
+def test_both_kinds_of_a_value_are_named_when_it_is_neither(batch: str, vit_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(VlexportError) as caught:
+        passes_of(config(vit_file, tmp_path, tokens=f"freeze:batch={batch}"))
+    assert caught.value.code == "VLX0703"
+    assert f"--tokens freeze: batch: no value is called '{batch}'; it is one of dynamic; or " in caught.value.message
+    assert "than or equal to" in caught.value.message
+
+
 def test_hint_names_the_flag_when_an_option_of_the_pass_is_set_without_it(vit_file: Path, tmp_path: Path) -> None:
     asked = config(vit_file, tmp_path, options={"reduce-tokens.min_cosine": "0.5"})
     with pytest.raises(VlexportError) as caught:

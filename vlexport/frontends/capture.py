@@ -9,6 +9,7 @@ import copy
 import inspect
 import itertools
 import logging
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -411,9 +412,12 @@ def _agree(program: Program, reference: nn.Module, arguments: _Arguments, varian
         try:
             found = program.run(*values)
         except RuntimeError as error:
+            emptied = re.search(r"expression \S*u\d+\S* >= 1\b", str(error)) is not None
             raise CaptureError(
-                "VLX0304", f"the captured graph does not run: {_first_line(error)}", hint="save with dynamic=False"
-            ) from error
+                "VLX0304", f"the captured graph does not run: {_first_line(error)}",
+                hint="a selection keeps nothing of the example: give an example of which something is left"
+                if emptied else "save with dynamic=False",
+            ) from error  # fmt: skip
         for spec, a, b in zip(program.signature.outputs, found, expected, strict=True):
             worst = relative_error(_array(a), _array(b))
             if not worst <= TOLERANCE:

@@ -273,12 +273,13 @@ def _typed(kind: type[Frozen], values: Mapping[str, str], scope: str, *, flag: s
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"] if isinstance(part, str))
+        name = next(iter(map(str, first["loc"])), "")
+        wrong = "; or ".join(wrong_value(each) for each in error.errors() if each["loc"][:1] == first["loc"][:1])
         near = nearest(name, kind.model_fields) if name and name not in kind.model_fields else ""
         place = ": ".join(filter(None, (flag, name))) if flag else f"--set {scope}.{name}"
         raise UsageError(
             "VLX0703",
-            f"{place}: {wrong_value(first)}{near}",
+            f"{place}: {wrong}{near}",
             where=flag.partition(" ")[0] or "--set",
             hint=f"options of {scope}: {', '.join(kind.model_fields) or 'none'}",
         ) from error

@@ -137,7 +137,7 @@ def plan(
             refusals = Refusals()
             try:
                 shared, records = run_pipeline(program, passes[name], gate=None, listener=refusals)
-            except (InputError, UsageError) as error:  # of the pass of --tokens, for which this is not the model
+            except (InputError, UsageError, CapabilityError) as error:  # of the pass of --tokens: not for this model
                 problems.append(error)
                 rest = [each for each in passes[name] if each.stage != "tokens"]
                 shared, records = run_pipeline(program, rest, gate=None, listener=refusals)
@@ -165,7 +165,7 @@ def plan(
         after=summed_cost({name: cost_record(program) for name, program in after.items()}),
         calls_before=sum(len(program.calls()) for program in before.values()),
         calls_after=sum(len(program.calls()) for program in after.values()),
-        problems=tuple(problems),
+        problems=tuple({str(each): each for each in problems}.values()),
         notes=sources.notes,
         candidates=candidates,
         account=whole_account(account),
