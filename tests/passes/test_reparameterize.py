@@ -305,8 +305,8 @@ class Quantized(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.of == "weight":
-            made: Tensor = self.norm(F.conv2d(self.first(x), self.there_and_back(self.second.weight)))
-            return made
+            made: Tensor = F.conv2d(self.first(x), self.there_and_back(self.second.weight))
+            return torch.relu(self.norm(made))
         made = self.second(self.there_and_back(self.first(x)))
         return made
 
