@@ -307,8 +307,7 @@ class Quantized(nn.Module):
         if self.of == "weight":
             made: Tensor = F.conv2d(self.first(x), self.there_and_back(self.second.weight))
             return torch.relu(self.norm(made))
-        made = self.second(self.there_and_back(self.first(x)))
-        return made
+        return torch.relu(self.second(self.there_and_back(self.first(x))))
 
 
 @pytest.mark.parametrize(
