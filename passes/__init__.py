@@ -47,6 +47,8 @@ ON_REQUEST: dict[str, str] = {
 }
 """Id → where the class lies, of passes that a build runs where its options ask for what they do."""
 
+CLEAN_UP = ("merge-duplicates", "eliminate-round-trips")
+"""Ids of passes that run once more behind all that targets share: folding a norm leaves layout that meets layout."""
 
 GROUP = "vlexport.passes"
 """Entry points of plugins: id → class."""

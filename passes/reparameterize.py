@@ -26,10 +26,9 @@ Source: Jacob et al. 2018, arXiv 1712.05877, section 3.2 (batch norm); Ding et a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
-from torch import Tensor
 from torch.fx import Node
 
 from vlexport.ir import dialect, provenance
@@ -61,25 +60,27 @@ class Reparameterize(Pass[Program]):
 
     def apply(self, ir: Program, match: Match) -> Change:
         found: Merge | Shared = match.data
-        had = dict(ir.tensors)
+        read = _stored(ir, found.consumed)
         where = tuple(dict.fromkeys(provenance.module_path(node) for node in found.consumed))
         parts = found.merges if isinstance(found, Shared) else (found,)
         macs = sum(merge.macs[0] - merge.macs[1] for merge in parts)
-        saved_nodes, arranged = 0, Arranged()
+        saved_nodes, arranged, written = 0, Arranged(), []
         for merge in parts:
             new, added = write(ir, merge, arranged)
+            written.append(new)
             what = _what(merge, new)
             saved_nodes += ir.replace(merge.value, new) - added
         if isinstance(found, Shared):
             what = f"{dialect.plain_name(found.value)} folded into the {len(parts)} operators that read it"
-        parameters = _elements(had, ir.tensors) - _elements(ir.tensors, had)
+        gone = sum(size for name, size in read.items() if name not in ir.tensors)
+        parameters = gone - sum(_stored(ir, written).values())
         return Change(what=what, where=where, saved_nodes=saved_nodes, saved_parameters=parameters, saved_macs=macs)
 
 
-def _elements(tensors: Mapping[str, Tensor], but: Mapping[str, Tensor]) -> int:
-    """Elements of the floating tensors that the other has not."""
-    found = (tensors[name] for name in tensors.keys() - but.keys())
-    return sum(tensor.numel() for tensor in found if tensor.is_floating_point())
+def _stored(ir: Program, calls: Sequence[Node]) -> dict[str, int]:
+    """Name → elements of the floating tensors that calls read."""
+    found = {str(operand.target): ir.tensor_of(operand) for call in calls for operand in call.all_input_nodes}
+    return {name: t.numel() for name, t in found.items() if t is not None and t.is_floating_point()}
 
 
 def _what(merge: Merge, new: Node) -> str:

@@ -155,8 +155,14 @@ class Analysis:
         paid = next((i for i, form in enumerate(forms) if form.pays), len(forms) - 1)
         until, behind = forms[: paid + 1], forms[paid + 1 :]
         if not any(form.expression.depth > ex.DEEPEST - 4 for form in until):
-            behind = [form for form in behind if len(form.root.users) > 1]
+            behind = [form for form in behind if self._stays(form.root)]
         return [*until[-MOST:], *behind[-MOST:]]
+
+    def _stays(self, root: Node) -> bool:
+        """Whether others read a root too, or what it is an arrangement of: no form begins at that."""
+        while len(root.users) == 1 and isinstance(reading := self.readings.get(root), Viewed):
+            root = reading.operand
+        return len(root.users) > 1
 
     def _relaxed(self, form: Form, others: list[Form]) -> Form:
         """With the least that it costs by way of one of the other roots."""

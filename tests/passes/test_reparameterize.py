@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.harness import captured, check_pass, near_misses, randomize
+from tests.harness import captured, check_pass, near_misses, randomize, worst_error
+from vlexport.ir import dialect
 from vlexport.passes.reparameterize import Reparameterize
 
 
@@ -298,3 +299,66 @@ def test_text_is_golden_when_blocks_stand_in_a_row() -> None:
     assert (record.saved_nodes, record.saved_macs) == (6, 1024)
     assert "rep.branches.0.0" in record.where
     assert "rep.branches.2" in record.where
+
+
+class Quantized(nn.Module):
+    """Two convolutions with a quantized value, or a quantized weight, between them."""
+
+    def __init__(self, *, of: str) -> None:
+        super().__init__()
+        self.first, self.second, self.of = nn.Conv2d(3, 4, 3, bias=False), nn.Conv2d(4, 5, 1), of
+        self.norm = nn.BatchNorm2d(5)
+        self.register_buffer("scale", torch.tensor(0.05))
+        self.register_buffer("point", torch.tensor(3, dtype=torch.int8))
+
+    def there_and_back(self, x: Tensor) -> Tensor:
+        steps = torch.ops.vlexport.quantize(x, self.scale, self.point)
+        made: Tensor = torch.ops.vlexport.dequantize(steps, self.scale, self.point)
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.of == "weight":
+            made: Tensor = F.conv2d(self.first(x), self.there_and_back(self.second.weight))
+            return torch.relu(self.norm(made))
+        return torch.relu(self.second(self.there_and_back(self.first(x))))
+
+
+@pytest.mark.parametrize(
+    ("of", "reasons"),
+    [
+        ("value", []),
+        ("weight", [("batch_norm", "the convolution's weight or bias is computed, not stored")]),
+    ],
+)
+def test_convolutions_stay_apart_when_something_is_quantized_between_them(
+    of: str, reasons: list[tuple[str, str]]
+) -> None:
+    torch.manual_seed(0)
+    program = captured(Quantized(of=of), image(1, 3, 6, 6))
+    assert near_misses(Reparameterize(), program) == reasons
+    assert len(program.calls("vlexport.quantize.default")) == 1
+
+
+def strided(*, kernel: int) -> nn.Module:
+    """A strided kernel plus a pointwise one: the padding that does for both depends on how long the axes are."""
+    torch.manual_seed(0)
+    return randomize(
+        Branches(
+            nn.Sequential(nn.Conv2d(3, 4, kernel, stride=2, padding=kernel // 2, bias=False), nn.BatchNorm2d(4)),
+            nn.Sequential(nn.Conv2d(3, 4, 1, stride=2, bias=False), nn.BatchNorm2d(4)),
+        )
+    )
+
+
+HEIGHT_AND_WIDTH = {"x": {2: ("height", 4, 64), 3: ("width", 4, 64)}}
+
+
+@pytest.mark.parametrize("size", [(6, 9), (7, 8)])
+def test_branches_merge_when_height_and_width_are_dynamic(size: tuple[int, int]) -> None:
+    program = captured(strided(kernel=3), {"x": image(2, 3, *size)}, dynamic=HEIGHT_AND_WIDTH)
+    assert {"height", "width"} <= set(program.signature.dims)
+    checked = check_pass(Reparameterize(), program)
+    assert [dialect.plain_name(node) for node in checked.after.calls()] == ["conv2d"]
+    for height, width in ((5, 8), (8, 5), (11, 12), (16, 16)):
+        x = image(2, 3, height, width)
+        assert worst_error(checked.after.run(x), program.run(x)) <= 1e-5

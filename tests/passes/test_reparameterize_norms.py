@@ -380,3 +380,23 @@ def test_norm_stays_and_says_why_when_one_of_its_readers_needs_it_all_the_same()
     Canonicalize().run(program)
     checked = check_pass(Reparameterize(), program, expect_changes=0)
     assert len(checked.after.calls("aten.batch_norm.default")) == 1
+
+
+class TurnedBehindTwoReaders(nn.Module):
+    """The first norm is read twice, once by way of a reshape: the second linear begins where the reshape ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(8, 3), nn.BatchNorm1d(3)
+        self.second, self.last = nn.Linear(3, 2), nn.BatchNorm1d(2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        inner = self.norm(self.first(x))
+        again = inner.unsqueeze(1).permute(0, 2, 1).squeeze(2)
+        return inner.tanh(), self.last(self.second(again))
+
+
+def test_norm_is_folded_when_its_linear_reads_the_reshape_of_a_value_that_others_read() -> None:
+    torch.manual_seed(0)
+    checked = check_pass(Reparameterize(), captured(randomize(TurnedBehindTwoReaders()), image(2, 8)), expect_changes=2)
+    assert not checked.after.calls("aten.batch_norm.default")

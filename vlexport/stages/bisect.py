@@ -32,7 +32,7 @@ from vlexport.passes.statistic import Statistic
 from vlexport.stages.bisect_artifact import ArtifactFinding, compare_artifact, compare_built
 from vlexport.stages.blame import Blamed, Figure, Leg, blame, figure, legs_of, outputs_of
 from vlexport.stages.choices import HALF_PRECISIONS, lowered_passes_of, open_dataset, passes_of, precision_passes_of
-from vlexport.stages.component import in_order
+from vlexport.stages.component import clean_up, in_order
 from vlexport.stages.dims import dims_of
 from vlexport.stages.order import Order, configs_of, order_of
 from vlexport.stages.prepare import RANGE_SAMPLES
@@ -152,9 +152,10 @@ class _Walk:
         """
         probes = self._probes(program)
         NumericGate(program, probes)  # refuses probes that show nothing
-        program, found = self._legs(program, self.passes, probes, PROGRAM)
-        if found is not None:
-            return found
+        for shared in (self.passes, clean_up(self.passes)):
+            program, found = self._legs(program, shared, probes, PROGRAM)
+            if found is not None:
+                return found
         if dims:
             probes = self._probes(source.program)
             program, found = self._narrowed(program, dims, probes)

@@ -25,6 +25,7 @@ from vlexport.ir.cost import cost
 from vlexport.ir.draw import draw
 from vlexport.ir.narrow import narrowed
 from vlexport.ir.program import Program
+from vlexport.passes import CLEAN_UP
 from vlexport.passes.base import Pass
 from vlexport.passes.gate import FLOAT32_BOUND, NumericGate
 from vlexport.passes.pipeline import DumpHook, Hook, run_pipeline
@@ -92,6 +93,8 @@ def optimize_component(
     watching = [*hooks, *([DumpHook(dump)] if dump is not None else [])]
     refusals = Refusals()
     program, records = run_pipeline(source.program, passes, gate=gate, hooks=watching, listener=refusals)
+    program, further = run_pipeline(program, clean_up(passes), gate=gate, hooks=watching)
+    records = (*records, *(record for record in further if record.changes))
     account = accounts(source.program, program, refusals)
     notes, reference = _blind(gate, source), None
     changed = [r.name for r in records if r.stage == "tokens" and r.effect == "approximate" and r.changes]
@@ -99,6 +102,11 @@ def optimize_component(
         reference = program
         notes = (*notes, f"golden vectors are those of the program behind {' and '.join(changed)}, not the source's")
     return Optimized(program, tuple(records), probes if gate is not None else None, notes, account, reference)
+
+
+def clean_up(passes: Sequence[Pass[Program]]) -> list[Pass[Program]]:
+    """Those of the passes that run once more behind all of them; recorded where they change something."""
+    return [each for name in CLEAN_UP for each in passes if each.name == name]
 
 
 def specialize_component(

@@ -32,7 +32,7 @@ from vlexport.stages.choices import (
     precision_passes_of,
     profile_of,
 )
-from vlexport.stages.component import cost_record
+from vlexport.stages.component import clean_up, cost_record
 from vlexport.stages.dims import dims_of
 from vlexport.stages.folded import require_folded
 from vlexport.stages.order import require_judged
@@ -141,6 +141,8 @@ def plan(
                 problems.append(error)
                 rest = [each for each in passes[name] if each.stage != "tokens"]
                 shared, records = run_pipeline(program, rest, gate=None, listener=refusals)
+            shared, further = run_pipeline(shared, clean_up(passes[name]), gate=None)
+            records = (*records, *(record for record in further if record.changes))
             account[name] = accounts(program, shared, refusals)
             collect(partial(require_folded, config, sources.components[name], shared, records))
             typed = precision_passes_of(config, precision, [program.example])
