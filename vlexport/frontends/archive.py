@@ -8,9 +8,7 @@ rebuilt from what was checked, never the file.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import importlib
 import io
 import json
 import math
@@ -38,6 +36,7 @@ from vlexport.frontends.archive_zip import (
 )
 from vlexport.frontends.compat import LOAD_ERRORS, load_program
 from vlexport.frontends.model_file import METADATA_MEMBER, require_model_file
+from vlexport.ir.quant_form import problem
 
 ARCHIVE_SCHEMA = 1
 """The version of ``vlexport.json`` that this release writes, and the latest that it reads."""
@@ -103,10 +102,14 @@ class GuardedArchive:
         try:
             exported = load_program(write_members(_without_weights(self._members)))
             _restore_weights(exported, self._members)
-            return exported
         except LOAD_ERRORS as error:
             reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
             raise damaged(f"torch cannot rebuild the program: {reason[0]}", PROGRAM) from error
+        for module in exported.graph_module.modules():
+            for node in getattr(module, "graph", exported.graph).nodes:
+                if why := problem(node):
+                    raise damaged(f"{node.name} cannot be computed: {why}", PROGRAM)
+        return exported
 
 
 def read_archive(path: Path) -> GuardedArchive:
@@ -153,9 +156,6 @@ def check_members(members: Mapping[str, memoryview]) -> GuardedArchive:
     _check_names(members)
     program = strict_json(members[PROGRAM], PROGRAM, MAX_PROGRAM_BYTES)
     _check_version(program)
-    if b'"torch.ops.vlexport.' in bytes(members[PROGRAM]):
-        with contextlib.suppress(ModuleNotFoundError):  # then the operator is refused by name, as not registered
-            importlib.import_module("vlexport.ir.quant_ops")
     check("program", program, PROGRAM)
     used = _check_payloads(members, WEIGHTS, "data/weights/weight_") | _check_payloads(
         members, CONSTANTS, "data/constants/tensor_"
