@@ -14,7 +14,6 @@ from vlexport.calibration.data_key import data_key
 from vlexport.calibration.keys import model_key, value_keys
 from vlexport.calibration.methods import Method
 from vlexport.calibration.table import (
-    TABLE_FILE,
     CalibrationTable,
     TableKey,
     read_table,
@@ -23,6 +22,7 @@ from vlexport.calibration.table import (
     table_of,
     write_table,
 )
+from vlexport.core.bundle import TABLE_FILE
 from vlexport.core.cache import Cache
 from vlexport.core.code_identity import code_digest
 from vlexport.core.dataset import Dataset

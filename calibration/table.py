@@ -24,7 +24,6 @@ from vlexport.core.artifact import Frozen
 from vlexport.core.bundle_schema import canonical_json, plain_json
 from vlexport.core.errors import DataError
 
-TABLE_FILE = "calibration.json"
 TABLE_SCHEMA = 1
 TYPICAL = 0.999
 """The share of values that ``typical`` does not cut off: what lies far beyond it are outliers."""

@@ -57,6 +57,7 @@ def test_receipt_and_tables_say_what_is_in_integers(folder: Path, built: Path) -
     table = read_table(built / "calibration.json")
     decisions = json.loads((built / "quantization.json").read_text(encoding="utf-8"))
     assert table.samples == 24
+    assert {"calibration.json", "quantization.json"} <= set(read_bundle(built).files)
     assert {each["value"] for each in decisions["values"]} <= {each.value for each in table.values}
     assert len(decisions["layers"]) == 6
 

@@ -23,6 +23,8 @@ GOLDEN_FOLDER = "golden"
 RECORDED_FOLDERS = (ARTIFACT_FOLDER, "assets", GOLDEN_FOLDER)
 """Folders all of whose files ``bundle.json`` records."""
 RECIPE_FILE = "recipe.toml"
+TABLE_FILE = "calibration.json"
+DECISIONS_FILE = "quantization.json"
 MEASURED_FOLDER = "measured"
 _CHUNK = 1 << 20
 _MAX_BUNDLE_FILE = 64 << 20
@@ -196,11 +198,14 @@ def file_record(file: Path) -> FileRecord:
 
 
 def recorded_files(folder: Path) -> Iterator[tuple[str, FileRecord]]:
-    """Every file of ``artifact/``, ``golden/`` and ``assets/``, and the recipe, with its record."""
+    """Every file of ``artifact/``, ``golden/`` and ``assets/``, the recipe, and the tables of a quantized model."""
     for part in RECORDED_FOLDERS:
         for file in sorted((folder / part).rglob("*")):
             if file.is_file():
                 yield file.relative_to(folder).as_posix(), file_record(file)
+    for name in (TABLE_FILE, DECISIONS_FILE):
+        if (folder / name).is_file():
+            yield name, file_record(folder / name)
     yield RECIPE_FILE, file_record(folder / RECIPE_FILE)
 
 

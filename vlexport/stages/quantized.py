@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from vlexport.calibration.calibrate import calibrate
-from vlexport.calibration.table import TABLE_FILE, CalibrationTable, write_table
+from vlexport.calibration.table import CalibrationTable, write_table
 from vlexport.core.artifact import Array
+from vlexport.core.bundle import DECISIONS_FILE, TABLE_FILE
 from vlexport.core.bundle_schema import canonical_json, plain_json
 from vlexport.core.cache import Cache
 from vlexport.core.config import BuildConfig
@@ -35,7 +36,6 @@ from vlexport.stages.choices import quantize_options_of
 from vlexport.stages.component import Optimized, in_order
 from vlexport.targets.base import Brief, Target
 
-DECISIONS_FILE = "quantization.json"
 PROBES = 8
 """Calibration samples that the gate judges on."""
 
