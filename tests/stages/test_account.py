@@ -314,7 +314,8 @@ def attention_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_plan_tells_of_modules_when_asked(attention_file: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("vlexport.stages.plan.passes_of", lambda config: [Canonicalize(), RaiseAttentionNot()])
+    passes = [Canonicalize(), RaiseAttentionNot()]
+    monkeypatch.setattr("vlexport.stages.plan.component_passes", lambda *_: passes)
     found = plan(BuildConfig(model=str(attention_file), output=str(attention_file.parent / "b")))
     assert [(each.idea, each.expected, each.found) for each in found.account] == [
         ("attention", 1, 0), ("activation", 1, 0),

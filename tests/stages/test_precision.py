@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import onnx_ir
 import pytest
+import torch
+from torch import Tensor
 
 from tests.passes.test_cast_floats import TOKENS, Model
 from vlexport.core.bundle import read_bundle
@@ -77,7 +79,10 @@ def test_calibration_samples_widen_ranges_when_given(model_file: Path, tmp_path:
 def test_strict_build_fails_with_3_and_leaves_nothing_when_a_value_overflows(tmp_path: Path) -> None:
     import vlexport
 
-    vlexport.save(Model(lambda h, m: m.second(h * 1e6)).eval(), tmp_path / "model.pt", inputs=TOKENS)
+    def large(h: Tensor, m: Model) -> Tensor:
+        return m.second(torch.exp(h.sigmoid() + 8) * torch.exp(h.tanh() + 8))  # type: ignore[no-any-return]
+
+    vlexport.save(Model(large).eval(), tmp_path / "model.pt", inputs=TOKENS)
     with pytest.raises(VlexportError) as caught:
         build(config(tmp_path / "model.pt", tmp_path / "out", options={"cast-floats.strict": "true"}))
     assert (caught.value.code, caught.value.exit_code) == ("VLX0409", 3)

@@ -103,7 +103,7 @@ def test_catalogue_opens_every_target_and_names_the_nearest_when_one_is_misspelt
     assert (error.exit_code, "did you mean 'onnxruntime'?" in error.message) == (2, True)
 
 
-@pytest.mark.parametrize("wished", ["int8", "bf16"])
+@pytest.mark.parametrize("wished", ["fp8", "bf16"])
 def test_precision_is_refused_when_the_target_does_not_run_it(wished: str) -> None:
     error = refused("VLX0502", lambda: OnnxRuntimeTarget().choose_precision(wished))
     assert (error.exit_code, "fp32" in error.hint) == (4, True)
