@@ -37,12 +37,13 @@ from torch.fx.node import map_arg
 from typing_extensions import Self
 
 from vlexport.core.artifact import Frozen
-from vlexport.core.errors import GateError, UsageError, nearest
+from vlexport.core.errors import GateError
 from vlexport.ir import dialect, provenance
 from vlexport.ir.program import Program
 from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
 from vlexport.passes.half.choice import candidates, choose, comparisons, fixed, parts, singles
 from vlexport.passes.half.ranges import measure
+from vlexport.passes.kept_modules import require_modules
 from vlexport.passes.statistic import Statistic
 
 HalfName = Literal["fp16", "bf16"]
@@ -119,7 +120,7 @@ class CastFloats(Pass[Program]):
             GateError: VLX0409 with ``strict``, when something cannot be.
             UsageError: VLX0703 when ``keep`` names no module.
         """
-        self._require_modules(ir)
+        require_modules(ir, self.options.keep, name=self.name)
         undecided = candidates(ir)
         if not undecided:
             return
@@ -184,15 +185,6 @@ class CastFloats(Pass[Program]):
         for miss in misses:
             provenance.remember(miss.node, f"fp32: {miss.reason}")
         return [self.apply(ir, match) for match in matches[:limit]], misses
-
-    def _require_modules(self, ir: Program) -> None:
-        known = {provenance.module_path(node) for node in ir.calls()}
-        for pattern in self.options.keep:
-            if not any(provenance.lies_in(node, pattern) for node in ir.calls()):
-                raise UsageError(
-                    "VLX0703", f"--set {self.name}.keep: no module is called '{pattern}'{nearest(pattern, known)}",
-                    where="--set", hint=f"modules are named as in {', '.join(sorted(known - {''})[:3])}",
-                )  # fmt: skip
 
     def _half_of(self, ir: Program, operand: Node, reader: Node) -> tuple[Node, int, int]:
         """``operand`` in half: node, calls made for it, elements stored for it."""

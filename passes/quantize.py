@@ -35,11 +35,10 @@ from vlexport.calibration.keys import value_keys
 from vlexport.calibration.methods import Method, MethodName
 from vlexport.calibration.table import ValueEntry
 from vlexport.core.artifact import Frozen
-from vlexport.core.errors import UsageError, nearest
 from vlexport.core.scheme import QuantScheme
-from vlexport.ir import provenance
 from vlexport.ir.program import Program
 from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
+from vlexport.passes.kept_modules import require_modules
 from vlexport.passes.quantization.decide import decide
 from vlexport.passes.quantization.decisions import Decisions, LayerDecision
 from vlexport.passes.statistic import Statistic
@@ -119,7 +118,7 @@ class Quantize(Pass[Program]):
         Raises:
             UsageError: VLX0703 when ``keep`` names no module.
         """
-        self._require_modules(ir)
+        require_modules(ir, self.options.keep, name=self.name)
         if self.scheme is None or self.emit is None:
             return
         decisions, placed = decide(ir, self.scheme, self.ranges, keep=self.options.keep)
@@ -142,12 +141,3 @@ class Quantize(Pass[Program]):
         misses = [each for each in found if isinstance(each, NearMiss)]
         matches = [each for each in found if isinstance(each, Match)]
         return [self.apply(ir, match) for match in matches[:limit]], misses
-
-    def _require_modules(self, ir: Program) -> None:
-        known = {provenance.module_path(node) for node in ir.calls()}
-        for pattern in self.options.keep:
-            if not any(provenance.lies_in(node, pattern) for node in ir.calls()):
-                raise UsageError(
-                    "VLX0703", f"--set {self.name}.keep: no module is called '{pattern}'{nearest(pattern, known)}",
-                    where="--set", hint=f"modules are named as in {', '.join(sorted(known - {''})[:3])}",
-                )  # fmt: skip

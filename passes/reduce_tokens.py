@@ -95,7 +95,7 @@ class ReduceTokens(SampledPass[Program]):
         misses = [each for each in found if isinstance(each, NearMiss)]
         matches = [each for each in found if isinstance(each, Match)]
         if not found and not is_done(ir):
-            raise refused(ir.output, f"the model has no {PATTERN}")
+            raise refused(ir.output, f"the model has no {PATTERN}", hint="leave --tokens out")
         if not matches and misses and misses[0].pattern == PATTERN:
             raise refused(misses[0].node, misses[0].reason)
         if not matches[:limit]:

@@ -51,9 +51,9 @@ class Reduced:
         """Former tokens from the fewer, both [batch, tokens, channels]; each is the one that it went into.
 
         Raises:
-            InputError: VLX0411 where dropped tokens went nowhere.
+            InputError: VLX0411 where dropped tokens went nowhere, as here.
         """
-        raise NotImplementedError
+        raise refused(tokens, f"all tokens are needed behind it, and nothing gives them back ({self.what})")
 
 
 class Reduction(abc.ABC):
@@ -419,9 +419,9 @@ def _met(node: Node, reason: str) -> str:
     return reason if node.op == "output" else f"{dialect.plain_name(node)} follows, and {reason}"
 
 
-def refused(node: Node, reason: str) -> InputError:
+def refused(node: Node, reason: str, *, hint: str = "reduce in later layers, or leave --tokens out") -> InputError:
     """The model's tokens cannot be reduced."""
     return InputError(
         "VLX0411", f"the tokens cannot be reduced: {reason}", where=provenance.describe(node),
-        hint="reduce in later layers, or leave --tokens out",
+        hint=hint,
     )  # fmt: skip

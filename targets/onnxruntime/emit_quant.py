@@ -19,6 +19,7 @@ from vlexport.calibration.scales import symmetric
 from vlexport.core.bundle_schema import Change
 from vlexport.core.grids import GRIDS, INT32, quantize
 from vlexport.ir import dialect, provenance
+from vlexport.ir.cost import parameters_stored
 from vlexport.ir.program import Program
 from vlexport.ir.quant_ops import DEQUANTIZE, QUANTIZE
 from vlexport.passes.quantization.decisions import Decisions, LayerDecision, ValueDecision
@@ -35,7 +36,7 @@ def emit_quant(program: Program, decisions: Decisions, nodes: Mapping[str, Node]
         nodes: Key → node, of the Program before any was spelled.
         layer: The call.
     """
-    calls, stored = len(program.calls()), _elements(program)
+    calls, stored = len(program.calls()), parameters_stored(program)
     values = decisions.by_value()
     node = nodes[layer.call]
     if layer.op == "linear" and node.meta["val"].ndim != 2:
@@ -52,7 +53,7 @@ def emit_quant(program: Program, decisions: Decisions, nodes: Mapping[str, Node]
     grids = f"{values[layer.operands[0]].type} x {layer.weight or values[layer.operands[-1]].type}"
     return Change(
         what=f"{layer.op} in {grids}", where=(provenance.module_path(node),), saved_nodes=calls - len(program.calls()),
-        saved_parameters=stored - _elements(program),
+        saved_parameters=stored - parameters_stored(program),
     )  # fmt: skip
 
 
@@ -163,8 +164,3 @@ def _stored(program: Program, node: Node, name: str, integers: Any, scale: Any, 
         for suffix, each in tensors.items()
     ]
     return program.add_call(DEQUANTIZE, (*made, 0), before=node, value_of=node)
-
-
-def _elements(program: Program) -> int:
-    """Stored floats, as ir/cost counts parameters."""
-    return sum(tensor.numel() for tensor in program.used_tensors().values() if tensor.is_floating_point())

@@ -418,6 +418,20 @@ def test_patches_attended_to_most_are_given_out_in_order_when_the_method_is_cls(
     assert torch.allclose(found, every.gather(1, kept[..., None].expand(-1, -1, 10)), atol=1e-5)
 
 
+class GridTower(Tower):
+    """Its head lays the patches out again."""
+
+    def classify(self, x: Tensor) -> Tensor:
+        return self.head(x[:, 1:]).transpose(1, 2).reshape(-1, 10, 4, 4)
+
+
+def test_cls_is_refused_in_words_when_the_head_needs_all_patches() -> None:
+    program = raised(GridTower(**SIZES).eval(), torch.randn(2, 3, 16, 16))
+    with pytest.raises(InputError, match="nothing gives them back") as caught:
+        reduced(program, method="cls", keep=0.3)
+    assert caught.value.code == "VLX0411"
+
+
 def test_cls_is_refused_when_nothing_behind_the_encoder_reads_patches(small: Program) -> None:
     with pytest.raises(InputError, match="no output holds patch tokens"):
         reduced(small, method="cls")

@@ -41,6 +41,8 @@ def built(folder: Path) -> Path:
 def test_artifact_holds_integers_and_is_verified_when_built_in_int8(built: Path) -> None:
     bundle = read_bundle(built)
     assert (bundle.precision, bundle.state) == ("int8", "verified")
+    stored = sum(each.numel() for each in Mixed().parameters())
+    assert bundle.main.cost.parameters >= stored  # scales come on top
     record = next(each for each in bundle.main.passes if each.name == "quantize")
     assert (record.gate.proof, record.gate.statistic) == ("statistic", "sqnr_db")
     assert record.gate.value is not None

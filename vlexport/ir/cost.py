@@ -6,7 +6,7 @@ count nothing. Opaque ops are listed, never guessed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ def cost(program: Program, dims: Mapping[str, int] | None = None) -> Cost:
     dims = dims or {}
     return Cost(
         macs=sum(node_macs(program, node, dims) for node in program.calls()),
-        parameters=sum(map(_elements, program.used_tensors().values())),
+        parameters=_parameters(program, program.used_tensors()),
         size_bytes=program.size_bytes,
         opaque=tuple(sorted({dialect.op_name(n) for n in program.calls() if dialect.is_opaque(n)})),
     )
@@ -80,7 +80,7 @@ class Saving:
     Attributes:
         calls: Calls.
         macs: Multiply-accumulates.
-        parameters: Elements of floating tensors that nothing else reads.
+        parameters: Elements of parameters that nothing else reads.
     """
 
     calls: int
@@ -107,14 +107,28 @@ def saving(program: Program, node: Node) -> Saving:
     return Saving(
         calls=len(calls),
         macs=sum(node_macs(program, n, {}) for n in calls),
-        parameters=sum(_elements(program.tensors[name]) for name in names),
+        parameters=_parameters(program, names),
     )
 
 
 def parameters_stored(program: Program) -> int:
-    """Elements of all floating tensors that a Program stores; what a rewrite saves is the difference of two counts."""
-    return sum(map(_elements, program.tensors.values()))
+    """Parameters among all tensors that a Program stores; what a rewrite saves is the difference of two counts."""
+    return _parameters(program, program.tensors)
 
 
-def _elements(tensor: torch.Tensor) -> int:
-    return tensor.numel() if tensor.is_floating_point() else 0
+_PACKED = (torch.int8, torch.uint8, torch.int32)
+"""What a ``dequantize`` may read; float8 is of floats as it is."""
+
+
+def parameter_names(program: Program) -> set[str]:
+    """Stored tensors that count as parameters: of floats, and integers that a ``dequantize`` makes floats of."""
+    found = {name for name, tensor in program.tensors.items() if tensor.is_floating_point()}
+    if not any(tensor.dtype in _PACKED for tensor in program.tensors.values()):
+        return found  # passes ask after each change
+    packed = [node.args[0] for node in program.calls("vlexport.dequantize.default")]
+    return found | {str(each.target) for each in packed if isinstance(each, Node) and each.op == "get_attr"}
+
+
+def _parameters(program: Program, names: Iterable[str]) -> int:
+    counted = parameter_names(program)
+    return sum(program.tensors[name].numel() for name in names if name in counted)

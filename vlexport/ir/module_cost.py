@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vlexport.ir import provenance
-from vlexport.ir.cost import node_macs
+from vlexport.ir.cost import node_macs, parameter_names
 from vlexport.ir.program import Program
 
 
@@ -34,7 +34,7 @@ def cost_by_module(program: Program, *, depth: int = 1, dims: Mapping[str, int] 
     """
     found: dict[str, ModuleCost] = {}
     seen: set[str] = set()
-    used = program.used_tensors()
+    used, counted = program.used_tensors(), parameter_names(program)
     for node in program.calls():
         path = ".".join(provenance.module_path(node).split(".")[:depth])
         row = found.setdefault(path, ModuleCost())
@@ -44,7 +44,7 @@ def cost_by_module(program: Program, *, depth: int = 1, dims: Mapping[str, int] 
             name = str(operand.target)
             if operand.op == "get_attr" and name not in seen:
                 seen.add(name)
-                row.parameters += used[name].numel() if used[name].is_floating_point() else 0
+                row.parameters += used[name].numel() if name in counted else 0
                 row.size_bytes += used[name].numel() * used[name].element_size()
     _add_returned(program, found, seen)
     return found
@@ -52,8 +52,9 @@ def cost_by_module(program: Program, *, depth: int = 1, dims: Mapping[str, int] 
 
 def _add_returned(program: Program, found: dict[str, ModuleCost], seen: set[str]) -> None:
     """Tensors that nothing reads but the caller."""
+    counted = parameter_names(program)
     for name, tensor in program.used_tensors().items():
         if name not in seen:
             row = found.setdefault("", ModuleCost())
-            row.parameters += tensor.numel() if tensor.is_floating_point() else 0
+            row.parameters += tensor.numel() if name in counted else 0
             row.size_bytes += tensor.numel() * tensor.element_size()
