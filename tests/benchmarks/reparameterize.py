@@ -144,6 +144,20 @@ def shown(row: Row) -> str:
     return f"{row.model:16} ours {gain(row.ours)}; by hand {gain(row.by_hand)}; share {row.share:.3f}"
 
 
+def table(record: dict[str, Any]) -> str:
+    """The Markdown table of a record: a line a model."""
+    lines = [
+        "| model | as trained | reparameterized | ratio (95 %) | ratio by hand (95 %) | share |",
+        "|---|---|---|---|---|---|",
+    ]
+    for figure in record["figures"]:
+        ours, by_hand = Gain(**figure["ours"]), Gain(**figure["by_hand"])
+        ratios = (f"{each.ratio:.2f}× ({each.low:.2f} to {each.high:.2f})" for each in (ours, by_hand))
+        times = (f"{each:.1f} ms" for each in (ours.plain_ms, ours.p50_ms))
+        lines.append(f"| {' | '.join([figure['model'], *times, *ratios, f'{ours.ratio / by_hand.ratio:.2f}'])} |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
