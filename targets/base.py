@@ -200,6 +200,14 @@ class Target(abc.ABC):
             hint=f"it runs: {', '.join(self.precisions)}",
         )  # fmt: skip
 
+    def float_precision(self, precision: str) -> str:
+        """What a quantized artifact computes in where it is not quantized."""
+        return "fp32"
+
+    def quantized_passes(self, scheme: QuantScheme) -> Sequence[Pass[Program]]:
+        """Passes that end the spelling of a quantized Program once its floats are typed; gated with it."""
+        return ()
+
     def lowered_passes(self, options: Frozen) -> Sequence[Pass[Any]]:
         """Passes over what ``lower`` makes, run before it is written: those of ``lowered`` that the options turn on.
 

@@ -123,8 +123,7 @@ def build_prepared(order: Order, prepared: Prepared, folder: Path, reporter: Rep
                 shared = specialized(prepared, sources, name, dims, brief.precision, config, dump, timing)
                 if brief.precision in INTEGER_PRECISIONS:
                     require_single(sources)
-                    assert prepared.calibration is not None
-                    probes = first_samples(prepared.calibration, sources, count=PROBES)[name]
+                    probes = first_samples(prepared.calibration, sources, count=PROBES).get(name, ())
                     quantized = quantize_component(
                         shared, sources.components[name], target=target, brief=brief, config=config,
                         samples=prepared.calibration, probes=probes, dump=dump and dump / "quantized", hooks=[timing],
