@@ -45,6 +45,11 @@ class TensorRTTarget(Target):
         """Half: what is not quantized is computed as in an fp16 artifact."""
         return "fp16"
 
+    def fallback_precision(self, brief: Brief) -> str:
+        """fp16 beside int8 and fp8, which may be no faster on the device."""
+        quantized = brief.precision in ("int8", "fp8")
+        return "fp16" if quantized and cast("TensorRTOptions", brief.options).fallback else ""
+
     def emit_quant(
         self, program: Program, decisions: Decisions, nodes: Mapping[str, Node], layer: LayerDecision
     ) -> Change:
@@ -109,7 +114,7 @@ class TensorRTTarget(Target):
 
         options = cast("TensorRTOptions", brief.options)
         opset = choose_opset(options, brief.device)
-        choose_engine(options, brief.device)
+        choose_engine(options, brief.device, precision=brief.precision)
         facts = brief.device.facts
         known = {
             name: facts[name].value for name in ("tensorrt", "tensorrt-rtx", "compute-capability") if name in facts
