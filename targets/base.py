@@ -210,8 +210,13 @@ class Target(abc.ABC):
         """The precision in which a quantized artifact carries its Program once more; empty for none."""
         return ""
 
-    def quantized_passes(self, scheme: QuantScheme) -> Sequence[Pass[Program]]:
-        """Passes that end the spelling of a quantized Program once its floats are typed; gated with it."""
+    def quantized_passes(self, scheme: QuantScheme, *, min_sqnr_db: float) -> Sequence[Pass[Program]]:
+        """Passes that end the spelling of a quantized Program once its floats are typed, and are gated with it.
+
+        Args:
+            scheme: What it was quantized by.
+            min_sqnr_db: What approximate ones among them have to keep.
+        """
         return ()
 
     def lowered_passes(self, options: Frozen) -> Sequence[Pass[Any]]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from vlexport.core.bundle_schema import Change
     from vlexport.ir.program import Program
+    from vlexport.passes.base import Pass
     from vlexport.passes.quantization.decisions import Decisions, LayerDecision
 
 __all__ = ["TensorRTOptions", "TensorRTTarget"]
@@ -49,6 +50,12 @@ class TensorRTTarget(Target):
         """fp16 beside int8 and fp8, which may be no faster on the device."""
         quantized = brief.precision in ("int8", "fp8")
         return "fp16" if quantized and cast("TensorRTOptions", brief.options).fallback else ""
+
+    def quantized_passes(self, scheme: QuantScheme, *, min_sqnr_db: float) -> Sequence[Pass[Program]]:
+        """Weights of attention in float8, too, where its operands are."""
+        from vlexport.targets.tensorrt.quantize_softmax import QuantizeSoftmax
+
+        return [QuantizeSoftmax(scheme, min_sqnr_db=min_sqnr_db)] if scheme.layer("softmax") is not None else []
 
     def emit_quant(
         self, program: Program, decisions: Decisions, nodes: Mapping[str, Node], layer: LayerDecision

@@ -158,7 +158,8 @@ def quantize_component(
         gate = NumericGate(program, _stacked(source, rows) if rows else optimized.probes, sighted=True)
     seen = rows or [each.values for each in optimized.probes or ()]
     typing = _typing(config, target.float_precision(brief.precision), options, seen)
-    passes: list[Pass[Program]] = [pass_, *typing, *target.quantized_passes(scheme)]
+    ending = target.quantized_passes(scheme, min_sqnr_db=options.min_sqnr_db)
+    passes: list[Pass[Program]] = [pass_, *typing, *ending]
     watching = [*hooks, *([DumpHook(dump)] if dump is not None else [])]
     after, records = run_pipeline(program, passes, gate=gate, hooks=watching)
     notes = (*optimized.notes, *_notes(decisions, table, scheme, len(records[0].near_misses)))
