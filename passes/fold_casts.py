@@ -55,7 +55,8 @@ class FoldCasts(Pass[Program]):
             else:
                 continue
             call = nodes[0] if pattern == _INTO else nodes[1]
-            if half not in HALF_DTYPES or call.args[1].meta["val"].dtype in HALF_DTYPES:
+            scale: Any = call.args[1]
+            if half not in HALF_DTYPES or scale.meta["val"].dtype in HALF_DTYPES:
                 continue
             reason = _why_not(ir, call, half)
             yield NearMiss(pattern, node, reason) if reason else Match(node, nodes, (pattern, half))
@@ -65,11 +66,11 @@ class FoldCasts(Pass[Program]):
         pattern, half = match.data
         node, source = match.nodes
         calls, where = len(ir.calls()), (provenance.module_path(node),)
-        call = node if pattern == _INTO else source
+        call, target = (node, QUANTIZE) if pattern == _INTO else (source, DEQUANTIZE)
         value = source.args[0]
         scale, rest = call.args[1], call.args[2:]
         halved = _in_half(ir, scale, half, before=call)
-        made = ir.add_call(call.target, (value, halved, *rest), before=node, value_of=call)
+        made = ir.add_call(target, (value, halved, *rest), before=node, value_of=call)
         ir.replace(node, made)
         return Change(what=f"{pattern} without the cast", where=where, saved_nodes=calls - len(ir.calls()))
 
@@ -91,8 +92,8 @@ def _in_half(ir: Program, scale: Any, half: torch.dtype, *, before: Node) -> Nod
     name = f"{scale.target}_half"
     kept = ir.tensors.get(name)
     if kept is not None and kept.dtype is half:
-        for node in ir.graph.find_nodes(op="get_attr", target=name):
-            if node < before:
+        for node in ir.graph.nodes:
+            if node.op == "get_attr" and node.target == name and node < before:
                 return node
     tensor = ir.tensor_of(scale)
     assert tensor is not None

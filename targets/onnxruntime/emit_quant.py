@@ -21,7 +21,7 @@ from vlexport.core.grids import GRIDS, INT32, quantize
 from vlexport.ir import dialect, provenance
 from vlexport.ir.cost import parameters_stored
 from vlexport.ir.program import Program
-from vlexport.ir.quant_ops import DEQUANTIZE, QUANTIZE
+from vlexport.ir.quant_ops import DEQUANTIZE
 from vlexport.passes.quantization.decisions import Decisions, LayerDecision, ValueDecision
 from vlexport.passes.quantization.spell import feed, rounded, said, stored
 from vlexport.targets.onnxruntime.small_weights import store_small

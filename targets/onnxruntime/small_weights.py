@@ -51,9 +51,9 @@ def _product(program: Program, node: Node, name: str, weight: Tensor, kind: str)
     steps, scale, _ = as_steps(weight, kind)
     for made in program.calls("aten.mul.Tensor"):
         copied: Any = made.args[0]
-        source = copied.args[0] if dialect.is_cast(copied) else None
+        source: Any = copied.args[0] if isinstance(copied, Node) and dialect.is_cast(copied) else None
         kept = program.tensor_of(source)
-        if made < node and kept is not None and source.target == f"{name}_int" and torch.equal(kept, steps):
+        if kept is not None and source.target == f"{name}_int" and torch.equal(kept, steps) and made < node:
             return made
     integers = program.add_tensor(f"{name}_int", steps, before=node)
     factors = program.add_tensor(f"{name}_scale", scale.reshape(-1, *[1] * (weight.ndim - 1)), before=node)

@@ -107,7 +107,10 @@ def _call(ir: Program, node: Node, target: Any, *args: Any) -> Node:
 
 
 def _is_float8(node: Any) -> bool:
-    return isinstance(node, Node) and node.target is DEQUANTIZE and node.args[0].meta["val"].dtype is E4M3
+    if not isinstance(node, Node) or node.target is not DEQUANTIZE:
+        return False
+    steps: Any = node.args[0]
+    return bool(steps.meta["val"].dtype is E4M3)
 
 
 def _why_not(node: Node) -> str:
