@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -49,12 +49,12 @@ def scheme_of(target: str, name: str) -> QuantScheme:
     return next(each for each in open_target(target).schemes() if each.id == name)
 
 
-@lru_cache(maxsize=None)
+@cache
 def program_of(net: str) -> Program:
     return captured(NETS[net]().eval(), images(1, 0), dynamic=False)
 
 
-@lru_cache(maxsize=None)
+@cache
 def quantized(net: str, target: str, name: str) -> Program:
     """As ``quantize_component`` makes it, without gates."""
     program, scheme, made = program_of(net), scheme_of(target, name), open_target(target)
