@@ -36,8 +36,8 @@ PREFERRED_OPSET = 20
 """What every TensorRT of version 10 and later reads."""
 FALLBACK_FILE = "fallback.onnx"
 AS_WRITTEN: dict[str, str | int | float | bool] = {"graph_optimization": "none"}
-"""How ONNX Runtime stands in for TensorRT where values are rounded: its integer kernels saturate on some processors, and
-its ReluQuantRewrite is wrong for float8 (measured)."""
+"""How ONNX Runtime stands in for TensorRT where values are rounded: its integer kernels saturate on some processors,
+and its ReluQuantRewrite is wrong for float8 (measured)."""
 _NEEDS_GPU = "CUDA_SUCCESS"
 
 

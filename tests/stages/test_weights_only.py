@@ -19,16 +19,11 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> BuildResult:
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
     vlexport.save(Text().eval(), folder / "model.pt", inputs={"ids": ids()})
-    return build(
-        BuildConfig(
-            model=str(folder / "model.pt"),
-            output=str(folder / "o.bundle"),
-            precision="int8",
-            profile=False,
-            threads=1,
-            options={"quantize.weights_only": "int8"},
-        )  # fmt: skip
-    )
+    config = BuildConfig(
+        model=str(folder / "model.pt"), output=str(folder / "o.bundle"), precision="int8", profile=False, threads=1,
+        options={"quantize.weights_only": "int8"},
+    )  # fmt: skip
+    return build(config)
 
 
 def test_bundle_is_verified_and_has_decisions_but_no_ranges(built: BuildResult) -> None:
