@@ -13,6 +13,7 @@ import onnx_ir
 from vlexport.core.artifact import Artifact
 from vlexport.core.device_profiles import DeviceProfile
 from vlexport.core.errors import CapabilityError, UsageError, VlexportError
+from vlexport.core.scheme import QUANTIZED
 from vlexport.ir.program import Program
 from vlexport.targets.base import Brief
 from vlexport.targets.onnx.lower import onnx_with_lines, write_onnx
@@ -88,7 +89,7 @@ def lower_program(program: Program, folder: Path, brief: Brief) -> Artifact:
         raise UsageError("VLX0703", f"a component cannot be called {name!r}", hint="use letters, digits, '_', '.', '-'")
     opset = choose_opset(options, device)
     choice = choose_engine(options, device, signature, precision=brief.precision)
-    quantized = brief.precision in ("int8", "fp8")
+    quantized = brief.precision in QUANTIZED
     model, lines = onnx_with_lines(program, opset=opset)
     problems = unsupported(model, device, lines)
     if problems and options.check_operators and _is_known(device):

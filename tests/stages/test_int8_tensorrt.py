@@ -11,13 +11,15 @@ import onnx_ir
 import pytest
 
 import vlexport
+from tests.harness import captured
 from tests.passes.quantizing import Mixed, images
 from vlexport.core.bundle import read_bundle
 from vlexport.core.config import BuildConfig
-from vlexport.core.errors import VlexportError
+from vlexport.core.errors import GateError, VlexportError
 from vlexport.stages.build import BuildResult, build
+from vlexport.stages.component import Optimized
 from vlexport.stages.order import order_of
-from vlexport.stages.quantized import require_calibrated
+from vlexport.stages.quantized import require_calibrated, with_fallback
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +90,7 @@ def test_floats_are_typed_and_casts_folded_in_the_record_when_quantized(built: B
         ({"options": {"quantize.weights_only": "int4"}}, "VLX0502", "the target has no such scheme"),
         ({"options": {"quantize.weights_only": "int5"}}, "VLX0703", "quantize.weights_only"),
         ({"precision": "fp16", "options": {"quantize.weights_only": "int8"}}, "VLX0703", "pass 'quantize' is not run"),
+        ({"precision": "fp32", "options": {"cast-floats.keep": "up"}}, "VLX0703", "pass 'cast-floats' is not run"),
     ],
 )
 def test_order_is_refused_when_it_cannot_be_quantized_so(
@@ -105,3 +108,16 @@ def test_no_samples_are_asked_for_when_weights_alone_are_rounded(folder: Path) -
     assert order.target.fallback_precision(order.brief) == "fp16"
     without = order_of(config(folder, options={"tensorrt.fallback": "false"}))
     assert without.target.fallback_precision(without.brief) == ""
+
+
+def test_bundle_goes_without_the_half_graph_when_half_loses_too_much() -> None:
+    program = captured(Mixed().eval(), images(2, 0))
+    made = Optimized(program, (), None, ("a note",))
+
+    def refused() -> Optimized:
+        raise GateError("VLX0401", "pass cast-floats costs more than it may")
+
+    assert with_fallback(made, lambda: made, [], precision="fp16") == (made, program)
+    found, fallback = with_fallback(made, refused, [], precision="fp16")
+    assert fallback is None
+    assert found.notes == ("a note", "no fp16 graph lies beside it: pass cast-floats costs more than it may")
