@@ -25,6 +25,7 @@ from vlexport.core.devices import available_cores, this_machine
 from vlexport.core.errors import CapabilityError, UsageError
 from vlexport.core.progress import Reporter, Silent, StageClock
 from vlexport.frontends.sources import Sources
+from vlexport.ir.program import Program
 from vlexport.passes.base import Pass
 from vlexport.passes.pipeline import TimingHook
 from vlexport.report.write import new_report, write_report
@@ -116,6 +117,7 @@ def build_prepared(order: Order, prepared: Prepared, folder: Path, reporter: Rep
     dims = dims_of(config, target, prepared.sources.signature)
     sources = prepared.sources.narrowed(dims)
     optimized: dict[str, Optimized] = {}
+    fallbacks: dict[str, Program] = {}
     with clock.stage(f"passes for {target.id}"):
         for name in sources.components:
             with sources.named(name):
@@ -123,14 +125,17 @@ def build_prepared(order: Order, prepared: Prepared, folder: Path, reporter: Rep
                 shared = specialized(prepared, sources, name, dims, brief.precision, config, dump, timing)
                 if brief.precision in INTEGER_PRECISIONS:
                     require_single(sources)
-                    assert prepared.calibration is not None
-                    probes = first_samples(prepared.calibration, sources, count=PROBES)[name]
+                    probes = first_samples(prepared.calibration, sources, count=PROBES).get(name, ())
                     quantized = quantize_component(
                         shared, sources.components[name], target=target, brief=brief, config=config,
                         samples=prepared.calibration, probes=probes, dump=dump and dump / "quantized", hooks=[timing],
                         cache=prepared.cache, reporter=reporter,
                     )  # fmt: skip
                     quantized.write(folder)
+                    if beside := target.fallback_precision(brief):
+                        typed = specialized(prepared, sources, name, dims, beside, config, dump, timing)
+                        passes = target.program_passes(replace(brief, precision=beside))
+                        fallbacks[name] = legalize_component(typed, passes, dump=None, hooks=[timing]).program
                     shared = quantized.optimized
                 optimized[name] = legalize_component(
                     shared, target.program_passes(brief), dump=dump and dump / "legalized", hooks=[timing]
@@ -141,7 +146,8 @@ def build_prepared(order: Order, prepared: Prepared, folder: Path, reporter: Rep
         for name, source in sources.components.items():
             with sources.named(name):
                 components[name] = lower_component(
-                    target, source, optimized[name], brief, bundle=folder, name=name, seed=config.seed,
+                    target, source, optimized[name], replace(brief, fallback=fallbacks.get(name)), bundle=folder,
+                    name=name, seed=config.seed,
                     folder=folder / artifact_folder(sources.components, name), passes=lowered,
                     dump=dump_of(config, sources, name, target.id, "lowered"), hooks=[timing], cache=prepared.cache,
                     reporter=reporter,
