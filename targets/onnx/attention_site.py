@@ -11,6 +11,7 @@ column of the root that holds it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,6 +53,12 @@ class Site:
     heads: int
     scale: float
     made: onnx_ir.Value
+
+    def attributes(self) -> dict[str, int | float]:
+        """As com.microsoft spells it; the usual scale is left out, which older releases do not know."""
+        width = len(self.parts[0].columns) // self.heads
+        usual = math.isclose(self.scale, width**-0.5, rel_tol=1e-6)
+        return {"num_heads": self.heads, **({} if usual else {"scale": self.scale})}
 
 
 class NoSite(Exception):  # noqa: N818  a near miss: its text is the reason

@@ -101,9 +101,7 @@ def numbered(value: onnx_ir.Value, sizes: Sizes) -> Numbers:
     return np.arange(int(np.prod(shape, dtype=np.int64)), dtype=np.int64).reshape(shape)
 
 
-def moved(
-    value: onnx_ir.Value, root: onnx_ir.Value, sizes: Sizes, *, numbers: Numbers | None = None
-) -> Numbers:
+def moved(value: onnx_ir.Value, root: onnx_ir.Value, sizes: Sizes, *, numbers: Numbers | None = None) -> Numbers:
     """The root's numbers where ``value`` has them.
 
     Args:

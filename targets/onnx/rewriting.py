@@ -6,6 +6,7 @@ their number stays what it was: what loses a rounding on the way is found.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -74,6 +75,13 @@ def put(
     if lost := quantizing - model.quantizing:
         new.metadata_props[STANDS_FOR] = str(lost)
     return new
+
+
+def domains(model: OnnxModel) -> dict[str, str]:
+    """The domains of a model that holds operators of ONNX Runtime's own, as a fact of the artifact; else nothing."""
+    counts = Counter(node.op_type for node in model.nodes() if node.domain == CONTRIB)
+    said = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+    return {"domains": f"ai.onnx, {CONTRIB} ({said})"} if said else {}
 
 
 def drop_unread(model: OnnxModel, last: onnx_ir.Node) -> None:

@@ -89,9 +89,8 @@ class FuseAttention(Pass[OnnxModel]):
             stored(ir, f"{name}_bias", np.concatenate(biases)),
         ]
         rows = found.made.shape is not None and len(found.made.shape) == 2
-        attributes = {"num_heads": found.heads, "scale": found.scale}
         put(
-            ir, found.made, "Attention", operands, domain=CONTRIB, attributes=attributes, origin=match.node, rows=rows
+            ir, found.made, "Attention", operands, domain=CONTRIB, attributes=found.attributes(), origin=match.node, rows=rows
         )  # fmt: skip
         return Change(what="attention as one operator", where=(where,), saved_nodes=before - len(ir.nodes()))
 

@@ -15,7 +15,7 @@ slower than float (measured). Where several linears read one rounded value, it i
 MatMulIntegerToFloat.
 
 Does not apply when: the weight is not in integers, or the range is that of another value.
-Numerical effect: rounding; the integers are the same.
+Numerical effect: rounding, as fuse-qattention's.
 Source: ONNX Runtime, contributed operators, com.microsoft.DynamicQuantizeMatMul and MatMulIntegerToFloat.
 """
 
@@ -27,9 +27,10 @@ from typing import ClassVar
 import onnx_ir
 
 from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
+from vlexport.passes.statistic import Statistic
 from vlexport.targets.onnx.model import OnnxModel, module_path
 from vlexport.targets.onnx.rewriting import CONTRIB, put, stored
-from vlexport.targets.onnxruntime.integer_linear import IntegerLinear, NoLinear, integer_linear
+from vlexport.targets.onnxruntime.integer_linear import TIPPED, IntegerLinear, NoLinear, integer_linear
 
 _PATTERN = "rounded at run time → linear"
 
@@ -39,7 +40,12 @@ class FuseDynamicLinear(Pass[OnnxModel]):
 
     name: ClassVar[str] = "fuse-dynamic-linear"
     stage: ClassVar[Stage] = "legalize"
-    effect: ClassVar[Effect] = "exact"
+    effect: ClassVar[Effect] = "approximate"
+
+    @property
+    def statistic(self) -> Statistic:
+        """A rounding of float that tips an integer over is a whole step further on: noise like quantization's."""
+        return TIPPED
 
     def find(self, ir: OnnxModel) -> Iterator[Match[onnx_ir.Node] | NearMiss[onnx_ir.Node]]:
         """Every product behind a value that is rounded at run time."""

@@ -15,8 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir
 
+from vlexport.passes.statistic import Statistic
 from vlexport.targets.onnx.layout import origin
 
+TIPPED = Statistic("sqnr_db", 10.0, hint="switch the fusion off with --set onnxruntime.NAME=false, and report this")
+"""What a fusion between quantizing operators promises. On a deep model, integers that rounding tips over cost about as much
+as quantization itself did (33 dB beside 31 dB on deit_small), so this is no proof; single sites are exact in tests."""
 Array = npt.NDArray[np.generic]
 _INTEGERS = (onnx_ir.DataType.UINT8, onnx_ir.DataType.INT8)
 

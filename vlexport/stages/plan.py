@@ -104,14 +104,14 @@ def plan(
         problems.append(error)
     brief = Brief(target.Options())
     try:
-        brief = Brief(options_of(config, target), profile_of(config, target), precision, config.threads)
+        brief = Brief(settled_of(config, target, precision), profile_of(config, target), precision, config.threads)
     except VlexportError as error:
         problems.append(error)
     collect(lambda: require_judged(gates_of(config), target, target.probe()))
     candidates: dict[str, tuple[str, ...]] = {}
     collect(lambda: candidates.update(axes_of(config, target, options_of(config, target))))
     lowered: list[Pass[Any]] = []
-    collect(lambda: lowered.extend(lowered_passes_of(config, target, options_of(config, target))))
+    collect(lambda: lowered.extend(lowered_passes_of(config, target, brief.options)))
     collect(lambda: require_free(output_of(config), force=config.force, several=several))
     collect(lambda: target.require_tools(brief))
     if sources is None:

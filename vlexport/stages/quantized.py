@@ -137,7 +137,7 @@ def quantize_component(
     options = quantize_options_of(config)
     program = optimized.program
     table = None
-    if options.kind != "weights":
+    if options.kind == "static":
         assert samples is not None
         wanted = wanted_values(program, scheme, keep=options.keep)
         table = calibrate(
@@ -201,7 +201,8 @@ def _notes(decisions: Decisions, table: CalibrationTable | None, scheme: QuantSc
         counts[each.op] = counts.get(each.op, 0) + 1
     what = ", ".join(f"{count} {op}" for op, count in counts.items())
     if table is None:
-        how, edits = "weights alone", ()
+        dynamic = any(each.dynamic for each in decisions.layers)
+        how, edits = ("ranges found at each run" if dynamic else "weights alone"), ()
     else:
         how = f"ranges by {table.method.name} of {table.samples} samples"
         edits = tuple(f"range {edit}" for edit in table.edits())
