@@ -12,6 +12,7 @@ column of the root that holds it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ import onnx_ir
 
 from vlexport.targets.onnx.layout import Numbers, Sizes, Untraceable, all_between, moved, numbered, origin
 from vlexport.targets.onnx.model import OnnxModel
+from vlexport.targets.onnx.rewriting import CONTRIB, put
 
 _RANK = 4
 
@@ -81,6 +83,15 @@ def site(model: OnnxModel, softmax: onnx_ir.Node) -> Site:
         return _site(model, softmax)
     except Untraceable as error:
         raise NoSite(str(error)) from error
+
+
+def become(model: OnnxModel, found: Site, kind: str, operands: Sequence[onnx_ir.Value | None]) -> onnx_ir.Node:
+    """Put one operator of ONNX Runtime's own in the place of all of a site."""
+    rows = found.made.shape is not None and len(found.made.shape) == 2
+    return put(
+        model, found.made, kind, operands, domain=CONTRIB, attributes=found.attributes(), origin=found.softmax,
+        rows=rows,
+    )  # fmt: skip
 
 
 def _site(model: OnnxModel, softmax: onnx_ir.Node) -> Site:

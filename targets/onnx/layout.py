@@ -257,7 +257,8 @@ _OPERATORS: dict[str, Callable[[onnx_ir.Node, list[Any]], list[Numbers]]] = {
 
 def all_between(model: OnnxModel, made: onnx_ir.Value, root: onnx_ir.Value) -> bool:
     """Whether nothing but what ends in ``made`` reads ``root``."""
-    seen, waiting = set(), [root]
+    seen: set[onnx_ir.Value] = set()
+    waiting = [root]
     while waiting:
         value = waiting.pop()
         if value is made:

@@ -58,11 +58,12 @@ def put(
     before = last
     graph.insert_before(before, new)
     result = new.outputs[0]
-    result.dtype = old.dtype
+    result.type = old.type
     if rows:
-        assert old.shape is not None
+        width = old.shape[-1] if old.shape is not None else None
+        assert isinstance(width, int)
         result.name = f"{name}_value"
-        shape = stored(model, f"{name}_rows", np.array([-1, int(old.shape[-1])], np.int64))
+        shape = stored(model, f"{name}_rows", np.array([-1, width], np.int64))
         flat = onnx_ir.Node("", "Reshape", [result, shape], name=f"{name}_reshape", num_outputs=1)
         inherit(flat, origin)
         graph.insert_before(before, flat)

@@ -9,9 +9,9 @@ Before → after::
     %9 = Softmax(scale · %q · %kᵀ)
     … %9 · %v, transpose, reshape …
 
-Equation: ``Attention(x, [Wq Wk Wv], [bq bk bv]) = softmax(scale · q kᵀ) v`` for every head, heads joined. Columns of the
-weights are put in the order of heads, whatever order the model keeps them in; three projections of one value become
-one.
+Equation: ``Attention(x, [Wq Wk Wv], [bq bk bv]) = softmax(scale · q kᵀ) v`` for every head, heads joined. Columns of
+the weights are put in the order of heads, whatever order the model keeps them in; three projections of one value
+become one.
 
 Does not apply when: a mask or bias is added to the scores, the query is not of all positions (as where the last block
 computes one token alone), the heads of key and value are fewer, one of the parts is not a stored linear of the same
@@ -31,9 +31,9 @@ import numpy.typing as npt
 import onnx_ir
 
 from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
-from vlexport.targets.onnx.attention_site import NoSite, Part, Site, looks_like_one, site
+from vlexport.targets.onnx.attention_site import NoSite, Part, Site, become, looks_like_one, site
 from vlexport.targets.onnx.model import OnnxModel, module_path
-from vlexport.targets.onnx.rewriting import CONTRIB, put, stored
+from vlexport.targets.onnx.rewriting import stored
 
 _PATTERN = "projections → attention"
 Floats = npt.NDArray[np.floating]
@@ -88,10 +88,7 @@ class FuseAttention(Pass[OnnxModel]):
             stored(ir, f"{name}_weight", np.concatenate(weights, 1)),
             stored(ir, f"{name}_bias", np.concatenate(biases)),
         ]
-        rows = found.made.shape is not None and len(found.made.shape) == 2
-        put(
-            ir, found.made, "Attention", operands, domain=CONTRIB, attributes=found.attributes(), origin=match.node, rows=rows
-        )  # fmt: skip
+        become(ir, found, "Attention", operands)
         return Change(what="attention as one operator", where=(where,), saved_nodes=before - len(ir.nodes()))
 
 

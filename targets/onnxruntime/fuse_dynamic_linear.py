@@ -5,9 +5,9 @@ Before → after::
     %q, %scale, %zero = DynamicQuantizeLinear(x)
     %0 = QuantizeLinear(x, %scale, %zero)
     %1 = DequantizeLinear(%0, %scale, %zero)
-    %2 = DequantizeLinear(@w: i8[8,4], @scales, @zeros)     →   %0 = com.microsoft.DynamicQuantizeMatMul(x, @w', @scales,
-    %3 = MatMul(%1, transposed %2)                                                                       _, @bias)
-    %4 = Add(%3, @bias)                                         return %0
+    %2 = DequantizeLinear(@w: i8[8,4], @scales, @zeros)   →   %0 = com.microsoft.DynamicQuantizeMatMul(x, @w', …)
+    %3 = MatMul(%1, transposed %2)                            return %0
+    %4 = Add(%3, @bias)
     return %4
 
 Equation: the same, added up in 32-bit integers. Left as they are, ONNX Runtime makes MatMulNBits of the nodes, which is

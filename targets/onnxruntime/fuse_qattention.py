@@ -26,9 +26,9 @@ import onnx_ir
 
 from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
 from vlexport.passes.statistic import Statistic
-from vlexport.targets.onnx.attention_site import NoSite, Site, looks_like_one, site
+from vlexport.targets.onnx.attention_site import NoSite, Site, become, looks_like_one, site
 from vlexport.targets.onnx.model import OnnxModel, module_path
-from vlexport.targets.onnx.rewriting import CONTRIB, put, stored
+from vlexport.targets.onnx.rewriting import stored
 from vlexport.targets.onnxruntime.integer_linear import TIPPED, IntegerLinear, NoLinear, integer_linear
 
 _PATTERN = "integer projections → attention"
@@ -80,10 +80,7 @@ class FuseQattention(Pass[OnnxModel]):
             first.zero,
             stored(ir, f"{name}_zero", np.concatenate([each.weight_zero[part.columns] for each, part in pairs])),
         ]
-        rows = found.made.shape is not None and len(found.made.shape) == 2
-        put(
-            ir, found.made, "QAttention", operands, domain=CONTRIB, attributes=found.attributes(), origin=match.node, rows=rows
-        )  # fmt: skip
+        become(ir, found, "QAttention", operands)
         change = "attention with integer projections as one operator"
         return Change(what=change, where=(where,), saved_nodes=before - len(ir.nodes()))
 

@@ -1,4 +1,4 @@
-"""fuse-qattention and fuse-dynamic-linear: which integer operators of ONNX Runtime are written, and that it keeps them."""
+"""fuse-qattention and fuse-dynamic-linear: which integer operators are written, and that ONNX Runtime keeps them."""
 
 from __future__ import annotations
 

@@ -31,6 +31,7 @@ from vlexport.stages.choices import (
     precision_of,
     precision_passes_of,
     profile_of,
+    settled_of,
 )
 from vlexport.stages.component import clean_up, cost_record
 from vlexport.stages.dims import dims_of

@@ -200,9 +200,10 @@ def _notes(decisions: Decisions, table: CalibrationTable | None, scheme: QuantSc
     for each in decisions.layers:
         counts[each.op] = counts.get(each.op, 0) + 1
     what = ", ".join(f"{count} {op}" for op, count in counts.items())
+    edits: tuple[str, ...] = ()
     if table is None:
         dynamic = any(each.dynamic for each in decisions.layers)
-        how, edits = ("ranges found at each run" if dynamic else "weights alone"), ()
+        how = "ranges found at each run" if dynamic else "weights alone"
     else:
         how = f"ranges by {table.method.name} of {table.samples} samples"
         edits = tuple(f"range {edit}" for edit in table.edits())
