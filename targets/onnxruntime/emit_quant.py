@@ -25,6 +25,7 @@ from vlexport.ir.program import Program
 from vlexport.ir.quant_ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE
 from vlexport.passes.quantization.decisions import Decisions, LayerDecision, ValueDecision
 from vlexport.passes.quantization.spell import feed, rounded, said, spell, stored
+from vlexport.targets.onnxruntime.small_weights import store_small
 
 aten = torch.ops.aten
 
@@ -42,8 +43,9 @@ def emit_quant(program: Program, decisions: Decisions, nodes: Mapping[str, Node]
     node = nodes[layer.call]
     if layer.dynamic:
         _round_by_range(program, node)
-    if not layer.operands:
         return spell(program, decisions, node, layer)
+    if not layer.operands:
+        return store_small(program, node, layer)
     calls, stored_before = len(program.calls()), parameters_stored(program)
     if layer.op == "linear" and node.meta["val"].ndim != 2:
         node = _as_rows(program, node, values[layer.operands[0]])
