@@ -28,7 +28,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 from torch.fx import Node
 
 from vlexport.calibration.keys import value_keys
@@ -64,6 +64,8 @@ class QuantizeOptions(Frozen):
         weights_only: Round nothing but stored weights, to int8, or int4 in blocks; calibration samples are not needed.
             The artifact is smaller; whether it is faster depends on the target. off rounds what weights are
             multiplied with, too.
+        activations: Where the ranges of what weights are multiplied with come from: static has one of each value, from
+            calibration; dynamic finds one at every run, needs no calibration samples, and is for linears alone.
     """
 
     method: MethodName = "min-max"
@@ -72,11 +74,18 @@ class QuantizeOptions(Frozen):
     min_samples: int = Field(default=16, ge=1)
     min_sqnr_db: float = Field(default=10.0, ge=0.0, le=200.0)
     weights_only: Literal["off", "int8", "int4"] = "off"
+    activations: Literal["static", "dynamic"] = "static"
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> QuantizeOptions:
+        if self.activations == "dynamic" and self.weights_only != "off":
+            raise ValueError("weights_only leaves activations in float: it goes with no activations=dynamic")
+        return self
 
     @property
     def kind(self) -> Kind:
         """The kind of scheme that is asked for."""
-        return "static" if self.weights_only == "off" else "weights"
+        return self.activations if self.weights_only == "off" else "weights"
 
     @property
     def weight_type(self) -> str:

@@ -32,8 +32,8 @@ from vlexport.report.write import new_report, write_report
 from vlexport.stages.choices import (
     INTEGER_PRECISIONS,
     lowered_passes_of,
-    options_of,
     output_of,
+    settled_of,
     tools_of,
     why_untimed,
 )
@@ -165,7 +165,9 @@ def build_prepared(order: Order, prepared: Prepared, folder: Path, reporter: Rep
             )  # fmt: skip
             tuned = autotune(subject, order.axes, dataset, reporter=reporter)
         components[name], dataset = tuned.component, tuned.dataset
-        order = replace(order, config=tuned.config, brief=replace(brief, options=options_of(tuned.config, target)))
+        order = replace(
+            order, config=tuned.config, brief=replace(brief, options=settled_of(tuned.config, target, brief.precision))
+        )
     prepared = replace(prepared, dataset=dataset)
     owed = sources.with_sources({name: each.held_to(sources.components[name]) for name, each in optimized.items()})
     goldens = whole_goldens(folder, owed, config.seed, golden_tolerance(brief.precision))
@@ -264,9 +266,17 @@ def _bundle(
         golden_smallest=goldens[1],
         tools=tools_of(order.config, order.target, lowered),
         instruction_set=this_machine().instruction_set,
-        compatibility=order.target.compatibility(order.brief),
+        compatibility=_compatibility(order, components),
         files={},
     )
+
+
+def _compatibility(order: Order, components: Mapping[str, Component]) -> dict[str, str]:
+    """What a device is checked against; where an artifact's facts say it better than the brief, they do."""
+    found = order.target.compatibility(order.brief)
+    for each in components.values():
+        found |= {key: value for key, value in each.artifact.facts.items() if key in found}
+    return found
 
 
 def _facts(sources: Sources, components: Mapping[str, Component]) -> Iterator[str]:

@@ -31,6 +31,7 @@ from vlexport.stages.choices import (
     precision_of,
     precision_passes_of,
     profile_of,
+    settled_of,
 )
 from vlexport.stages.component import clean_up, cost_record
 from vlexport.stages.dims import dims_of
@@ -104,14 +105,14 @@ def plan(
         problems.append(error)
     brief = Brief(target.Options())
     try:
-        brief = Brief(options_of(config, target), profile_of(config, target), precision, config.threads)
+        brief = Brief(settled_of(config, target, precision), profile_of(config, target), precision, config.threads)
     except VlexportError as error:
         problems.append(error)
     collect(lambda: require_judged(gates_of(config), target, target.probe()))
     candidates: dict[str, tuple[str, ...]] = {}
     collect(lambda: candidates.update(axes_of(config, target, options_of(config, target))))
     lowered: list[Pass[Any]] = []
-    collect(lambda: lowered.extend(lowered_passes_of(config, target, options_of(config, target))))
+    collect(lambda: lowered.extend(lowered_passes_of(config, target, brief.options)))
     collect(lambda: require_free(output_of(config), force=config.force, several=several))
     collect(lambda: target.require_tools(brief))
     if sources is None:

@@ -23,7 +23,7 @@ import numpy as np
 
 from vlexport.core.artifact import Array, Artifact
 from vlexport.core.bundle import ARTIFACT_FOLDER, check_files, file_record, read_bundle
-from vlexport.core.bundle_schema import Component, LatencyResult, Report
+from vlexport.core.bundle_schema import Component, LatencyResult, OperatorTime, Report
 from vlexport.core.devices import available_cores
 from vlexport.core.errors import CapabilityError, UsageError
 from vlexport.core.isolate import IsolatedSession
@@ -44,6 +44,7 @@ REST_SECONDS = 0.1
 _FOR_P90 = 20
 _FOR_P99 = 200
 _WARMUP = 3
+_PROFILED_RUNS = 10
 _MIN_RUNS = 5
 _MAX_RUNS = 200
 
@@ -137,6 +138,7 @@ def profile(config: ProfileConfig, *, reporter: Reporter | None = None) -> Repor
             ours, inputs, baseline=baseline, plan=QUICK if config.quick else FULL,
             threads=config.threads or available_cores(), reporter=reporter,
             large=_sized(golden, bundle.main, {**opt, **large}) if large else None, timeout_s=config.timeout_s,
+            operators=True,
         )  # fmt: skip
     report = judge_gates(new_report(bundle).model_copy(update={"latency": latency}), config.gates)
     write_report(config.bundle, bundle, report)
@@ -153,6 +155,7 @@ def measure_latency(
     reporter: Reporter,
     large: Mapping[str, Array] | None = None,
     timeout_s: float | None = None,
+    operators: bool = False,
 ) -> LatencyResult:
     """Measure ``ours``, interleaved with ``baseline`` where there is one.
 
@@ -165,6 +168,7 @@ def measure_latency(
         reporter: Progress.
         large: Inputs of a larger batch, to be measured on ``ours`` after the rounds.
         timeout_s: Seconds that one answer of a runtime may take.
+        operators: Ask the runtimes, too, where the time goes.
     """
     with ours.target.open(ours.folder, ours.artifact, threads=threads, timeout_s=timeout_s) as session:
         if baseline is None:
@@ -174,13 +178,21 @@ def measure_latency(
                 baseline.folder, baseline.artifact, threads=threads, timeout_s=timeout_s
             ) as other:
                 result = _interleaved(session, other, inputs, plan, threads, reporter)
+                theirs = _by_operator(other, inputs) if operators else ()
             named = {"baseline": baseline.name, "baseline_size_bytes": baseline.size_bytes()}
-            result = result.model_copy(update=named)
+            result = result.model_copy(update={**named, "baseline_operators": theirs})
         result = result.model_copy(update={"peak_memory_bytes": session.peak_memory_bytes()})
         if large is not None:
             result = result.model_copy(update=_at_large(session, large, plan))
+        if operators:
+            result = result.model_copy(update={"operators": _by_operator(session, inputs)})
         # Last, because a second copy of the artifact is in memory then.
         return result.model_copy(update={"warm_load_ms": session.reload_ms()})
+
+
+def _by_operator(session: IsolatedSession, inputs: Mapping[str, Array]) -> tuple[OperatorTime, ...]:
+    found = session.operator_times(inputs, runs=_PROFILED_RUNS)
+    return tuple(OperatorTime(operator=name, count=count, ms=round(ms, 4)) for name, (count, ms) in found.items())
 
 
 def _at_large(session: IsolatedSession, inputs: Mapping[str, Array], plan: Plan) -> dict[str, float]:
