@@ -19,9 +19,10 @@ import typer
 
 import vlexport
 from vlexport.cli import bisect, build, bundle, cache, catalogue, inspect, measure
-from vlexport.cli.console import error_lines, inert
+from vlexport.cli.console import error_lines
 from vlexport.cli.outcome import Outcome
 from vlexport.core.errors import EXIT_INPUT, EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_USAGE, VlexportError
+from vlexport.core.inert import inert
 
 OUTPUT_SCHEMA = 1
 _BadUsage: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")
