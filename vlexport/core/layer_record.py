@@ -104,10 +104,12 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _parts(kind: type[Any], rows: object) -> list[Any]:
-    found = []
-    for row in rows if isinstance(rows, list) else ():
-        try:
-            found.append(kind.model_validate(row))
-        except ValidationError:
-            continue
-    return found
+    read = (_part(kind, row) for row in (rows if isinstance(rows, list) else ()))
+    return [each for each in read if each is not None]
+
+
+def _part(kind: type[Any], row: object) -> Any:
+    try:
+        return kind.model_validate(row)
+    except ValidationError:
+        return None

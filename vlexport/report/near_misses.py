@@ -45,10 +45,11 @@ def places_phrase(nodes: Sequence[str]) -> str:
     return ", ".join(nodes[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def miss_lines(records: Iterable[PassRecord]) -> list[str]:
-    """Lines for the terminal, behind the line of the pass."""
+def miss_lines(records: Iterable[PassRecord], *, every: bool = False) -> list[str]:
+    """Lines for the terminal, behind the line of the pass; ``every`` place on a line of its own, or the first ones."""
     lines = []
     for each in grouped_misses(records):
         lines.append(f"         not {each.pattern} ×{len(each.nodes)}: {each.reason}")
-        lines.append(f"           at {places_phrase(each.nodes)}")
+        places = each.nodes if every else (places_phrase(each.nodes),)
+        lines += [f"           at {place}" for place in places]
     return lines

@@ -119,7 +119,7 @@ def layer_plot(layers: tuple[LayerRecord, ...]) -> Markup:
 @lru_cache(maxsize=8)
 def range_plot(ranges: tuple[RangeRecord, ...]) -> Markup:
     """How far the largest value of each range lies above the magnitude that 99.9 % stay within, the farthest first."""
-    kept = sorted((each for each in ranges if each.typical), key=lambda each: -each.spread)[:_LAYERS_SHOWN // 2]
+    kept = sorted((each for each in ranges if each.typical), key=lambda each: -each.spread)[: _LAYERS_SHOWN // 2]
     with _settings():
         figure = _figure(0.2 * len(kept) + 0.5)
         axes = _axes(figure, bottom=0.4 / (0.2 * len(kept) + 0.5), height=1 - 0.5 / (0.2 * len(kept) + 0.5))
