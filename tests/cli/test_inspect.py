@@ -177,7 +177,9 @@ def test_passes_are_explained_with_places_when_a_bundle_is_named(bundle: Path, c
 def test_near_miss_is_explained_with_node_and_reason_when_there_is_one(bundle: Path, cli: Any) -> None:
     held = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
     miss = {"pattern": "conv → batch_norm", "node": "aten.batch_norm in norm (net.py:3)", "reason": "read by 2 others"}
-    held["components"]["main"]["passes"][0]["near_misses"] = [miss]
+    other = {"pattern": "conv → batch_norm", "node": "aten.batch_norm in one", "reason": "another reason"}
+    misses = [other, *({**miss, "node": f"aten.batch_norm in norm{n} (net.py:3)"} for n in range(5))]
+    held["components"]["main"]["passes"][0]["near_misses"] = misses
     from vlexport.core.bundle import bundle_text
     from vlexport.core.bundle_schema import Bundle, digest_of
 

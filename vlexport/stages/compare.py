@@ -10,7 +10,7 @@ from vlexport.core.bundle import ARTIFACT_FOLDER, BUNDLE_FILE, COMPARE_FILE, REC
 from vlexport.core.bundle_schema import Bundle, Report
 from vlexport.core.config import BuildConfig, flags_of, read_recipe
 from vlexport.core.difference import Cause, Difference, DirectDrop, DirectRatio, LayerDifference, PassDifference, Side
-from vlexport.core.errors import BundleError, UsageError
+from vlexport.core.errors import GateError, UsageError
 from vlexport.core.inspection import Measurement
 from vlexport.core.layer_record import Layers, read_layers
 from vlexport.core.operators import OperatorCount
@@ -77,7 +77,9 @@ def _difference(a: Path, b: Path) -> Difference:
     one, other = inspect_bundle(a), inspect_bundle(b)
     for folder, found in ((a, one), (b, other)):
         if found.altered:
-            raise BundleError("VLX0601", f"it cannot be compared: {found.altered}", where=str(folder))
+            raise GateError(
+                "VLX0602", found.altered, where=str(folder), hint="build it again, or fetch it again from its source"
+            )
     causes, judging = _recipes(a, b)
     first, second = one.bundle, other.bundle
     causes = [*_others(first, second), *causes]
