@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests.report.accessibility import ROOT, SCHEMES, WIDTHS, axe, browser, examine
 from vlexport.core.account import Account, Missing
 from vlexport.core.artifact import Artifact, DimRange, TensorSpec
 from vlexport.core.bundle_schema import (
@@ -244,15 +245,8 @@ def test_text_is_told_from_its_ground_when_light_or_dark() -> None:
     assert [len(each) for each in schemes] == [10, 10]
     for scheme in schemes:
         for ground in ("back", "panel"):
-            for name, least in {
-                "ink": 7,
-                "soft": 4.5,
-                "good": 4.5,
-                "bad": 4.5,
-                "wait": 4.5,
-                "bar": 3,
-                "base": 3,
-            }.items():
+            for name in ("ink", "soft", "good", "bad", "wait", "bar", "base"):
+                least = 3.0 if name in ("bar", "base") else 4.5
                 dark, light = sorted((luminance(scheme[name]), luminance(scheme[ground])))
                 assert (light + 0.05) / (dark + 0.05) >= least, (name, ground, scheme)
 
@@ -290,8 +284,8 @@ def test_operators_are_shown_with_bars_when_they_were_counted() -> None:
     counted = bundle.model_copy(update={"components": {"main": main}})
     text = html_from_report(a_report(counted), counted)
     shown = " ".join(Page(text).text.split())
-    assert "linear 8 4" in shown
-    assert "stem conv2d 600.00 50.0 %" in shown
+    assert '<code>linear</code></th><td class="number">8</td><td class="number">4</td>' in text
+    assert "stem conv2d600.0050.0 %" in shown
     assert "7 rarer operators" in shown
     assert "28 calls became 4" in shown
     assert '<rect class="fill-base" width="100.0%"' in text
@@ -326,15 +320,7 @@ def test_layers_are_read_as_far_as_they_hold_together(tmp_path: Path) -> None:
     found = read_layers(tmp_path, listed)
     assert (found.scheme, [each.sqnr_db for each in found.layers], found.ranges) == ("u8s8", [31.5], ())
     assert read_layers(tmp_path, bundle) == Layers()  # not recorded in the bundle
-    value = {
-        "value": "3",
-        "op": "gelu",
-        "low": -1.0,
-        "high": 2.0,
-        "measured": [0, 1],
-        "extremes": [-8, 2],
-        "typical": 2,
-    }
+    value = {"value": "3", "op": "gelu", "low": -1.0, "high": 2.0, "extremes": [-8, 2], "typical": 2, "later": []}
     (tmp_path / "calibration.json").write_text(json.dumps({"values": [value]}))
     assert [each.spread for each in read_layers(tmp_path, listed).ranges] == [4.0]
 
@@ -444,3 +430,25 @@ def test_page_is_drawn_when_a_browser_opens_it(width: int, tmp_path: Path) -> No
     assert colours is not None
     assert len(colours) > 20  # text, cards and bars, not a blank page
     assert not [c for _, c in colours if c == (0, 0, 0)] or len(colours) > 50
+
+
+@pytest.mark.skipif(not browser() or axe() is None, reason="needs Chromium and axe-core: npm install axe-core")
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light")])
+def test_axe_finds_nothing_when_it_looks_at_the_page(width: int, scheme: str) -> None:
+    bundle = a_bundle()
+    text = html_from_report(a_report(bundle), bundle, layers("block"))
+    script = axe()
+    assert script is not None
+    found = examine(text, width=width, scheme=scheme, script=script)
+    assert (found["violations"], found["overflow"]) == ([], 0)
+    assert found["passes"] > 25
+    broken = examine(text.replace('lang="en"', ""), width=width, scheme=scheme, script=script)
+    assert [each.partition(":")[0] for each in broken["violations"]] == ["html-has-lang"]  # it sees what is wrong
+
+
+def test_recorded_pages_have_no_fault_when_axe_looked_at_them() -> None:
+    record = json.loads((ROOT / "docs/measured/accessibility.json").read_text(encoding="utf-8"))
+    seen = {(row["page"], row["scheme"], row["width"]) for row in record["rows"]}
+    assert seen == {(page, scheme, width) for page in ("plain", "hostile") for scheme in SCHEMES for width in WIDTHS}
+    assert [row for row in record["rows"] if row["violations"] or row["overflow"]] == []
+    assert all(row["passes"] > 25 for row in record["rows"])

@@ -21,9 +21,24 @@ def model_lines(found: ModelInspection) -> list[str]:
             lines.append(f"Part     component {name}")
         lines += _part_lines(part)
     lines += [f"Edge     {source} → {sink}" for source, sink in found.edges]
+    if found.device is not None:
+        facts = ", ".join(f"{name} {fact.value}" for name, fact in found.device.facts.items())
+        lines.append(f"Device   {found.device.id}: {found.device.summary}" + (f"; {facts}" if facts else ""))
     for each in found.support:
         lines += _support_lines(each)
+    if found.device is not None:
+        lines.append(f"Verdict  {_verdict(found.support)} on {found.device.id}")
     return lines + [f"Note     {note}" for note in found.notes]
+
+
+def _verdict(support: Sequence[Support]) -> str:
+    """What would stop a model on a device, in one line."""
+    free = [each.target for each in support if not each.problems]
+    stopped = [f"{len(each.problems)} problem{'s' * (len(each.problems) != 1)} by {each.target}" for each in support
+               if each.problems]  # fmt: skip
+    if not stopped:
+        return "nothing that is known would stop it"
+    return f"{' and '.join(stopped)} would stop it" + (f", none by {', '.join(free)}" if free else "")
 
 
 def _part_lines(part: ModelPart) -> Iterator[str]:
