@@ -48,5 +48,8 @@ def test_no_command_is_loaded_when_help_is_shown() -> None:
     assert json.loads(done.stderr.splitlines()[-1]) == [[], []]
 
 
-def test_nearest_command_is_named_when_one_is_misspelt(cli: Any) -> None:
+def test_nearest_command_is_named_when_one_is_misspelt(
+    cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     cli.refused(2, "VLX0703", "comparre", said="'compare'")

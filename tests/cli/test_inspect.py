@@ -180,6 +180,10 @@ def test_passes_are_explained_with_places_when_a_bundle_is_named(bundle: Path, c
         "           in conv",
         "           in norm",
     ]
+    whole = cli("explain", "bundle")[1].splitlines()
+    assert "           in conv, norm" in whole
+    assert whole[-2].startswith("Idle     nothing to do: ")
+    assert "         batch norm folded into conv2d ×1 (1 fewer calls, 9 fewer parameters)" in whole
     every = json.loads(cli("explain", "bundle", "--json")[1])["components"]["main"]
     assert [each["name"] for each in every] == [each.name for each in read_bundle(bundle).main.passes]
     cli.refused(2, "VLX0703", "explain", "bundle", "--pass", "reparametrize", said="did you mean 'reparameterize'")
@@ -203,7 +207,7 @@ def test_near_miss_is_explained_with_node_and_reason_when_there_is_one(bundle: P
     places = [f"aten.batch_norm in norm{n} (net.py:3)" for n in range(5)]
     assert lines[at + 1] == f"           at {', '.join(places[:3])} and 2 more"
     assert lines[at + 2] == "         not conv → batch_norm ×1: another reason"
-    assert lines[-1].startswith("Next     vlexport explain bundle --pass NAME")
+    assert lines[-1] == "Next     vlexport explain bundle --pass NAME   (every place)"
     name = held["components"]["main"]["passes"][0]["name"]
     shown = cli("explain", "bundle", "--pass", name)[1].splitlines()
     assert [line.removeprefix("           at ") for line in shown if " at aten" in line] == [*places, other["node"]]

@@ -8,7 +8,7 @@ from vlexport.core.artifact import DimRange, TensorSpec
 from vlexport.core.bundle_schema import Component, GateRecord, Golden, PassRecord
 from vlexport.core.inspection import BundleInspection, ModelInspection, ModelPart, ModulePart, Support
 from vlexport.report.figures import accuracy_phrase, latency_phrase, macs_phrase, pass_phrase, size_phrase
-from vlexport.report.near_misses import miss_lines
+from vlexport.report.near_misses import miss_lines, places_phrase
 
 _LABELS_SHOWN = 5
 
@@ -179,21 +179,24 @@ def pass_lines(name: str, records: Sequence[PassRecord], *, every: bool = False)
     Args:
         name: Of the component; empty where it is the only one.
         records: Its passes.
-        every: Every place of a near miss, not the first ones only.
+        every: Every place, and passes that had nothing to do; else the first places, and those passes in one line.
     """
     lines = [f"Part     component {name}"] if name else []
+    idle = [] if every else [each for each in records if not each.changes and not each.near_misses]
     for record in records:
+        if record in idle:
+            continue
         lines.append(f"Pass     {_pass_line(record)}")
         for change in record.changes:
             saved = ", ".join(
-                f"{count} {what}"
+                f"{abs(count)} {'fewer' if count > 0 else 'more'} {what}"
                 for count, what in (
-                    (change.saved_nodes, "fewer calls"), (change.saved_parameters, "fewer parameters"),
-                    (change.saved_macs, "fewer MACs"),
+                    (change.saved_nodes, "calls"), (change.saved_parameters, "parameters"), (change.saved_macs, "MACs"),
                 )
                 if count
             )  # fmt: skip
             lines.append(f"         {change.what} ×{change.count}" + (f" ({saved})" if saved else ""))
-            lines += [f"           in {path}" for path in change.where]
+            places = change.where if every or not change.where else (places_phrase(change.where),)
+            lines += [f"           in {path}" for path in places]
         lines += miss_lines([record], every=every)
-    return lines
+    return lines + ([f"Idle     nothing to do: {', '.join(each.name for each in idle)}"] if idle else [])
