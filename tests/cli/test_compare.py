@@ -100,6 +100,8 @@ def test_model_is_the_cause_when_only_the_weights_differ(bundle: Path, other_bun
 def test_flags_are_named_when_recipes_differ(bundle: Path, other_bundle: Path) -> None:
     source = read_bundle(bundle).source_hash
     recipe = 'precision = "int8"\ntokens = "tome:r=8"\nmax_drop = 0.5\n'
+    file = other_bundle / "recipe.toml"
+    file.write_text(file.read_text(encoding="utf-8").replace("numeric_gate = true", "numeric_gate = false"))
     rewritten(other_bundle, recipe=recipe, source_hash=source, precision="int8")
     text = (other_bundle / "recipe.toml").read_text(encoding="utf-8")
     write_bundle(other_bundle, read_bundle(other_bundle), f'{text}"quantize.method" = "mse"\n')
@@ -108,7 +110,8 @@ def test_flags_are_named_when_recipes_differ(bundle: Path, other_bundle: Path) -
     assert causes == {
         "--precision": ("", "int8"), "--tokens": ("", "tome:r=8"), "--set quantize.method": ("", "mse"),
     }  # fmt: skip
-    assert [(each.flag, each.b) for each in found.judging] == [("--max-drop", "0.5")]
+    judging = [(each.flag, each.a, each.b) for each in found.judging]
+    assert judging == [("--max-drop", "", "0.5"), ("--no-gate", "", "on")]
     (said,) = verdict_phrases(found)
     assert said.startswith("3 things were decided otherwise and made the difference together: --precision int8")
 
