@@ -1,12 +1,12 @@
 """EViT, squeezed: of the tokens that the class token looks away from, each joins the kept one that it is most like.
 
-One token for all the rest is their mean, and a frozen model has never seen such a one. What is alike is: with T the
-patches that stay, as in ``passes/tokens/evit``, and k the keys' mean over heads, rows of length 1,
-``j(i) = argmax_{j∈T} k_i·k_j`` for every other patch i, and ``x'_j = Σ w·x / Σ w`` over j and what joins it, w how many
-tokens each stands for. Later attentions count a token as many, as merged ones do: ``softmax(q·kᵀ + log w)``.
+A single token for all the rest is their mean, which is like none of them. Here, with T the patches that stay, as in
+``passes/tokens/evit``, ``j(i) = argmax_{j∈T} cos(x_i, x_j)`` for every other patch i, and ``x'_j = Σ w·x / Σ w`` over j
+and what joins it, w how many tokens each stands for. Later attentions count a token as many, as merged ones do:
+``softmax(q·kᵀ + log w)``. Likeness costs k · (patches − k) · channels multiply-accumulates.
 
 Source: Wei et al., Joint Token Pruning and Squeezing Towards More Aggressive Compression of Vision Transformers, CVPR
-2023, whose tokens are weighed by their likeness where these are weighed by how many they are, as Bolya et al. (ToMe) do.
+2023. They weigh what joins by its likeness; here it is weighed by how many it stands for, as in Bolya et al. (ToMe).
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ def squeezed(state: State, best: Node, what: str) -> Squeezed:
     emit, front = state.emit, state.protected
     patches, kept = state.tokens - front, size(best, 1)
     gone = bipartite.others(emit, best, patches, like=state.stream)
-    keys = bipartite.unit(emit, emit.cut(emit(aten.mean.dim, state.key, [1], False, None), 1, front))
-    likeness = emit(aten.matmul.default, emit.rows(keys, gone), _turned(emit, emit.rows(keys, best)))
+    rest = emit.cut(state.stream, 1, front)
+    unit = bipartite.unit(emit, rest)
+    likeness = emit(aten.matmul.default, emit.rows(unit, gone), _turned(emit, emit.rows(unit, best)))
     into = emit(aten.argmax.default, likeness, -1, False)
     way = bipartite.OneWay(best, gone, into, emit.one_hot(into, kept, state.stream), patches, kept)
     weights = state.weights or bipartite.ones(emit, state.stream)
-    sizes, rest = emit.cut(weights, 1, front), emit.cut(state.stream, 1, front)
+    sizes = emit.cut(weights, 1, front)
     total = _met(emit, way, sizes)
     stream = emit(aten.div.Tensor, _met(emit, way, emit(aten.mul.Tensor, rest, sizes)), total)
     ahead = (emit.cut(each, 1, 0, front) for each in (state.stream, weights))

@@ -184,7 +184,7 @@ class Counted(token_models.EViT):
 
 
 class Squeezed(token_models.EViT):
-    """EViT whose patches that do not stay join, one after the other, the one that stays whose key is most like theirs."""
+    """EViT whose patches that do not stay join, one after the other, the kept one that they are most like."""
 
     def forward(self, image: Tensor) -> Tensor:
         x = self.embed(image)
@@ -194,18 +194,18 @@ class Squeezed(token_models.EViT):
             weights = block.attn.weights(q, k, size)
             x = x + block.attn.mix(weights, v)
             if layer in self.layers:
-                pairs = [self.joined(*each) for each in zip(x, size, weights[:, :, 0].mean(1), k.mean(1), strict=True)]
+                pairs = [self.joined(*each) for each in zip(x, size, weights[:, :, 0].mean(1), strict=True)]
                 x, size = (torch.stack(each) for each in zip(*pairs, strict=True))
             x = block.feed(x)
         return self.classify(x)
 
-    def joined(self, x: Tensor, size: Tensor, seen: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Of one sample: tokens ``[N, C]``, how many each stands for ``[N, 1]``, what sees them and their keys."""
+    def joined(self, x: Tensor, size: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Of one sample: tokens ``[N, C]``, how many each stands for ``[N, 1]``, how much each is attended to."""
         order = (seen / size[:, 0])[1:].argsort(descending=True) + 1
         kept = order[: math.ceil(self.keep * len(order))].tolist()
         sums = {place: (x[place] * size[place], size[place]) for place in (0, *kept)}
         for place in order[len(kept) :].tolist():
-            into = max(kept, key=lambda stays: float(torch.cosine_similarity(keys[place], keys[stays], 0)))
+            into = max(kept, key=lambda stays: float(torch.cosine_similarity(x[place], x[stays], 0)))
             sums[into] = sums[into][0] + x[place] * size[place], sums[into][1] + size[place]
         rows = [total / count for total, count in sums.values()]
         return torch.stack(rows), torch.stack([count for _, count in sums.values()])
