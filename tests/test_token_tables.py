@@ -38,7 +38,8 @@ def test_every_place_has_its_record_when_the_page_is_read() -> None:
 def row(name: str, **changed: Any) -> dict[str, Any]:
     found: dict[str, Any] = {
         "name": name, "tokens": f"{name}:keep=0.7", "macs": 3_000_000_000, "photos": 2000, "right": 1700, "lost": 40,
-        "gained": 30, "refit_lost": 35, "refit_gained": 35, "control": "random", "control_only": 10, "only_ours": 10,
+        "gained": 30, "fresh": 1500, "fresh_lost": 32, "fresh_gained": 20, "refit_lost": 35,
+        "refit_gained": 35, "control": "random", "control_only": 10, "only_ours": 10,
     }  # fmt: skip
     return {**found, **changed}
 
@@ -59,4 +60,5 @@ def test_words_follow_the_interval_when_compared_with_chance(ours: int, theirs: 
     told = accuracy(record, {"rows": []})
     assert said in told
     assert "| `evit:keep=0.7` | 3.00 | 2000 | 85.0 % | 0.50 (" in told
+    assert "| 0.80 (" in told, "on photos that were not looked at"
     assert "not measured" in told

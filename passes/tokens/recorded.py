@@ -1,7 +1,7 @@
 """Recorded values of calls on tokens, known without running operators on symbolic sizes.
 
-Such a run takes milliseconds a call; merging in every block writes thousands of calls. Of what is written here the batch
-alone is symbolic, so an operator's shape is that of one run on ``meta`` with a batch that no other size can be.
+Such a run takes milliseconds a call; merging in every block writes thousands of calls. Of what is written here only the
+batch is symbolic, so an operator's shape is that of one run on ``meta`` with a batch that no other size can be.
 """
 
 from __future__ import annotations
