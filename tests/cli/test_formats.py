@@ -1,4 +1,4 @@
-"""``--format``: JUnit XML, GitHub's workflow commands, Markdown; hostile names end in none of them as anything but text."""
+"""``--format``: JUnit XML, GitHub's workflow commands, Markdown; hostile names are nothing but text in all of them."""
 
 from __future__ import annotations
 
