@@ -33,7 +33,7 @@ from vlexport.stages.reference import open_reference
 from vlexport.targets import open_target
 
 Run = Callable[[Mapping[str, Array]], dict[str, Array]]
-LOOKS_AT = (50, 100, 200)
+LOOKS_AT = (25, 50, 100, 200)
 """Samples after which variants that are clearly worse are given up."""
 _RAW = Preprocess(scale=1.0)
 _ERROR = 0.05
