@@ -38,9 +38,9 @@ from vlexport.core.artifact import Frozen
 from vlexport.core.scheme import QuantScheme
 from vlexport.ir.program import Program
 from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
-from vlexport.passes.kept_modules import require_modules
 from vlexport.passes.quantization.decide import decide
 from vlexport.passes.quantization.decisions import Decisions, LayerDecision
+from vlexport.passes.quantization.named_calls import require_calls
 from vlexport.passes.statistic import Statistic
 
 Emit = Callable[[Program, Decisions, Mapping[str, Node], LayerDecision], Change]
@@ -58,7 +58,8 @@ class QuantizeOptions(Frozen):
         method: How ranges follow from what calibration saw: min-max, moving-average, percentile, entropy, mse.
         percentile: Of the method percentile: how many percent of all values lie inside the range.
         keep: Modules that stay in float, with commas between; blocks.*.attn names one of every block, and what lies in
-            it.
+            it, #41 the call with that key in quantization.json.
+        only: Modules and keys, as for keep, that alone are quantized; empty for all.
         min_samples: Calibration samples that are needed.
         min_sqnr_db: Least signal to noise ratio of an output on calibration samples.
     """
@@ -66,6 +67,7 @@ class QuantizeOptions(Frozen):
     method: MethodName = "min-max"
     percentile: Annotated[float, Field(gt=50.0, le=100.0)] = 99.99
     keep: Annotated[tuple[str, ...], BeforeValidator(_split)] = ()
+    only: Annotated[tuple[str, ...], BeforeValidator(_split)] = ()
     min_samples: int = Field(default=16, ge=1)
     min_sqnr_db: float = Field(default=10.0, ge=0.0, le=200.0)
 
@@ -110,18 +112,19 @@ class Quantize(Pass[Program]):
         """The table for a Program that is in float still."""
         if self.scheme is None:
             return Decisions(scheme="")
-        return decide(ir, self.scheme, self.ranges, keep=self.options.keep)[0]
+        return decide(ir, self.scheme, self.ranges, keep=self.options.keep, only=self.options.only)[0]
 
     def find(self, ir: Program) -> Iterator[Match | NearMiss]:
         """Every call that can be quantized, and why the others stay in float.
 
         Raises:
-            UsageError: VLX0703 when ``keep`` names no module.
+            UsageError: VLX0703 when ``keep`` or ``only`` names no module.
         """
-        require_modules(ir, self.options.keep, name=self.name)
+        require_calls(ir, self.options.keep, option=f"{self.name}.keep")
+        require_calls(ir, self.options.only, option=f"{self.name}.only")
         if self.scheme is None or self.emit is None:
             return
-        decisions, placed = decide(ir, self.scheme, self.ranges, keep=self.options.keep)
+        decisions, placed = decide(ir, self.scheme, self.ranges, keep=self.options.keep, only=self.options.only)
         nodes = {key: node for node, key in value_keys(ir).items()}
         for node, why in placed.refused.items():
             yield NearMiss("quantized", node, why)

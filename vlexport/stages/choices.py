@@ -20,7 +20,7 @@ from vlexport.core.config import BuildConfig
 from vlexport.core.device_profiles import DeviceProfile, device_profile
 from vlexport.core.errors import CapabilityError, InternalError, UsageError, nearest
 from vlexport.core.samples import Dataset, open_data
-from vlexport.core.tokens import TokensRequest, flag_of, tokens_from_text
+from vlexport.core.tokens import AUTO, TokensRequest, flag_of, tokens_from_text
 from vlexport.core.user_metric import metric_names
 from vlexport.core.verdict import Gate, gate_from_text
 from vlexport.core.wrong_value import wrong_value
@@ -113,7 +113,7 @@ def passes_of(config: BuildConfig, *, samples: Iterable[tuple[Tensor, ...]] = ()
             raise UsageError("VLX0703", f"--pass {name}: {how}", where="--pass", hint="leave that --pass out")
         kind = pass_class(name)
         made.append(kind(_typed(kind.Options, config.scoped_options(name), name)))
-    if config.tokens is not None:
+    if config.tokens not in (None, AUTO):
         made.append(_tokens_pass(config, tokens_from_text(config.tokens), samples))
     made.sort(key=lambda each: STAGES.index(each.stage))  # stable: plugins stand behind ours of the same stage
     if config.passes:
@@ -216,8 +216,11 @@ def scopes_of(config: BuildConfig, target: Target) -> list[str]:
 
 def _scopes(config: BuildConfig, target: Target, options: Frozen) -> list[str]:
     wished = target.precisions[0] if config.precision in (None, "auto") else config.precision
-    requested = [name for name, precisions in PRECISION_PASSES.items() if wished in precisions]
-    if config.tokens is not None:
+    offered = target.precisions if config.precision == "auto" else (wished,)
+    requested = [name for name, precisions in PRECISION_PASSES.items() if set(offered) & set(precisions)]
+    if config.tokens == AUTO:
+        requested.append("reduce-tokens")
+    elif config.tokens is not None:
         requested.append(tokens_from_text(config.tokens).pass_name)
     running = [each.name for each in target.lowered if getattr(options, each.option)]
     return [*PASSES, *requested, *config.passes, *offered_targets(), *running]

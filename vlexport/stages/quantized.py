@@ -103,6 +103,7 @@ def quantize_component(
     dump: Path | None,
     hooks: Sequence[Hook] = (),
     cache: Cache | None = None,
+    known: CalibrationTable | None = None,
     reporter: Reporter | None = None,
 ) -> Quantized:
     """Quantize a component.
@@ -118,6 +119,7 @@ def quantize_component(
         dump: Folder for the graph's text after every pass.
         hooks: Watchers.
         cache: Where the calibration table may be found.
+        known: That table, where it was made already; whatever is kept in float, it is the same.
         reporter: Shows progress.
 
     Raises:
@@ -127,10 +129,9 @@ def quantize_component(
     scheme = require_calibrated(config, brief, target)
     options = quantize_options_of(config)
     program = optimized.program
-    wanted = wanted_values(program, scheme, keep=options.keep)
-    table = calibrate(
-        program, samples, wanted, options.calibration_method(), at_least=options.min_samples, cache=cache,
-        reporter=reporter,
+    table = known or calibrate(
+        program, samples, wanted_values(program, scheme), options.calibration_method(), at_least=options.min_samples,
+        cache=cache, reporter=reporter,
     )  # fmt: skip
     pass_ = Quantize(options, scheme=scheme, ranges=table.by_value(), emit=target.emit_quant)
     decisions = pass_.decisions(program)
