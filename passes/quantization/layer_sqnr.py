@@ -1,0 +1,189 @@
+"""per_layer_sqnr: how much of each quantized layer's result survives rounding, and where the noise comes from.
+
+Two figures a layer. Its *own* ratio is what rounding its operands costs while everything before it is in float: the
+order in which layers are worth returning to float. The ratio that *arrived* is what its result still is worth in the
+quantized Program, with the noise of all layers before it: the way from good to bad shows where it went wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from vlexport.calibration.keys import value_keys
+from vlexport.calibration.ranges import ValueRange
+from vlexport.core.artifact import Frozen
+from vlexport.core.grids import GRIDS
+from vlexport.ir import dialect, provenance
+from vlexport.ir.program import Program
+from vlexport.passes.quantization.decisions import Decisions, LayerDecision, ValueDecision
+from vlexport.passes.quantization.weights import rounded_weight
+
+
+class LayerSqnr(Frozen):
+    """What rounding costs one layer, in decibels of signal to noise over all samples; ``inf`` without noise.
+
+    Attributes:
+        call: Key of the layer.
+        op: Plain name of its operator.
+        module: Module path.
+        own_db: With its operands rounded and everything before it in float.
+        weight_db: With its stored operand alone rounded.
+        arrived_db: In the quantized Program; None where none was given, or its values cannot be told apart there.
+    """
+
+    call: str
+    op: str
+    module: str
+    own_db: float
+    weight_db: float
+    arrived_db: float | None = None
+
+
+@dataclass
+class _Layer:
+    decision: LayerDecision
+    node: Node
+    weight: Tensor | None
+    own: ValueRange = field(default_factory=ValueRange)
+    of_weight: ValueRange = field(default_factory=ValueRange)
+    arrived: ValueRange | None = None
+
+
+def per_layer_sqnr(
+    program: Program,
+    decisions: Decisions,
+    samples: Iterable[tuple[Tensor, ...]],
+    *,
+    quantized: Program | None = None,
+) -> tuple[LayerSqnr, ...]:
+    """Measure every quantized layer.
+
+    Args:
+        program: In float; the one that was decided about.
+        decisions: What is rounded, and how.
+        samples: One tensor per input each, with batch dim; each is run once, or twice with ``quantized``.
+        quantized: The Program after the decisions were spelled, for what arrives at each layer.
+
+    Returns:
+        One entry a layer, in the Program's order. One whose result is 0 on all samples has ``-inf`` or ``inf``.
+    """
+    nodes = {key: node for node, key in value_keys(program).items()}
+    layers = [_Layer(each, nodes[each.call], _weight(program, nodes[each.call], each)) for each in decisions.layers]
+    values = decisions.by_value()
+    ends = _ends(program, quantized) if quantized is not None else {}
+    for sample in samples:
+        found = _found_in(quantized, sample, ends) if quantized is not None else {}
+        _measure(program, sample, layers, values, found)
+    return tuple(
+        LayerSqnr(
+            call=each.decision.call, op=each.decision.op, module=each.decision.module, own_db=each.own.kept_db,
+            weight_db=each.of_weight.kept_db, arrived_db=each.arrived.kept_db if each.arrived is not None else None,
+        )
+        for each in layers
+    )  # fmt: skip
+
+
+def rounded(value: Tensor, decision: ValueDecision) -> Tensor:
+    """A value after rounding by a decision."""
+    scale = torch.tensor(decision.scale, dtype=torch.float32)
+    point = torch.tensor(decision.zero_point, dtype=getattr(torch, decision.grid.dtype))
+    stored = torch.ops.vlexport.quantize.default(value, scale, point)
+    found: Tensor = torch.ops.vlexport.dequantize.default(stored, scale, point)
+    return found
+
+
+def _weight(program: Program, node: Node, decision: LayerDecision) -> Tensor | None:
+    if not decision.weight:
+        return None
+    given = dict(zip(dialect.operand_names(node), dialect.operands(node), strict=True))
+    stored = program.tensor_of(given["weight"])
+    assert stored is not None
+    return rounded_weight(stored, GRIDS[decision.weight])
+
+
+def _measure(
+    program: Program,
+    sample: tuple[Tensor, ...],
+    layers: list[_Layer],
+    values: Mapping[str, ValueDecision],
+    found: Mapping[Node, Tensor],
+) -> None:
+    by_node = {each.node: each for each in layers}
+    wanted = {operand for each in layers for operand in each.node.all_input_nodes}
+    kept: dict[Node, Any] = {n: v for n, v in zip(program.placeholders, sample, strict=True) if n in wanted}
+
+    def look(node: Node, value: Any) -> None:
+        if node in wanted:
+            kept[node] = value
+        layer = by_node.get(node)
+        if layer is None:
+            return
+        with_weight, with_all = _again(program, layer, values, kept.__getitem__)
+        layer.of_weight.update(value.numpy(), with_weight.numpy())
+        layer.own.update(value.numpy(), with_all.numpy())
+        arrived = found.get(node)
+        if arrived is not None and arrived.shape == value.shape:
+            layer.arrived = layer.arrived or ValueRange()
+            layer.arrived.update(value.numpy(), arrived.numpy())
+
+    program.run(*sample, observe=look)
+
+
+def _again(
+    program: Program, layer: _Layer, values: Mapping[str, ValueDecision], kept: Callable[[Node], Any]
+) -> tuple[Tensor, Tensor]:
+    """The layer with its weight rounded, and with its computed operands rounded too."""
+    node = layer.node
+    given = list(dialect.operands(node))
+    plain = [_value(program, each, kept) for each in given]
+    if layer.weight is not None:
+        plain[dialect.operand_names(node).index("weight")] = layer.weight
+    every = list(plain)
+    positions = [i for i, each in enumerate(given) if isinstance(each, Node) and program.tensor_of(each) is None]
+    for place, key in zip(positions, layer.decision.operands, strict=False):
+        every[place] = rounded(plain[place], values[key])
+    assert isinstance(node.target, torch._ops.OpOverload)
+    made = []
+    for operands in (plain, every):
+        args, kwargs = dialect.arguments(node.target, operands)
+        made.append(node.target(*args, **kwargs))
+    return made[0], made[1]
+
+
+def _value(program: Program, operand: Any, kept: Callable[[Node], Any]) -> Any:
+    if not isinstance(operand, Node):
+        return operand
+    stored = program.tensor_of(operand)
+    return kept(operand) if stored is None else stored
+
+
+def _ends(program: Program, quantized: Program) -> dict[Node, Node]:
+    """Call in the quantized Program → the float call whose value it computes last, where only one call can be meant."""
+    single = Counter(provenance.origins(node)[-1] for node in program.calls())
+    last = {provenance.origins(node)[-1]: node for node in quantized.calls()}
+    pairs = ((provenance.origins(node)[-1], node) for node in program.calls())
+    return {last[ordinal]: node for ordinal, node in pairs if single[ordinal] == 1 and ordinal in last}
+
+
+def _found_in(quantized: Program, sample: tuple[Tensor, ...], ends: Mapping[Node, Node]) -> dict[Node, Tensor]:
+    found: dict[Node, Tensor] = {}
+
+    def look(node: Node, value: Any) -> None:
+        if node in ends and isinstance(value, Tensor) and value.is_floating_point():
+            found[ends[node]] = value
+
+    quantized.run(*sample, observe=look)
+    return found
+
+
+def weakest(layers: Iterable[LayerSqnr]) -> list[LayerSqnr]:
+    """The layers that lose most of their own first; what is no number (a result of nothing but 0) comes last."""
+    return sorted(layers, key=lambda each: math.inf if math.isnan(each.own_db) else each.own_db)
