@@ -43,6 +43,7 @@ ON_REQUEST: dict[str, str] = {
     "reduce-tokens": "vlexport.passes.reduce_tokens:ReduceTokens",
     "cast-floats": "vlexport.passes.cast_floats:CastFloats",
     "quantize": "vlexport.passes.quantize:Quantize",
+    "fold-casts": "vlexport.passes.fold_casts:FoldCasts",
     "freeze-tokens": "vlexport.passes.freeze_tokens:FreezeTokens",
 }
 """Id → where the class lies, of passes that a build runs where its options ask for what they do."""

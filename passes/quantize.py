@@ -26,7 +26,7 @@ Source: Jacob et al., Quantization and Training of Neural Networks for Efficient
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 from torch.fx import Node
@@ -35,7 +35,7 @@ from vlexport.calibration.keys import value_keys
 from vlexport.calibration.methods import Method, MethodName
 from vlexport.calibration.table import ValueEntry
 from vlexport.core.artifact import Frozen
-from vlexport.core.scheme import QuantScheme
+from vlexport.core.scheme import Kind, QuantScheme
 from vlexport.ir.program import Program
 from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
 from vlexport.passes.quantization.decide import decide
@@ -62,6 +62,9 @@ class QuantizeOptions(Frozen):
         only: Modules and keys, as for keep, that alone are quantized; empty for all.
         min_samples: Calibration samples that are needed.
         min_sqnr_db: Least signal to noise ratio of an output on calibration samples.
+        weights_only: Round nothing but stored weights, to int8, or int4 in blocks; calibration samples are not needed.
+            The artifact is smaller; whether it is faster depends on the target. off rounds what weights are
+            multiplied with, too.
     """
 
     method: MethodName = "min-max"
@@ -70,6 +73,17 @@ class QuantizeOptions(Frozen):
     only: Annotated[tuple[str, ...], BeforeValidator(_split)] = ()
     min_samples: int = Field(default=16, ge=1)
     min_sqnr_db: float = Field(default=10.0, ge=0.0, le=200.0)
+    weights_only: Literal["off", "int8", "int4"] = "off"
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of scheme that is asked for."""
+        return "static" if self.weights_only == "off" else "weights"
+
+    @property
+    def weight_type(self) -> str:
+        """Type of weights that is asked for; empty leaves it to the scheme."""
+        return "" if self.weights_only == "off" else self.weights_only
 
     def calibration_method(self) -> Method:
         """How ranges are chosen."""

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from torch.fx import Node
 
 from vlexport.calibration.collect import Want, Wanted
 from vlexport.calibration.keys import value_keys
-from vlexport.calibration.scales import Scaling, affine, symmetric
+from vlexport.calibration.scales import affine, float8, half_scale, symmetric
 from vlexport.calibration.table import ValueEntry
-from vlexport.core.artifact import Array
 from vlexport.core.grids import GRIDS
-from vlexport.core.scheme import QuantScheme, TensorRule
+from vlexport.core.scheme import E4M3, QuantScheme, TensorRule
 from vlexport.ir import dialect, provenance
 from vlexport.ir.program import Program
 from vlexport.passes.quantization.decisions import Decisions, LayerDecision, ValueDecision
@@ -61,15 +61,16 @@ def decide(
     rules: dict[Node, TensorRule] = {}
     layers = []
     for layer in placed.layers:
-        assert layer.rule.activation is not None
         for node in (*layer.operands, *([layer.output] if layer.output is not None else [])):
-            rules.setdefault(node, layer.rule.activation)
+            assert layer.rule.activation is not None
+            rules.setdefault(node, _of_result(scheme, node) or layer.rule.activation)
         weight = layer.rule.weight
         layers.append(
             LayerDecision(
                 call=keys[layer.node], op=dialect.plain_name(layer.node), module=provenance.module_path(layer.node),
                 operands=tuple(keys[node] for node in layer.operands),
-                weight=weight.type if weight is not None else "", bias=layer.rule.bias,
+                weight=weight.type if weight is not None else "",
+                block=weight.block if weight is not None else 0, bias=layer.rule.bias,
                 output=keys[layer.output] if layer.output is not None else "",
             )
         )  # fmt: skip
@@ -77,22 +78,49 @@ def decide(
         if node not in rules:
             rules[node] = next(rules[each] for each in placed.groups[node] if each in rules)
     order = [node for node in (*program.placeholders, *program.calls()) if node in rules]
-    values = [_value(node, rules[node], placed, keys, ranges) for node in order]
-    return Decisions(scheme=scheme.id, layers=tuple(layers), values=tuple(values)), placed
+    values = [_value(node, rules[node], placed, keys, ranges, scheme.scales) for node in order]
+    return Decisions(scheme=scheme.id, scales=scheme.scales, layers=tuple(layers), values=tuple(values)), placed
 
 
-def scaling(low: float | Array, high: float | Array, rule: TensorRule) -> Scaling:
-    """Scale and zero point of a range by a rule."""
-    return (symmetric if rule.symmetric else affine)(low, high, GRIDS[rule.type])
+def scaling(low: float, high: float, rule: TensorRule, scales: str = "float32") -> tuple[float, int]:
+    """Scale and zero point of a range by a rule.
+
+    Args:
+        low: Lower bound.
+        high: Upper bound.
+        rule: Of the value.
+        scales: Type whose number the scale shall be; of symmetric rules.
+    """
+    point = 0
+    if rule.fixed_scale is not None:
+        scale = np.float32(rule.fixed_scale)
+    elif rule.type == E4M3:
+        scale = float8(low, high)
+    else:
+        made = (symmetric if rule.symmetric else affine)(low, high, GRIDS[rule.type])
+        scale, point = made.scale, int(made.zero_point)
+    return float(half_scale(scale) if scales == "float16" else scale), point
+
+
+def _of_result(scheme: QuantScheme, node: Node) -> TensorRule | None:
+    """The rule for results of an operator whose range is known without looking."""
+    rule = scheme.layer(dialect.plain_name(node)) if node.op == "call_function" else None
+    found = rule.activation if rule is not None else None
+    return found if found is not None and found.fixed_scale is not None else None
 
 
 def _value(
-    node: Node, rule: TensorRule, placed: Placement, keys: Mapping[Node, str], ranges: Mapping[str, ValueEntry]
+    node: Node,
+    rule: TensorRule,
+    placed: Placement,
+    keys: Mapping[Node, str],
+    ranges: Mapping[str, ValueEntry],
+    scales: str,
 ) -> ValueDecision:
     entries = [ranges[keys[each]] for each in placed.groups.get(node, (node,)) if keys[each] in ranges]
     low, high = min(e.low for e in entries), max(e.high for e in entries)
-    made = scaling(low, high, rule)
+    scale, point = scaling(low, high, rule, scales)
     return ValueDecision(
         value=keys[node], place=ranges[keys[node]].place, low=low, high=high, type=rule.type,
-        scale=float(made.scale), zero_point=int(made.zero_point), for_all=node in placed.integers,
+        scale=scale, zero_point=point, for_all=node in placed.integers,
     )  # fmt: skip

@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 
 HALF_PRECISIONS = ("fp16", "bf16")
 """Precisions that a pass types the Program to."""
-INTEGER_PRECISIONS = ("int8",)
-"""Precisions for which values become integers."""
-PRECISION_PASSES = {"cast-floats": HALF_PRECISIONS, "quantize": INTEGER_PRECISIONS}
+INTEGER_PRECISIONS = ("int8", "fp8")
+"""Precisions for which values are rounded to 8 bits."""
+PRECISION_PASSES = {"cast-floats": HALF_PRECISIONS, "quantize": INTEGER_PRECISIONS, "fold-casts": INTEGER_PRECISIONS}
 """Passes that run with a precision → with which."""
 
 
@@ -217,7 +217,8 @@ def scopes_of(config: BuildConfig, target: Target) -> list[str]:
 def _scopes(config: BuildConfig, target: Target, options: Frozen) -> list[str]:
     wished = target.precisions[0] if config.precision in (None, "auto") else config.precision
     offered = target.precisions if config.precision == "auto" else (wished,)
-    requested = [name for name, precisions in PRECISION_PASSES.items() if set(offered) & set(precisions)]
+    wanted = {*offered, *map(target.float_precision, offered)}
+    requested = [name for name, precisions in PRECISION_PASSES.items() if wanted & {*precisions}]
     if config.tokens == AUTO:
         requested.append("reduce-tokens")
     elif config.tokens is not None:

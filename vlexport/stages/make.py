@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from vlexport.core.bundle import artifact_folder
 from vlexport.core.bundle_schema import Component
 from vlexport.core.progress import Reporter, StageClock
 from vlexport.frontends.sources import Sources
+from vlexport.ir.program import Program
 from vlexport.passes.base import Pass
 from vlexport.passes.pipeline import TimingHook
 from vlexport.stages.choices import INTEGER_PRECISIONS, lowered_passes_of
@@ -60,6 +61,7 @@ def make(
     """
     config, target, brief = order.config, order.target, order.brief
     optimized: dict[str, Optimized] = {}
+    fallbacks: dict[str, Program] = {}
     quantized: Quantized | None = None
     with clock.stage(f"passes for {target.id}"):
         for name in sources.components:
@@ -72,6 +74,8 @@ def make(
                         reporter=clock.reporter,
                     )  # fmt: skip
                     shared = quantized.optimized
+                    if beside := target.fallback_precision(brief):
+                        fallbacks[name] = _fallback(order, prepared, sources, name, beside, timing)
                 optimized[name] = legalize_component(
                     shared, target.program_passes(brief), dump=dump and dump / "legalized", hooks=[timing]
                 )
@@ -81,12 +85,22 @@ def make(
         for name, source in sources.components.items():
             with sources.named(name):
                 components[name] = lower_component(
-                    target, source, optimized[name], brief, bundle=folder, name=name, seed=config.seed,
-                    folder=folder / artifact_folder(sources.components, name), passes=lowered,
-                    dump=dump_of(config, sources, name, target.id, "lowered"), hooks=[timing], cache=prepared.cache,
-                    reporter=clock.reporter,
+                    target, source, optimized[name], replace(brief, fallback=fallbacks.get(name)), bundle=folder,
+                    name=name, seed=config.seed, folder=folder / artifact_folder(sources.components, name),
+                    passes=lowered, dump=dump_of(config, sources, name, target.id, "lowered"), hooks=[timing],
+                    cache=prepared.cache, reporter=clock.reporter,
                 )  # fmt: skip
     return Made(optimized, components, lowered, quantized)
+
+
+def _fallback(
+    order: Order, prepared: Prepared, sources: Sources, name: str, precision: str, timing: TimingHook
+) -> Program:
+    """A component in the precision that lies beside the one that was asked for."""
+    beside = replace(order, brief=replace(order.brief, precision=precision))
+    typed = specialized_for(beside, prepared, sources, name, timing)
+    passes = order.target.program_passes(beside.brief)
+    return legalize_component(typed, passes, dump=None, hooks=[timing]).program
 
 
 def specialized_for(order: Order, prepared: Prepared, sources: Sources, name: str, timing: TimingHook) -> Optimized:
@@ -109,9 +123,8 @@ def quantize(
         GateError: VLX0401 when too much is lost.
     """
     require_single(sources)
-    assert prepared.calibration is not None
     ((name, source),) = sources.components.items()
-    probes = first_samples(prepared.calibration, sources, count=PROBES)[name]
+    probes = first_samples(prepared.calibration, sources, count=PROBES).get(name, ())
     return quantize_component(
         shared, source, target=order.target, brief=order.brief, config=order.config, samples=prepared.calibration,
         probes=probes, dump=dump and dump / "quantized", hooks=[timing], cache=prepared.cache, known=known,

@@ -26,13 +26,18 @@ from vlexport.core.progress import Reporter
 from vlexport.core.scheme import QuantScheme, choose_scheme
 from vlexport.frontends.source import Source
 from vlexport.frontends.sources import Sources
+from vlexport.ir.program import Program
+from vlexport.ir.rounded import holds_half, rounded_twin
+from vlexport.passes.base import Pass
+from vlexport.passes.cast_floats import CastFloats
+from vlexport.passes.fold_casts import FoldCasts
 from vlexport.passes.gate import NumericGate
 from vlexport.passes.pipeline import DumpHook, Hook, run_pipeline
 from vlexport.passes.probes import Probe
 from vlexport.passes.quantization.decide import wanted_values
 from vlexport.passes.quantization.decisions import Decisions
-from vlexport.passes.quantize import Quantize
-from vlexport.stages.choices import quantize_options_of
+from vlexport.passes.quantize import Quantize, QuantizeOptions
+from vlexport.stages.choices import precision_passes_of, quantize_options_of
 from vlexport.stages.component import Optimized, in_order
 from vlexport.targets.base import Brief, Target
 
@@ -46,17 +51,18 @@ class Quantized:
 
     Attributes:
         optimized: Its Program, which holds what the target's artifact will compute.
-        table: The ranges.
+        table: The ranges; None where nothing but weights is rounded.
         decisions: What was made of them.
     """
 
     optimized: Optimized
-    table: CalibrationTable
+    table: CalibrationTable | None
     decisions: Decisions
 
     def write(self, folder: Path) -> None:
-        """Put both tables into a bundle."""
-        write_table(self.table, folder / TABLE_FILE)
+        """Put the tables into a bundle."""
+        if self.table is not None:
+            write_table(self.table, folder / TABLE_FILE)
         text = canonical_json(plain_json(self.decisions))
         (folder / DECISIONS_FILE).write_text(f"{text}\n", encoding="utf-8", newline="\n")
 
@@ -68,13 +74,16 @@ def require_calibrated(config: BuildConfig, brief: Brief, target: Target) -> Qua
         UsageError: VLX0218 without calibration samples.
         CapabilityError: VLX0502 where the target has no scheme for the device.
     """
-    if config.calib is None:
+    options = quantize_options_of(config)
+    if config.calib is None and options.kind == "static":
         raise UsageError(
             "VLX0218", f"--precision {brief.precision} rounds every value by the range that it has on real samples, "
             "and there are none", where="--precision",
             hint="add --calib DATA: some hundred unlabelled samples like those of later use",
         )  # fmt: skip
-    return choose_scheme(target.schemes(), brief.precision, brief.device, this_machine())
+    return choose_scheme(
+        target.schemes(), brief.precision, brief.device, this_machine(), kind=options.kind, weight=options.weight_type
+    )
 
 
 def require_single(sources: Sources) -> None:
@@ -98,7 +107,7 @@ def quantize_component(
     target: Target,
     brief: Brief,
     config: BuildConfig,
-    samples: Dataset,
+    samples: Dataset | None,
     probes: Sequence[Mapping[str, Array]],
     dump: Path | None,
     hooks: Sequence[Hook] = (),
@@ -114,8 +123,8 @@ def quantize_component(
         target: Spells it.
         brief: Precision and device.
         config: Options and gate.
-        samples: Calibration samples.
-        probes: The first of them with batch dim, by input name: the gate judges on these.
+        samples: Calibration samples; None where nothing but weights is rounded and none were given.
+        probes: The first of them with batch dim, by input name: the gate judges on these, or without any on its own.
         dump: Folder for the graph's text after every pass.
         hooks: Watchers.
         cache: Where the calibration table may be found.
@@ -129,26 +138,51 @@ def quantize_component(
     scheme = require_calibrated(config, brief, target)
     options = quantize_options_of(config)
     program = optimized.program
-    table = known or calibrate(
-        program, samples, wanted_values(program, scheme), options.calibration_method(), at_least=options.min_samples,
-        cache=cache, reporter=reporter,
-    )  # fmt: skip
-    pass_ = Quantize(options, scheme=scheme, ranges=table.by_value(), emit=target.emit_quant)
+    table = known
+    if options.kind != "weights" and table is None:
+        assert samples is not None
+        table = calibrate(
+            program, samples, wanted_values(program, scheme), options.calibration_method(),
+            at_least=options.min_samples, cache=cache, reporter=reporter,
+        )  # fmt: skip
+    ranges = table.by_value() if table is not None else {}
+    pass_ = Quantize(options, scheme=scheme, ranges=ranges, emit=target.emit_quant)
     decisions = pass_.decisions(program)
     if not decisions.layers:
         raise CapabilityError(
             "VLX0502", f"nothing of the model can be quantized by scheme {scheme.id}", where="--precision",
             hint="build it with --precision fp32",
         )  # fmt: skip
+    rows = [in_order(source.program, each) for each in probes]
     gate = None
     if optimized.probes is not None:
-        judged = _stacked(source, [in_order(source.program, each) for each in probes])
-        gate = NumericGate(program, judged, sighted=True)
+        gate = NumericGate(program, _stacked(source, rows) if rows else optimized.probes, sighted=True)
+    seen = rows or [each.values for each in optimized.probes or ()]
+    typing = _typing(config, target.float_precision(brief.precision), options, seen)
+    ending = target.quantized_passes(scheme, min_sqnr_db=options.min_sqnr_db)
+    passes: list[Pass[Program]] = [pass_, *typing, *ending]
     watching = [*hooks, *([DumpHook(dump)] if dump is not None else [])]
-    after, records = run_pipeline(program, [pass_], gate=gate, hooks=watching)
+    after, records = run_pipeline(program, passes, gate=gate, hooks=watching)
     notes = (*optimized.notes, *_notes(decisions, table, scheme, len(records[0].near_misses)))
-    made = replace(optimized, program=after, records=(*optimized.records, *records), notes=notes, reference=after)
+    reference = rounded_twin(after) if holds_half(after) else after
+    made = replace(
+        optimized, program=after, records=(*optimized.records, *records), notes=notes, reference=reference
+    )  # fmt: skip
     return Quantized(made, table, decisions)
+
+
+def _typing(
+    config: BuildConfig, precision: str, options: QuantizeOptions, samples: Sequence[tuple[Tensor, ...]]
+) -> list[Pass[Program]]:
+    """Passes that type what is not quantized, and let the scales follow.
+
+    A value that is rounded to half lies on the other side of a tie now and then, and is then a whole step off: noise
+    like that of quantization, which is held to the same bound.
+    """
+    key = f"{CastFloats.name}.min_sqnr_db"
+    bound = {key: str(options.min_sqnr_db), **config.options}
+    found = precision_passes_of(config.model_copy(update={"options": bound}), precision, samples)
+    return [*found, FoldCasts()] if found else []
 
 
 def _stacked(source: Source, rows: Sequence[tuple[Tensor, ...]]) -> list[Probe]:
@@ -162,12 +196,18 @@ def _stacked(source: Source, rows: Sequence[tuple[Tensor, ...]]) -> list[Probe]:
     return [Probe(f"calibration sample {number}", row) for number, row in enumerate(rows)]
 
 
-def _notes(decisions: Decisions, table: CalibrationTable, scheme: QuantScheme, left: int) -> tuple[str, ...]:
+def _notes(decisions: Decisions, table: CalibrationTable | None, scheme: QuantScheme, left: int) -> tuple[str, ...]:
     counts: dict[str, int] = {}
     for each in decisions.layers:
         counts[each.op] = counts.get(each.op, 0) + 1
     what = ", ".join(f"{count} {op}" for op, count in counts.items())
-    said = f"in integers: {what} (scheme {scheme.id}, ranges by {table.method.name} of {table.samples} samples)"
+    if table is None:
+        how, edits = "weights alone", ()
+    else:
+        how = f"ranges by {table.method.name} of {table.samples} samples"
+        edits = tuple(f"range {edit}" for edit in table.edits())
+    kind = "in float8" if scheme.precision == "fp8" else "in integers"
+    said = f"{kind}: {what} (scheme {scheme.id}, {how})"
     kept = f"; {left} more stay in float" if left else ""
-    edits = tuple(f"range {edit}" for edit in table.edits())
-    return (said + kept, *edits)
+    remark = (scheme.remark,) if scheme.remark else ()
+    return (said + kept, *remark, *edits)
