@@ -27,6 +27,8 @@ NEEDS_TORCH = (
     "stages/inspect_model.py", "stages/lowered.py", "stages/lowering_cache.py", "stages/naive.py", "stages/order.py",
     "stages/candidates.py", "stages/fastest.py", "stages/layer_search.py", "stages/make.py", "stages/searches.py",
     "stages/plan.py", "stages/prepare.py", "stages/probe_memory.py", "stages/quantized.py", "stages/tokens.py",
+    "stages/inspect_model.py", "stages/lowered.py", "stages/lowering_cache.py", "stages/naive.py",
+    "stages/operators.py", "stages/order.py", "stages/plan.py", "stages/prepare.py", "stages/probe_memory.py", "stages/quantized.py", "stages/tokens.py",
     "stages/whole_model.py", "targets/onnxruntime/emit_quant.py",
     "targets/onnx/",
     "targets/tensorrt/lower.py", "targets/tensorrt/op_limits.py", "targets/tensorrt/op_support.py",

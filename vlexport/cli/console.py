@@ -6,24 +6,12 @@ import contextlib
 import os
 import sys
 import time
-import unicodedata
 from collections.abc import Callable, Iterator
 
 from vlexport.core.errors import VlexportError
+from vlexport.core.inert import inert, one_line
 
 _SHOWN_AFTER_SECONDS = 2.0
-_OBEYED = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
-"""Unicode categories: control, format (bidirectional marks), surrogates, private use, line and paragraph separators."""
-
-
-def inert(text: str) -> str:
-    """``text`` without anything a terminal would obey: control and format characters become ``\\xNN``."""
-    return "".join(c if c == "\n" or unicodedata.category(c) not in _OBEYED else f"\\x{ord(c):02x}" for c in text)
-
-
-def one_line(text: str) -> str:
-    """:func:`inert`, line breaks too."""
-    return inert(text).replace("\n", "\\x0a")
 
 
 def error_lines(error: VlexportError) -> list[str]:

@@ -82,7 +82,13 @@ def explain(
         name: [record for record in each.passes if pass_name in (None, record.name)]
         for name, each in components.items()
     }
-    lines = [line for name, each in kept.items() for line in pass_lines(name if len(kept) > 1 else "", each)]
+    lines = [
+        line
+        for name, each in kept.items()
+        for line in pass_lines(name if len(kept) > 1 else "", each, every=pass_name is not None)
+    ]
+    if pass_name is None and any(len(record.near_misses) > 1 for each in kept.values() for record in each):
+        lines.append(f"Next     vlexport explain {subject} --pass NAME   (every place of its near misses)")
     payload = {name: [plain_json(record) for record in each] for name, each in kept.items()}
     return Outcome(lines, {"components": payload})
 

@@ -15,6 +15,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from vlexport.core.account import Account
 from vlexport.core.artifact import Artifact, DimRange, Frozen, Signature, TensorSpec
 from vlexport.core.numerics import OutputFidelity
+from vlexport.core.operators import Operators
 from vlexport.core.preprocess import Preprocess
 from vlexport.core.trials import SearchRecord, Trial, Tuning
 from vlexport.core.verdict import Measured, Verdict
@@ -132,6 +133,7 @@ class Component(Frozen):
         passes: What was done to the graph, in order.
         cost: What one run costs.
         account: Expected modules against found operators; left out of the JSON where there are none.
+        operators: What the graph consists of, before and after the passes; bundles of earlier versions have none.
     """
 
     artifact: Artifact
@@ -143,12 +145,13 @@ class Component(Frozen):
     passes: tuple[PassRecord, ...]
     cost: CostRecord
     account: tuple[Account, ...] = ()
+    operators: Operators | None = None
 
     @model_serializer(mode="wrap")
-    def _without_account(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A graph without such modules has no account."""
+    def _without_unknown(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A graph without such modules has no account; one that nobody counted, no operators."""
         values: dict[str, Any] = plain(self)
-        return {k: v for k, v in values.items() if v or k != "account"}
+        return {k: v for k, v in values.items() if v or k not in ("account", "operators")}
 
 
 class FileRecord(Frozen):

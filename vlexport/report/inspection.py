@@ -8,6 +8,7 @@ from vlexport.core.artifact import DimRange, TensorSpec
 from vlexport.core.bundle_schema import Component, GateRecord, Golden, PassRecord
 from vlexport.core.inspection import BundleInspection, ModelInspection, ModelPart, ModulePart, Support
 from vlexport.report.figures import accuracy_phrase, latency_phrase, macs_phrase, pass_phrase, size_phrase
+from vlexport.report.near_misses import miss_lines
 
 _LABELS_SHOWN = 5
 
@@ -157,8 +158,14 @@ def gate_phrase(gate: GateRecord) -> str:
     return said[gate.proof]
 
 
-def pass_lines(name: str, records: Sequence[PassRecord]) -> list[str]:
-    """What passes did to a component and what they left, each with its place and the reason."""
+def pass_lines(name: str, records: Sequence[PassRecord], *, every: bool = False) -> list[str]:
+    """What passes did to a component and what they left, by reason.
+
+    Args:
+        name: Of the component; empty where it is the only one.
+        records: Its passes.
+        every: Every place of a near miss, not the first ones only.
+    """
     lines = [f"Part     component {name}"] if name else []
     for record in records:
         lines.append(f"Pass     {_pass_line(record)}")
@@ -173,5 +180,5 @@ def pass_lines(name: str, records: Sequence[PassRecord]) -> list[str]:
             )  # fmt: skip
             lines.append(f"         {change.what} ×{change.count}" + (f" ({saved})" if saved else ""))
             lines += [f"           in {path}" for path in change.where]
-        lines += [f"         not {miss.pattern} at {miss.node}: {miss.reason}" for miss in record.near_misses]
+        lines += miss_lines([record], every=every)
     return lines
