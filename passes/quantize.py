@@ -123,7 +123,12 @@ class Quantize(Pass[Program]):
         return Statistic("sqnr_db", self.options.min_sqnr_db, hint=hint)
 
     def decisions(self, ir: Program) -> Decisions:
-        """The table for a Program that is in float still."""
+        """The table for a Program that is in float still.
+
+        Raises:
+            UsageError: VLX0703 when ``keep`` or ``only`` names no module.
+        """
+        self._require_named(ir)
         if self.scheme is None:
             return Decisions(scheme="")
         return decide(ir, self.scheme, self.ranges, keep=self.options.keep, only=self.options.only)[0]
@@ -134,8 +139,7 @@ class Quantize(Pass[Program]):
         Raises:
             UsageError: VLX0703 when ``keep`` or ``only`` names no module.
         """
-        require_calls(ir, self.options.keep, option=f"{self.name}.keep")
-        require_calls(ir, self.options.only, option=f"{self.name}.only")
+        self._require_named(ir)
         if self.scheme is None or self.emit is None:
             return
         decisions, placed = decide(ir, self.scheme, self.ranges, keep=self.options.keep, only=self.options.only)
@@ -145,6 +149,10 @@ class Quantize(Pass[Program]):
         for layer in decisions.layers:
             node = nodes[layer.call]
             yield Match(node, (node,), (decisions, nodes, layer))
+
+    def _require_named(self, ir: Program) -> None:
+        require_calls(ir, self.options.keep, option=f"{self.name}.keep")
+        require_calls(ir, self.options.only, option=f"{self.name}.only")
 
     def apply(self, ir: Program, match: Match) -> Change:
         """Let the target spell one call."""

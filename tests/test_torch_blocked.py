@@ -25,7 +25,7 @@ NEEDS_TORCH = (
     "stages/blame.py", "stages/build.py", "stages/build_each.py", "stages/choices.py", "stages/component.py",
     "stages/folded.py",
     "stages/inspect_model.py", "stages/lowered.py", "stages/lowering_cache.py", "stages/naive.py", "stages/order.py",
-    "stages/candidates.py", "stages/fastest.py", "stages/layer_search.py", "stages/make.py", "stages/searches.py",
+    "stages/candidates.py", "stages/fastest.py", "stages/layer_figures.py", "stages/layer_search.py", "stages/make.py", "stages/searches.py",
     "stages/plan.py", "stages/prepare.py", "stages/probe_memory.py", "stages/quantized.py", "stages/tokens.py",
     "stages/inspect_model.py", "stages/lowered.py", "stages/lowering_cache.py", "stages/naive.py",
     "stages/operators.py", "stages/order.py", "stages/plan.py", "stages/prepare.py", "stages/probe_memory.py", "stages/quantized.py", "stages/tokens.py",

@@ -119,7 +119,8 @@ def build_prepared(order: Order, prepared: Prepared, folder: Path, reporter: Rep
     config, brief = order.config, order.brief
     made = make(order, prepared, sources, folder, clock, timing)
     if made.quantized is not None:
-        made.quantized.write(folder)
+        with clock.stage("look at layers"):
+            made.quantized.write(folder)
     optimized, components, lowered = made.optimized, made.components, made.lowered
     dataset = prepared.dataset
     tuned: Tuned | None = None

@@ -6,7 +6,7 @@ Which layer is sensitive is measured on calibration samples in PyTorch; whether 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -22,8 +22,8 @@ from vlexport.passes.quantization.named_calls import name_of
 from vlexport.stages.candidates import Bench, guarded
 from vlexport.stages.choices import quantize_options_of
 from vlexport.stages.component import in_order
-from vlexport.stages.make import quantize, specialized_for
-from vlexport.stages.quantized import PROBES
+from vlexport.stages.make import specialized_for
+from vlexport.stages.quantized import PROBES, Quantizing, quantizing
 from vlexport.stages.return_layers import KEEP, ONLY, ReturnLayers
 from vlexport.stages.search import Decision, Journal, Options, Split, open_journal, search
 from vlexport.stages.whole_model import first_samples
@@ -100,13 +100,21 @@ class _Layers:
         order, prepared, sources = bench.order_of(options), bench.prepared, bench.sources
         ((name, source),) = sources.components.items()
         shared = specialized_for(order, prepared, sources, name, TimingHook())
-        self._shared = replace(shared, probes=None)
-        whole = quantize(order, prepared, sources, self._shared, known=bench.table, timing=TimingHook())
-        bench.table = whole.table
-        self.names = tuple(dict.fromkeys(name_of(each.module, each.call) for each in whole.decisions.layers))
+        self._program = shared.program
         samples = first_samples(prepared.calibration, sources, count=PROBES).get(name, ())
         self._probes = [in_order(source.program, each) for each in samples]
         self._answers = [shared.program.run(*probe) for probe in self._probes]
+        whole = self._quantizing({})
+        bench.table = whole.table
+        self.names = tuple(dict.fromkeys(name_of(each.module, each.call) for each in whole.decisions.layers))
+
+    def _quantizing(self, candidate: Options) -> Quantizing:
+        bench = self.bench
+        order = bench.order_of({**self.options, **candidate})
+        return quantizing(
+            self._program, target=order.target, brief=order.brief, config=order.config,
+            samples=bench.prepared.calibration, seen=self._probes, cache=bench.prepared.cache, known=bench.table,
+        )  # fmt: skip
 
     def examine(self, candidate: Options, best: Options) -> Trial:
         """A layer alone by its noise, any other candidate by the gates."""
@@ -115,12 +123,11 @@ class _Layers:
         return guarded(candidate, best, lambda: self._judged(candidate, best))
 
     def _alone(self, candidate: Options) -> Trial:
-        bench = self.bench
-        order = bench.order_of({**self.options, **candidate})
-        made = quantize(order, bench.prepared, bench.sources, self._shared, known=bench.table, timing=TimingHook())
+        rounded = self._program.copy()
+        self._quantizing(candidate).passes[0].run(rounded)
         worst = _SILENT_DB
         for probe, answers in zip(self._probes, self._answers, strict=True):
-            for ours, reference in zip(made.optimized.program.run(*probe), answers, strict=True):
+            for ours, reference in zip(rounded.run(*probe), answers, strict=True):
                 if reference.dtype is torch.float32:
                     worst = min(worst, sqnr_db(as_array(ours), as_array(reference)))
         return Trial(options=dict(candidate), outcome="measured", figures={"sqnr_db": round(worst, 2)})

@@ -39,6 +39,7 @@ from vlexport.passes.quantization.decisions import Decisions
 from vlexport.passes.quantize import Quantize, QuantizeOptions
 from vlexport.stages.choices import precision_passes_of, quantize_options_of
 from vlexport.stages.component import Optimized, in_order
+from vlexport.stages.layer_figures import layer_figures
 from vlexport.targets.base import Brief, Target
 
 PROBES = 8
@@ -53,17 +54,26 @@ class Quantized:
         optimized: Its Program, which holds what the target's artifact will compute.
         table: The ranges; None where nothing but weights is rounded.
         decisions: What was made of them.
+        program: In float, as it was decided about.
+        samples: Calibration samples to measure single layers on.
     """
 
     optimized: Optimized
     table: CalibrationTable | None
     decisions: Decisions
+    program: Program
+    samples: Sequence[tuple[Tensor, ...]]
 
     def write(self, folder: Path) -> None:
-        """Put the tables into a bundle."""
+        """Put the tables into a bundle, and what the layers lose."""
         if self.table is not None:
             write_table(self.table, folder / TABLE_FILE)
-        text = canonical_json(plain_json(self.decisions))
+        values = plain_json(self.decisions)
+        figures = layer_figures(self.program, self.optimized.program, self.decisions, self.samples)
+        if figures:
+            values["layers"] = [{**each, **figures["layers"][each["call"]]} for each in values["layers"]]
+            values["seen"] = figures["seen"]
+        text = canonical_json(values)
         (folder / DECISIONS_FILE).write_text(f"{text}\n", encoding="utf-8", newline="\n")
 
 
@@ -135,9 +145,73 @@ def quantize_component(
         DataError: VLX0213, VLX0214.
         GateError: VLX0401 when too much is lost.
     """
+    program = optimized.program
+    rows = [in_order(source.program, each) for each in probes]
+    ready = quantizing(
+        program, target=target, brief=brief, config=config, samples=samples,
+        seen=rows or [each.values for each in optimized.probes or ()], cache=cache, known=known, reporter=reporter,
+    )  # fmt: skip
+    gate = None
+    if optimized.probes is not None:
+        gate = NumericGate(program, stacked(source.program, rows) if rows else optimized.probes, sighted=True)
+    watching = [*hooks, *([DumpHook(dump)] if dump is not None else [])]
+    after, records = run_pipeline(program, ready.passes, gate=gate, hooks=watching)
+    notes = (*optimized.notes, *_notes(ready.decisions, ready.table, ready.scheme, len(records[0].near_misses)))
+    reference = rounded_twin(after) if holds_half(after) else after
+    made = replace(
+        optimized, program=after, records=(*optimized.records, *records), notes=notes, reference=reference
+    )  # fmt: skip
+    return Quantized(made, ready.table, ready.decisions, program, rows)
+
+
+@dataclass(frozen=True)
+class Quantizing:
+    """What turns a component into integers.
+
+    Attributes:
+        passes: In order; the first one is quantize.
+        scheme: What the target wants.
+        table: The ranges; None where nothing but weights is rounded.
+        decisions: What was made of them.
+    """
+
+    passes: tuple[Pass[Program], ...]
+    scheme: QuantScheme
+    table: CalibrationTable | None
+    decisions: Decisions
+
+
+def quantizing(
+    program: Program,
+    *,
+    target: Target,
+    brief: Brief,
+    config: BuildConfig,
+    samples: Dataset | None,
+    seen: Sequence[tuple[Tensor, ...]],
+    cache: Cache | None = None,
+    known: CalibrationTable | None = None,
+    reporter: Reporter | None = None,
+) -> Quantizing:
+    """Calibrate a component and decide, and say what passes spell it.
+
+    Args:
+        program: In float.
+        target: As for :func:`quantize_component`, and so for the others that are not named here.
+        brief: Precision and device.
+        config: Options.
+        samples: Calibration samples.
+        seen: What ranges of values that are typed to half are measured on.
+        cache: Where the table may be found.
+        known: That table.
+        reporter: Shows progress.
+
+    Raises:
+        CapabilityError: VLX0502 where nothing can be quantized.
+        DataError: VLX0213, VLX0214.
+    """
     scheme = require_calibrated(config, brief, target)
     options = quantize_options_of(config)
-    program = optimized.program
     table = known
     if options.kind != "weights" and table is None:
         assert samples is not None
@@ -153,22 +227,9 @@ def quantize_component(
             "VLX0502", f"nothing of the model can be quantized by scheme {scheme.id}", where="--precision",
             hint="build it with --precision fp32",
         )  # fmt: skip
-    rows = [in_order(source.program, each) for each in probes]
-    gate = None
-    if optimized.probes is not None:
-        gate = NumericGate(program, _stacked(source, rows) if rows else optimized.probes, sighted=True)
-    seen = rows or [each.values for each in optimized.probes or ()]
     typing = _typing(config, target.float_precision(brief.precision), options, seen)
     ending = target.quantized_passes(scheme, min_sqnr_db=options.min_sqnr_db)
-    passes: list[Pass[Program]] = [pass_, *typing, *ending]
-    watching = [*hooks, *([DumpHook(dump)] if dump is not None else [])]
-    after, records = run_pipeline(program, passes, gate=gate, hooks=watching)
-    notes = (*optimized.notes, *_notes(decisions, table, scheme, len(records[0].near_misses)))
-    reference = rounded_twin(after) if holds_half(after) else after
-    made = replace(
-        optimized, program=after, records=(*optimized.records, *records), notes=notes, reference=reference
-    )  # fmt: skip
-    return Quantized(made, table, decisions)
+    return Quantizing((pass_, *typing, *ending), scheme, table, decisions)
 
 
 def _typing(
@@ -185,12 +246,12 @@ def _typing(
     return [*found, FoldCasts()] if found else []
 
 
-def _stacked(source: Source, rows: Sequence[tuple[Tensor, ...]]) -> list[Probe]:
+def stacked(program: Program, rows: Sequence[tuple[Tensor, ...]]) -> list[Probe]:
     """All samples as one probe where the batch is dynamic and they are of one size: the ratio is that of all of them.
 
     A single sample whose true answer lies near 0 has a small ratio however little is lost.
     """
-    dynamic = all(spec.shape and isinstance(spec.shape[0], str) for spec in source.program.signature.inputs)
+    dynamic = all(spec.shape and isinstance(spec.shape[0], str) for spec in program.signature.inputs)
     if dynamic and len({tuple(value.shape for value in row) for row in rows}) == 1:
         return [Probe("calibration samples", tuple(map(torch.cat, zip(*rows, strict=True))))]
     return [Probe(f"calibration sample {number}", row) for number, row in enumerate(rows)]

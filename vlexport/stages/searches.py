@@ -118,7 +118,7 @@ class _Searches:
             bench, "tokens", [{"tokens": each} for each in AUTO_GRID], self._split(), time_all=True,
             budget_minutes=self._left(), resume=chosen.order.config.resume, reporter=self._clock.reporter,
         )  # fmt: skip
-        self._adopt(bench, found.options, found.record, found.journal)
+        self._adopt(bench, found.options, found.record, found.journal, resolve=False)
         if found.options:
             chosen.prepared = prepared_again(chosen.prepared, chosen.order.config)
 
@@ -141,6 +141,7 @@ class _Searches:
             resume=config.resume, reporter=self._clock.reporter,
         )  # fmt: skip
         self._adopt(bench, found.options, found.record, found.journal)
+        chosen.order = replace(chosen.order, reason="the fastest that holds the gates, as measured here")
 
     def layers(self) -> None:
         """``--max-drop`` with integers."""
@@ -215,10 +216,11 @@ class _Searches:
         return bench
 
     def _adopt(
-        self, bench: Bench, options: dict[str, str], record: SearchRecord, journal: Journal, *, chose: bool = True
-    ) -> None:
-        chosen = self._chosen
-        chosen.order = bench.order_of(options)
+        self, bench: Bench, options: dict[str, str], record: SearchRecord, journal: Journal, *, chose: bool = True,
+        resolve: bool = True,
+    ) -> None:  # fmt: skip
+        chosen, order = self._chosen, bench.order_of(options)
+        chosen.order = _resolved(order) if resolve else order
         chosen.records.append(record)
         chosen.journals.append(journal)
         if chose and self._parts is not None:
@@ -236,6 +238,15 @@ class _Searches:
         """Minutes of the budget that are left."""
         budget = self._chosen.order.config.budget_minutes
         return None if budget is None else max(budget - (time.monotonic() - self._started) / 60, 0.0)
+
+
+def _resolved(order: Order) -> Order:
+    """``--max-drop`` as a gate, which judges and searches nothing: the recipe holds what the search has found."""
+    config = order.config
+    if config.max_drop is None:
+        return order
+    gates = (*config.gate, f"drop<={config.max_drop:g}")
+    return replace(order, config=config.model_copy(update={"gate": gates, "max_drop": None}))
 
 
 def _layers_open(order: Order, prepared: Prepared) -> bool:
