@@ -66,10 +66,10 @@ class BuildConfig(BaseModel):
     )
     device_profile: str | None = _option(None, "Device profile to build for; the target has a default.", "--for")
     precision: Precision | None = _option(
-        None, "Precision; the target's default is printed with its reason.", "--precision"
+        None, "Precision; the target's default is printed with its reason. auto: the fastest that holds the gates.", "--precision"
     )
     tokens: str | None = _option(
-        None, "METHOD[:key=value,…]: freeze, evit:keep=0.7,layers=4+7+10, tome:r=8, mctf:r=16, cls or random.",
+        None, "METHOD[:key=value,…]: freeze, evit:keep=0.7,layers=4+7+10, tome:r=8, mctf:r=16, cls, random or auto.",
         "--tokens",
     )  # fmt: skip
     calib: str | None = _option(
@@ -87,7 +87,7 @@ class BuildConfig(BaseModel):
     )  # fmt: skip
     gate: tuple[str, ...] = _option((), 'Repeatable "METRIC OP VALUE", as "drop<=0.5"; judges only.', "--gate")
     max_drop: float | None = _option(
-        None, "Largest drop of top-1 in points; same as --gate drop<=P here.", "--max-drop", ge=0
+        None, "Largest drop of top-1 in points; with int8, layers go back to float until it holds.", "--max-drop", ge=0
     )
     input: tuple[str, ...] = _option((), "Repeatable NAME=SHAPE[:dtype] for --arch, as image=1x3x224x224.", "--input")
     dynamic: tuple[str, ...] = _option(
