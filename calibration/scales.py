@@ -79,7 +79,7 @@ def float8(low: float | Array, high: float | Array) -> npt.NDArray[np.float32]:
     return _usable(reach / E4M3_LARGEST, reach)
 
 
-def half_scale(scale: Array) -> npt.NDArray[np.float32]:
+def half_scale(scale: Array | np.float32) -> npt.NDArray[np.float32]:
     """The next number of float16 that is no smaller, and normal: nothing saturates that did not before.
 
     A channel whose values all lie below 0.008 gets fewer steps; its values are no larger than the rounding of others.

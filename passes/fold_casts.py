@@ -28,6 +28,7 @@ import torch
 from torch.fx import Node
 
 from vlexport.ir import dialect, provenance
+from vlexport.ir.cost import parameters_stored
 from vlexport.ir.program import Program
 from vlexport.ir.quant_ops import BIAS, DEQUANTIZE, QUANTIZE
 from vlexport.ir.rounded import HALF_DTYPES
@@ -55,7 +56,8 @@ class FoldCasts(Pass[Program]):
             else:
                 continue
             call = nodes[0] if pattern == _INTO else nodes[1]
-            if half not in HALF_DTYPES or call.args[1].meta["val"].dtype in HALF_DTYPES:
+            cast = nodes[1] if pattern == _INTO else nodes[0]
+            if half not in HALF_DTYPES and not _is_idle(cast):
                 continue
             reason = _why_not(ir, call, half)
             yield NearMiss(pattern, node, reason) if reason else Match(node, nodes, (pattern, half))
@@ -64,14 +66,25 @@ class FoldCasts(Pass[Program]):
         """Write the call with a scale in half."""
         pattern, half = match.data
         node, source = match.nodes
-        calls, where = len(ir.calls()), (provenance.module_path(node),)
-        call = node if pattern == _INTO else source
+        calls, stored = len(ir.calls()), parameters_stored(ir)
+        where = (provenance.module_path(node),)
+        call, target = (node, QUANTIZE) if pattern == _INTO else (source, DEQUANTIZE)
         value = source.args[0]
-        scale, rest = call.args[1], call.args[2:]
+        scale: Any = call.args[1]
+        rest = call.args[2:]
         halved = _in_half(ir, scale, half, before=call)
-        made = ir.add_call(call.target, (value, halved, *rest), before=node, value_of=call)
+        made = ir.add_call(target, (value, halved, *rest), before=node, value_of=call)
         ir.replace(node, made)
-        return Change(what=f"{pattern} without the cast", where=where, saved_nodes=calls - len(ir.calls()))
+        return Change(
+            what=f"{pattern} without the cast", where=where, saved_nodes=calls - len(ir.calls()),
+            saved_parameters=stored - parameters_stored(ir),
+        )  # fmt: skip
+
+
+def _is_idle(cast: Node) -> bool:
+    """Whether a cast keeps the type, as all do in a float64 copy."""
+    source: Any = cast.args[0]
+    return bool(source.meta["val"].dtype is cast.meta["val"].dtype)
 
 
 def _why_not(ir: Program, call: Node, half: torch.dtype) -> str:
@@ -86,14 +99,16 @@ def _why_not(ir: Program, call: Node, half: torch.dtype) -> str:
     return ""
 
 
-def _in_half(ir: Program, scale: Any, half: torch.dtype, *, before: Node) -> Node:
+def _in_half(ir: Program, scale: Node, half: torch.dtype, *, before: Node) -> Node:
     """The node that reads the scale in half; one for all calls behind the first."""
+    tensor = ir.tensor_of(scale)
+    assert tensor is not None
+    if tensor.dtype is half:
+        return scale
     name = f"{scale.target}_half"
     kept = ir.tensors.get(name)
     if kept is not None and kept.dtype is half:
-        for node in ir.graph.find_nodes(op="get_attr", target=name):
-            if node < before:
+        for node in ir.graph.nodes:
+            if node.op == "get_attr" and node.target == name and node < before:
                 return node
-    tensor = ir.tensor_of(scale)
-    assert tensor is not None
     return ir.add_tensor(name, tensor.to(half), before=before)

@@ -93,13 +93,13 @@ def scaling(low: float, high: float, rule: TensorRule, scales: str = "float32") 
     """
     point = 0
     if rule.fixed_scale is not None:
-        scale = np.float32(rule.fixed_scale)
+        scale = rule.fixed_scale
     elif rule.type == E4M3:
-        scale = float8(low, high)
+        scale = float(float8(low, high))
     else:
         made = (symmetric if rule.symmetric else affine)(low, high, GRIDS[rule.type])
-        scale, point = made.scale, int(made.zero_point)
-    return float(half_scale(scale) if scales == "float16" else scale), point
+        scale, point = float(made.scale), int(made.zero_point)
+    return float(half_scale(np.float32(scale)) if scales == "float16" else scale), point
 
 
 def _of_result(scheme: QuantScheme, node: Node) -> TensorRule | None:

@@ -109,7 +109,7 @@ def _layer(program: Program, node: Node, rule: LayerRule) -> tuple[Layer | None,
         if any(program.tensor_of(each) is not None for each in computed):
             return None, "an operand is stored, and the scheme has no rule for it"
     else:
-        weight, bias = given.get("weight"), given.get("bias")
+        weight, bias = given["weight"], given.get("bias")
         if program.tensor_of(weight) is None:
             return None, "its weight is computed, not stored"
         if bias is not None and program.tensor_of(bias) is None:

@@ -22,8 +22,9 @@ from vlexport.ir.cost import parameters_stored
 from vlexport.ir.program import Program
 from vlexport.ir.quant_ops import DEQUANTIZE
 from vlexport.passes.quantization.decisions import Decisions, LayerDecision, ValueDecision
-from vlexport.passes.quantization.spell import feed, rounded, said, spell, stored
+from vlexport.passes.quantization.spell import feed, rounded, said, stored
 from vlexport.passes.quantization.weights import weight_integers
+from vlexport.targets.onnxruntime.small_weights import store_small
 
 aten = torch.ops.aten
 
@@ -40,7 +41,7 @@ def emit_quant(program: Program, decisions: Decisions, nodes: Mapping[str, Node]
     values = decisions.by_value()
     node = nodes[layer.call]
     if not layer.operands:
-        return spell(program, decisions, node, layer)
+        return store_small(program, node, layer)
     calls, stored_before = len(program.calls()), parameters_stored(program)
     if layer.op == "linear" and node.meta["val"].ndim != 2:
         node = _as_rows(program, node, values[layer.operands[0]])

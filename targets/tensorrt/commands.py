@@ -47,7 +47,7 @@ def device_commands(
             f"# No largest size is recorded for {', '.join(unbounded)}: raise --maxShapes to what you will run."
         )
     if fallback:
-        lines.append(f"# {onnx_file} is quantized, {fallback} is the same in fp16: measure both, and keep the faster one.")
+        lines.append(f"# {onnx_file} is quantized, {fallback} is the same in fp16: measure both, keep the faster one.")
     graphs = [(name, onnx_file, engine), *([(Path(fallback).stem, fallback, "")] if fallback else [])]
     if full or not rtx:
         version = device.facts["tensorrt"].value if full else ""

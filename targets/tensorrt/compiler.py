@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
 from vlexport.core.artifact import Array, Artifact, Frozen, Session, artifact_file
 from vlexport.targets.tensorrt.engine_layers import products
@@ -66,7 +67,7 @@ class Report(Frozen):
 
     version: str
     refusals: tuple[Refusal, ...] = ()
-    products: dict[str, int] = {}
+    products: dict[str, int] = Field(default_factory=dict)
 
 
 class CompilerSession(Session):

@@ -125,7 +125,13 @@ class EngineRefusedError(Exception):
 
 
 def compile_engine(
-    folder: Path, file: str, signature: Signature, choice: EngineChoice, options: TensorRTOptions, *, inspect: bool = False
+    folder: Path,
+    file: str,
+    signature: Signature,
+    choice: EngineChoice,
+    options: TensorRTOptions,
+    *,
+    inspect: bool = False,
 ) -> tuple[bytes, compiler.Report]:
     """Compile an ONNX file in a child process.
 

@@ -36,8 +36,8 @@ PREFERRED_OPSET = 20
 """What every TensorRT of version 10 and later reads."""
 FALLBACK_FILE = "fallback.onnx"
 AS_WRITTEN: dict[str, str | int | float | bool] = {"graph_optimization": "none"}
-"""How ONNX Runtime stands in for TensorRT where values are rounded: its own integer kernels saturate on some processors,
-and its ReluQuantRewrite is wrong for float8 (measured)."""
+"""How ONNX Runtime stands in for TensorRT where values are rounded: its integer kernels saturate on some processors, and
+its ReluQuantRewrite is wrong for float8 (measured)."""
 _NEEDS_GPU = "CUDA_SUCCESS"
 
 
@@ -73,7 +73,9 @@ def problems_of(program: Program, brief: Brief) -> list[VlexportError]:
 
 
 def lower_program(program: Program, folder: Path, brief: Brief) -> Artifact:
-    """Write ``NAME.onnx`` (with ``weights.bin`` when large), ``NAME.engine`` and ``NAME.commands.txt``; ``fallback.onnx``.
+    """Write ``NAME.onnx`` (with ``weights.bin`` when large), ``NAME.engine`` and ``NAME.commands.txt``.
+
+    Beside a quantized graph lies ``fallback.onnx``, where the brief brings one.
 
     Raises:
         CapabilityError: VLX0503 when an operator cannot be expressed, or the device's TensorRT is known to refuse it;

@@ -26,7 +26,7 @@ class TensorRTOptions(Frozen):
         optimization_level: How long TensorRT looks for faster kernels on the device, 0 to 5; TensorRT for RTX ignores
             it.
         timing_cache: Keep what TensorRT, or TensorRT for RTX, measured on the device for the next build or start.
-        fallback: An int8 or fp8 bundle carries the graph in fp16, too: on a device where it is not faster, that one is run.
+        fallback: An int8 or fp8 bundle carries the graph in fp16, too: for devices on which that is no slower.
         check_operators: Refuse operators that the device's TensorRT is known not to take.
         timeout_s: Seconds that the compiler may take.
     """

@@ -33,6 +33,7 @@ from torch.fx import Node
 
 from vlexport.core.scheme import QuantScheme
 from vlexport.ir import dialect, provenance
+from vlexport.ir.cost import parameters_stored
 from vlexport.ir.program import Program
 from vlexport.ir.quant_ops import DEQUANTIZE, E4M3, QUANTIZE
 from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
@@ -82,7 +83,8 @@ class QuantizeSoftmax(Pass[Program]):
         """Write one attention as products."""
         node, rule = match.node, match.data
         assert self.scheme is not None
-        calls, where = len(ir.calls()), (provenance.module_path(node),)
+        calls, stored = len(ir.calls()), parameters_stored(ir)
+        where = (provenance.module_path(node),)
         query, key, value, mask, _, _, factor, *_ = dialect.operands(node)
         call = partial(_call, ir, node)
         rank = key.meta["val"].ndim
@@ -99,7 +101,10 @@ class QuantizeSoftmax(Pass[Program]):
         point = ir.add_tensor(f"{name}_zero", torch.zeros(()).to(E4M3), before=node)
         rounded = call(DEQUANTIZE, call(QUANTIZE, weights, scale, point), scale, point)
         ir.replace(node, call(aten.matmul.default, rounded, value))
-        return Change(what="attention in e4m3 products", where=where, saved_nodes=calls - len(ir.calls()))
+        return Change(
+            what="attention in e4m3 products", where=where, saved_nodes=calls - len(ir.calls()),
+            saved_parameters=stored - parameters_stored(ir),
+        )  # fmt: skip
 
 
 def _call(ir: Program, node: Node, target: Any, *args: Any) -> Node:
@@ -107,7 +112,10 @@ def _call(ir: Program, node: Node, target: Any, *args: Any) -> Node:
 
 
 def _is_float8(node: Any) -> bool:
-    return isinstance(node, Node) and node.target is DEQUANTIZE and node.args[0].meta["val"].dtype is E4M3
+    if not isinstance(node, Node) or node.target is not DEQUANTIZE:
+        return False
+    steps: Any = node.args[0]
+    return bool(steps.meta["val"].dtype is E4M3)
 
 
 def _why_not(node: Node) -> str:

@@ -77,7 +77,8 @@ def test_weights_have_seven_bits_when_the_device_has_no_vnni(folder: Path) -> No
         ({"options": {"quantize.method": "median"}}, "VLX0703", "quantize.method"),
         ({"passes": ("quantize",)}, "VLX0703", "it runs with --precision int8"),
         ({"precision": "fp32", "options": {"quantize.keep": "up"}}, "VLX0703", "pass 'quantize' is not run"),
-        ({"target": "coreml"}, "VLX0502", "does not run int8"),
+        ({"target": "coreml", "precision": "fp8"}, "VLX0502", "does not run fp8"),
+        ({"options": {"quantize.weights_only": "int4"}}, "VLX0502", "this runs no int4 weights"),
         ({"options": {"quantize.min_sqnr_db": "90"}}, "VLX0401", "pass quantize costs more than it may"),
     ],
 )

@@ -262,11 +262,8 @@ def _notes(decisions: Decisions, table: CalibrationTable | None, scheme: QuantSc
     for each in decisions.layers:
         counts[each.op] = counts.get(each.op, 0) + 1
     what = ", ".join(f"{count} {op}" for op, count in counts.items())
-    if table is None:
-        how, edits = "weights alone", ()
-    else:
-        how = f"ranges by {table.method.name} of {table.samples} samples"
-        edits = tuple(f"range {edit}" for edit in table.edits())
+    how = f"ranges by {table.method.name} of {table.samples} samples" if table is not None else "weights alone"
+    edits = tuple(f"range {edit}" for edit in table.edits()) if table is not None else ()
     kind = "in float8" if scheme.precision == "fp8" else "in integers"
     said = f"{kind}: {what} (scheme {scheme.id}, {how})"
     kept = f"; {left} more stay in float" if left else ""
