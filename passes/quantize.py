@@ -61,6 +61,8 @@ class QuantizeOptions(Frozen):
             it.
         min_samples: Calibration samples that are needed.
         min_sqnr_db: Least signal to noise ratio of an output on calibration samples.
+        smooth: Unlike channels behind norms and activations are made alike first (pass smooth-activations).
+        equalize: Unlike channels between two linears or convolutions are made alike first (pass equalize-ranges).
     """
 
     method: MethodName = "min-max"
@@ -68,6 +70,8 @@ class QuantizeOptions(Frozen):
     keep: Annotated[tuple[str, ...], BeforeValidator(_split)] = ()
     min_samples: int = Field(default=16, ge=1)
     min_sqnr_db: float = Field(default=10.0, ge=0.0, le=200.0)
+    smooth: bool = True
+    equalize: bool = True
 
     def calibration_method(self) -> Method:
         """How ranges are chosen."""

@@ -8,7 +8,6 @@ quantized Program, with the noise of all layers before it: the way from good to 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -166,11 +165,9 @@ def _value(program: Program, operand: Any, kept: Callable[[Node], Any]) -> Any:
 
 
 def _ends(program: Program, quantized: Program) -> dict[Node, Node]:
-    """Call in the quantized Program → the float call whose value it computes last, where only one call can be meant."""
-    single = Counter(provenance.origins(node)[-1] for node in program.calls())
-    last = {provenance.origins(node)[-1]: node for node in quantized.calls()}
-    pairs = ((provenance.origins(node)[-1], node) for node in program.calls())
-    return {last[ordinal]: node for ordinal, node in pairs if single[ordinal] == 1 and ordinal in last}
+    """Call in the quantized Program → the float call whose value it is: the last of each that stand for one value."""
+    ours, theirs = ({provenance.origins(node)[-1]: node for node in each.calls()} for each in (quantized, program))
+    return {ours[ordinal]: node for ordinal, node in theirs.items() if ordinal in ours}
 
 
 def _found_in(quantized: Program, sample: tuple[Tensor, ...], ends: Mapping[Node, Node]) -> dict[Node, Tensor]:

@@ -50,7 +50,7 @@ from vlexport.stages.profile import QUICK, Measurable, measure_latency
 from vlexport.stages.quantized import PROBES, quantize_component, require_single
 from vlexport.stages.tune import Subject, Tuned, autotune
 from vlexport.stages.validate import judge_gates, measure_accuracy, skipped_phrase
-from vlexport.stages.whole_model import first_samples, opt_inputs, whole_goldens
+from vlexport.stages.whole_model import opt_inputs, spread_samples, whole_goldens
 from vlexport.stages.write_bundle import golden_tolerance, require_free, staging, write_bundle
 
 
@@ -124,7 +124,7 @@ def build_prepared(order: Order, prepared: Prepared, folder: Path, reporter: Rep
                 if brief.precision in INTEGER_PRECISIONS:
                     require_single(sources)
                     assert prepared.calibration is not None
-                    probes = first_samples(prepared.calibration, sources, count=PROBES)[name]
+                    probes = spread_samples(prepared.calibration, sources, count=PROBES)[name]
                     quantized = quantize_component(
                         shared, sources.components[name], target=target, brief=brief, config=config,
                         samples=prepared.calibration, probes=probes, dump=dump and dump / "quantized", hooks=[timing],

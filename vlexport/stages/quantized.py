@@ -34,10 +34,13 @@ from vlexport.passes.quantization.decisions import Decisions
 from vlexport.passes.quantize import Quantize
 from vlexport.stages.choices import quantize_options_of
 from vlexport.stages.component import Optimized, in_order
+from vlexport.stages.smoothed import smooth_component
 from vlexport.targets.base import Brief, Target
 
 PROBES = 8
 """Calibration samples that the gate judges on."""
+TRIED_EACH = 2
+"""One probe of so many is one that factors of channels are tried on."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ def quantize_component(
         brief: Precision and device.
         config: Options and gate.
         samples: Calibration samples.
-        probes: The first of them with batch dim, by input name: the gate judges on these.
+        probes: Some of them with batch dim, by input name: the gate judges on these.
         dump: Folder for the graph's text after every pass.
         hooks: Watchers.
         cache: Where the calibration table may be found.
@@ -126,6 +129,11 @@ def quantize_component(
     """
     scheme = require_calibrated(config, brief, target)
     options = quantize_options_of(config)
+    inputs = [in_order(source.program, each) for each in probes]
+    optimized = smooth_component(
+        optimized, scheme, config, samples=samples, tried=inputs[::TRIED_EACH], dump=dump and dump / "smoothed",
+        hooks=hooks, cache=cache, reporter=reporter,
+    )  # fmt: skip
     program = optimized.program
     wanted = wanted_values(program, scheme, keep=options.keep)
     table = calibrate(
@@ -141,7 +149,7 @@ def quantize_component(
         )  # fmt: skip
     gate = None
     if optimized.probes is not None:
-        judged = _stacked(source, [in_order(source.program, each) for each in probes])
+        judged = _stacked(source, inputs)
         gate = NumericGate(program, judged, sighted=True)
     watching = [*hooks, *([DumpHook(dump)] if dump is not None else [])]
     after, records = run_pipeline(program, [pass_], gate=gate, hooks=watching)
