@@ -44,7 +44,9 @@ def with_weights(ir: Program, projection: Projection, weight: Tensor, bias: Tens
 def divided(ir: Program, projection: Projection, factors: Tensor) -> tuple[Tensor, Tensor | None]:
     """Weight and bias, float64, of a projection whose output channels become smaller by so much."""
     weight, bias = projection.tensor(ir).double(), ir.tensor_of(projection.operand(projection.bias))
-    return weight / along(factors, projection.out_axis, weight.ndim), bias.double() / factors if bias is not None else None
+    return weight / along(
+        factors, projection.out_axis, weight.ndim
+    ), bias.double() / factors if bias is not None else None
 
 
 def restamp(nodes: Iterable[Node], *, value_of: Node, decision: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vlexport.calibration.calibrate import calibrate
+from vlexport.calibration.calibrate import calibrate, use_table
 from vlexport.calibration.table import CalibrationTable, write_table
 from vlexport.core.artifact import Array
 from vlexport.core.bundle import DECISIONS_FILE, TABLE_FILE
@@ -124,7 +124,7 @@ def quantize_component(
         reporter: Shows progress.
 
     Raises:
-        DataError: VLX0213, VLX0214.
+        DataError: VLX0213, VLX0214; VLX0215 for a table of something else.
         GateError: VLX0401 when too much is lost.
     """
     scheme = require_calibrated(config, brief, target)
@@ -136,11 +136,14 @@ def quantize_component(
     )  # fmt: skip
     program = optimized.program
     wanted = wanted_values(program, scheme, keep=options.keep)
-    table = calibrate(
-        program, samples, wanted, options.calibration_method(), at_least=options.min_samples, cache=cache,
-        reporter=reporter,
-    )  # fmt: skip
-    pass_ = Quantize(options, scheme=scheme, ranges=table.by_value(), emit=target.emit_quant)
+    method = options.calibration_method()
+    if options.table:
+        table = use_table(Path(options.table), program, samples, wanted, method)
+    else:
+        table = calibrate(
+            program, samples, wanted, method, at_least=options.min_samples, cache=cache, reporter=reporter
+        )  # fmt: skip
+    pass_ = Quantize(options, scheme=scheme, ranges=table.by_value(), emit=target.emit_quant, samples=inputs)
     decisions = pass_.decisions(program)
     if not decisions.layers:
         raise CapabilityError(
