@@ -8,7 +8,6 @@ quantized Program, with the noise of all layers before it: the way from good to 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,11 +46,13 @@ class LayerSqnr(Frozen):
     arrived_db: float | None = None
 
 
+Look = Callable[[Node, Tensor, Tensor, Tensor], None]
+"""Told of a layer: its float result, that with its weight rounded, and that with all its operands rounded."""
+
+
 @dataclass
-class _Layer:
+class _Tally:
     decision: LayerDecision
-    node: Node
-    weight: Tensor | None
     own: ValueRange = field(default_factory=ValueRange)
     of_weight: ValueRange = field(default_factory=ValueRange)
     arrived: ValueRange | None = None
@@ -76,19 +77,54 @@ def per_layer_sqnr(
         One entry a layer, in the Program's order. One whose result is 0 on all samples has ``-inf`` or ``inf``.
     """
     nodes = {key: node for node, key in value_keys(program).items()}
-    layers = [_Layer(each, nodes[each.call], _weight(program, nodes[each.call], each)) for each in decisions.layers]
-    values = decisions.by_value()
+    layers = {nodes[each.call]: _Tally(each) for each in decisions.layers}
     ends = _ends(program, quantized) if quantized is not None else {}
     for sample in samples:
         found = _found_in(quantized, sample, ends) if quantized is not None else {}
-        _measure(program, sample, layers, values, found)
+
+        def look(
+            node: Node, value: Tensor, with_weight: Tensor, with_all: Tensor, found: Mapping[Node, Tensor] = found
+        ) -> None:
+            layer = layers[node]
+            layer.of_weight.update(value.numpy(), with_weight.numpy())
+            layer.own.update(value.numpy(), with_all.numpy())
+            arrived = found.get(node)
+            if arrived is not None and arrived.shape == value.shape:
+                layer.arrived = layer.arrived or ValueRange()
+                layer.arrived.update(value.numpy(), arrived.numpy())
+
+        watch_layers(program, decisions, sample, look)
     return tuple(
         LayerSqnr(
             call=each.decision.call, op=each.decision.op, module=each.decision.module, own_db=each.own.kept_db,
             weight_db=each.of_weight.kept_db, arrived_db=each.arrived.kept_db if each.arrived is not None else None,
         )
-        for each in layers
+        for each in layers.values()
     )  # fmt: skip
+
+
+def watch_layers(program: Program, decisions: Decisions, sample: tuple[Tensor, ...], look: Look) -> None:
+    """Run a float Program once, and compute every layer again with rounded operands on the way.
+
+    Args:
+        program: In float; the one that was decided about.
+        decisions: What is rounded, and how.
+        sample: One tensor per input, with batch dim.
+        look: Told of every layer.
+    """
+    nodes = {key: node for node, key in value_keys(program).items()}
+    layers = {nodes[each.call]: each for each in decisions.layers}
+    wanted = {operand for node in layers for operand in node.all_input_nodes}
+    values = decisions.by_value()
+    kept: dict[Node, Any] = {n: v for n, v in zip(program.placeholders, sample, strict=True) if n in wanted}
+
+    def seen(node: Node, value: Any) -> None:
+        if node in wanted:
+            kept[node] = value
+        if node in layers:
+            look(node, value, *_again(program, node, layers[node], values, kept.__getitem__))
+
+    program.run(*sample, observe=seen)
 
 
 def rounded(value: Tensor, decision: ValueDecision) -> Tensor:
@@ -109,46 +145,22 @@ def _weight(program: Program, node: Node, decision: LayerDecision) -> Tensor | N
     return rounded_weight(stored, GRIDS[decision.weight])
 
 
-def _measure(
-    program: Program,
-    sample: tuple[Tensor, ...],
-    layers: list[_Layer],
-    values: Mapping[str, ValueDecision],
-    found: Mapping[Node, Tensor],
-) -> None:
-    by_node = {each.node: each for each in layers}
-    wanted = {operand for each in layers for operand in each.node.all_input_nodes}
-    kept: dict[Node, Any] = {n: v for n, v in zip(program.placeholders, sample, strict=True) if n in wanted}
-
-    def look(node: Node, value: Any) -> None:
-        if node in wanted:
-            kept[node] = value
-        layer = by_node.get(node)
-        if layer is None:
-            return
-        with_weight, with_all = _again(program, layer, values, kept.__getitem__)
-        layer.of_weight.update(value.numpy(), with_weight.numpy())
-        layer.own.update(value.numpy(), with_all.numpy())
-        arrived = found.get(node)
-        if arrived is not None and arrived.shape == value.shape:
-            layer.arrived = layer.arrived or ValueRange()
-            layer.arrived.update(value.numpy(), arrived.numpy())
-
-    program.run(*sample, observe=look)
-
-
 def _again(
-    program: Program, layer: _Layer, values: Mapping[str, ValueDecision], kept: Callable[[Node], Any]
+    program: Program,
+    node: Node,
+    decision: LayerDecision,
+    values: Mapping[str, ValueDecision],
+    kept: Callable[[Node], Any],
 ) -> tuple[Tensor, Tensor]:
     """The layer with its weight rounded, and with its computed operands rounded too."""
-    node = layer.node
     given = list(dialect.operands(node))
     plain = [_value(program, each, kept) for each in given]
-    if layer.weight is not None:
-        plain[dialect.operand_names(node).index("weight")] = layer.weight
+    weight = _weight(program, node, decision)
+    if weight is not None:
+        plain[dialect.operand_names(node).index("weight")] = weight
     every = list(plain)
     positions = [i for i, each in enumerate(given) if isinstance(each, Node) and program.tensor_of(each) is None]
-    for place, key in zip(positions, layer.decision.operands, strict=False):
+    for place, key in zip(positions, decision.operands, strict=False):
         every[place] = rounded(plain[place], values[key])
     assert isinstance(node.target, torch._ops.OpOverload)
     made = []
@@ -166,11 +178,9 @@ def _value(program: Program, operand: Any, kept: Callable[[Node], Any]) -> Any:
 
 
 def _ends(program: Program, quantized: Program) -> dict[Node, Node]:
-    """Call in the quantized Program → the float call whose value it computes last, where only one call can be meant."""
-    single = Counter(provenance.origins(node)[-1] for node in program.calls())
-    last = {provenance.origins(node)[-1]: node for node in quantized.calls()}
-    pairs = ((provenance.origins(node)[-1], node) for node in program.calls())
-    return {last[ordinal]: node for ordinal, node in pairs if single[ordinal] == 1 and ordinal in last}
+    """Call in the quantized Program → the float call whose value it is: the last of each that stand for one value."""
+    ours, theirs = ({provenance.origins(node)[-1]: node for node in each.calls()} for each in (quantized, program))
+    return {ours[ordinal]: node for ordinal, node in theirs.items() if ordinal in ours}
 
 
 def _found_in(quantized: Program, sample: tuple[Tensor, ...], ends: Mapping[Node, Node]) -> dict[Node, Tensor]:

@@ -168,6 +168,7 @@ class BuildConfig(BaseModel):
         }
         if not str(kept.get("arch", "timm:")).startswith("timm:"):  # code, or a folder of this machine
             del kept["arch"]
+        kept["options"] = {name: value for name, value in self.options.items() if name not in _FILES}
         kept = {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
         return tomli_w.dumps({"vlexport_recipe": 1, **kept})
 
@@ -175,6 +176,10 @@ class BuildConfig(BaseModel):
         """Options given as ``--set SCOPE.NAME=VALUE`` for one pass or target."""
         prefix = f"{scope}."
         return {k.removeprefix(prefix): v for k, v in self.options.items() if k.startswith(prefix)}
+
+
+_FILES = ("quantize.table",)
+"""Options that name a file of this machine; what it holds goes into the bundle."""
 
 
 def names_code(arch: object) -> bool:

@@ -40,14 +40,14 @@ from vlexport.stages.choices import (
     passes_of,
     precision_passes_of,
 )
-from vlexport.stages.component import clean_up, in_order
+from vlexport.stages.component import Optimized, clean_up, in_order
 from vlexport.stages.dims import dims_of
 from vlexport.stages.order import Order, configs_of, order_of
 from vlexport.stages.prepare import RANGE_SAMPLES
 from vlexport.stages.probe_memory import require_memory
-from vlexport.stages.quantized import PROBES, quantizing, require_single, stacked
+from vlexport.stages.quantized import PROBES, calibrated, quantizing, require_single, stacked
 from vlexport.stages.tokens import component_passes
-from vlexport.stages.whole_model import first_samples
+from vlexport.stages.whole_model import first_samples, spread_samples
 
 MAX_SAMPLES = 8
 """Samples of the user's that are probes."""
@@ -195,14 +195,20 @@ class _Walk:
     def _rounded(self, program: Program, name: str) -> tuple[Program, list[Probe], Finding | None]:
         """The Program in integers, judged on calibration samples: a seeded draw lies outside of their ranges."""
         require_single(self.sources)
-        given = first_samples(self.calibration, self.sources, count=PROBES).get(name, [])
+        given = spread_samples(self.calibration, self.sources, count=PROBES)[name] if self.calibration else []
         rows = [in_order(program, each) for each in given]
         probes = stacked(program, rows) if rows else self._probes(program)
-        ready = quantizing(
-            program, target=self.order.target, brief=self.order.brief, config=self.order.config,
-            samples=self.calibration, seen=[probe.values for probe in probes], reporter=self.trail.reporter,
+        order = self.order
+        ready = calibrated(
+            Optimized(program, (), probes, ()), rows, target=order.target, brief=order.brief, config=order.config,
+            samples=self.calibration, reporter=self.trail.reporter,
         )  # fmt: skip
-        after, found = self._legs(program, ready.passes, probes, PROGRAM)
+        program = ready.optimized.program
+        self.trail.agreed += [f"{each.name} ({each.gate.worst:.1e})" for each in ready.optimized.records]
+        rounding = quantizing(
+            program, ready.table, rows, target=order.target, brief=order.brief, config=order.config
+        )  # fmt: skip
+        after, found = self._legs(program, rounding.passes, probes, PROGRAM)
         return after, probes, found
 
     def _probes(self, program: Program) -> list[Probe]:

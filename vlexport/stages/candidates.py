@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import vlexport
-from vlexport.calibration.table import CalibrationTable
 from vlexport.core.artifact import Array
 from vlexport.core.bundle import ARTIFACT_FOLDER
 from vlexport.core.bundle_schema import Component, LatencyResult
@@ -34,6 +33,7 @@ from vlexport.stages.make import make
 from vlexport.stages.order import Order
 from vlexport.stages.prepare import Prepared, prepared_again
 from vlexport.stages.profile import Measurable, Plan, measure_latency
+from vlexport.stages.quantized import Calibrated
 from vlexport.stages.search import Options, Split, candidate
 from vlexport.stages.validate import TIMED, Run, measure_accuracy
 from vlexport.stages.whole_model import opt_inputs
@@ -103,7 +103,7 @@ class Bench:
         self.sources = sources
         self.gates = accuracy_gates(order.gates)
         self.reference = source if isinstance(source, Remembered) else Remembered(source)
-        self.table: CalibrationTable | None = None
+        self.calibrated: Calibrated | None = None
         self._scratch = scratch
         self._made: dict[str, tuple[Order, Component, Path]] = {}
         self._numbers = itertools.count()
@@ -135,7 +135,8 @@ class Bench:
                 prepared = prepared_again(prepared, order.config)
             folder = self._scratch / str(next(self._numbers))
             folder.mkdir()
-            made = make(order, prepared, self.sources, folder, StageClock(Silent()), TimingHook(), known=self.table)
+            clock, known = StageClock(Silent()), self.calibrated
+            made = make(order, prepared, self.sources, folder, clock, TimingHook(), known=known)
             ((component),) = made.components.values()
             self._made[key] = (order, component, folder)
         return self._made[key]

@@ -36,12 +36,16 @@ from vlexport.targets.base import Target
 
 if TYPE_CHECKING:
     from vlexport.passes.quantize import QuantizeOptions
+    from vlexport.passes.smooth_activations import SmoothActivationsOptions
 
 HALF_PRECISIONS = ("fp16", "bf16")
 """Precisions that a pass types the Program to."""
 INTEGER_PRECISIONS = ("int8", "fp8")
 """Precisions for which values are rounded to 8 bits."""
-PRECISION_PASSES = {"cast-floats": HALF_PRECISIONS, "quantize": INTEGER_PRECISIONS, "fold-casts": INTEGER_PRECISIONS}
+PRECISION_PASSES = {
+    "cast-floats": HALF_PRECISIONS, "smooth-activations": INTEGER_PRECISIONS, "equalize-ranges": INTEGER_PRECISIONS,
+    "quantize": INTEGER_PRECISIONS, "fold-casts": INTEGER_PRECISIONS,
+}  # fmt: skip
 """Passes that run with a precision → with which."""
 
 
@@ -177,6 +181,19 @@ def quantize_options_of(config: BuildConfig) -> QuantizeOptions:
 
     found = _typed(QuantizeOptions, config.scoped_options(Quantize.name), Quantize.name)
     assert isinstance(found, QuantizeOptions)
+    return found
+
+
+def smooth_options_of(config: BuildConfig) -> SmoothActivationsOptions:
+    """Options of smooth-activations.
+
+    Raises:
+        UsageError: VLX0703.
+    """
+    from vlexport.passes.smooth_activations import SmoothActivations, SmoothActivationsOptions
+
+    found = _typed(SmoothActivationsOptions, config.scoped_options(SmoothActivations.name), SmoothActivations.name)
+    assert isinstance(found, SmoothActivationsOptions)
     return found
 
 

@@ -22,11 +22,10 @@ from vlexport.passes.quantization.named_calls import name_of
 from vlexport.stages.candidates import Bench, guarded
 from vlexport.stages.choices import quantize_options_of
 from vlexport.stages.component import in_order
-from vlexport.stages.make import specialized_for
-from vlexport.stages.quantized import PROBES, Quantizing, quantizing
+from vlexport.stages.make import calibration_rows, specialized_for
+from vlexport.stages.quantized import Quantizing, calibrated, quantizing
 from vlexport.stages.return_layers import KEEP, ONLY, ReturnLayers
 from vlexport.stages.search import Decision, Journal, Options, Split, open_journal, search
-from vlexport.stages.whole_model import first_samples
 
 _SILENT_DB = 200.0
 """Stands for a layer whose rounding no output shows."""
@@ -70,7 +69,7 @@ def keep_layers(
         VlexportError: When the recipe as it stands cannot be made, for another reason than its numbers.
     """
     reporter = reporter or Silent()
-    found = _Layers(bench, dict(options), dataset, parts)
+    found = _Layers(bench, dict(options), dataset, parts, reporter)
     strategy = ReturnLayers(found.names, given=quantize_options_of(bench.order_of(options).config).keep)
     journal = open_journal(bench.key(parts, f"layers {dict(options)}", found.names), resume=resume)
     if resume:
@@ -95,25 +94,29 @@ def keep_layers(
 class _Layers:
     """The layers of a model in integers, and what becomes of it with some of them in float."""
 
-    def __init__(self, bench: Bench, options: dict[str, str], dataset: Dataset, parts: Split) -> None:
+    def __init__(
+        self, bench: Bench, options: dict[str, str], dataset: Dataset, parts: Split, reporter: Reporter
+    ) -> None:
         self.bench, self.options, self.dataset, self.parts = bench, options, dataset, parts
         order, prepared, sources = bench.order_of(options), bench.prepared, bench.sources
         ((name, source),) = sources.components.items()
         shared = specialized_for(order, prepared, sources, name, TimingHook())
-        self._program = shared.program
-        samples = first_samples(prepared.calibration, sources, count=PROBES).get(name, ())
-        self._probes = [in_order(source.program, each) for each in samples]
-        self._answers = [shared.program.run(*probe) for probe in self._probes]
+        self._rows = [in_order(source.program, each) for each in calibration_rows(prepared, sources)]
+        bench.calibrated = calibrated(
+            shared, self._rows, target=order.target, brief=order.brief, config=order.config,
+            samples=prepared.calibration, cache=prepared.cache, reporter=reporter,
+        )  # fmt: skip
+        self._ready = bench.calibrated
+        self._answers = [self._ready.optimized.program.run(*row) for row in self._rows]
         whole = self._quantizing({})
-        bench.table = whole.table
         self.names = tuple(dict.fromkeys(name_of(each.module, each.call) for each in whole.decisions.layers))
 
     def _quantizing(self, candidate: Options) -> Quantizing:
         bench = self.bench
         order = bench.order_of({**self.options, **candidate})
         return quantizing(
-            self._program, target=order.target, brief=order.brief, config=order.config,
-            samples=bench.prepared.calibration, seen=self._probes, cache=bench.prepared.cache, known=bench.table,
+            self._ready.optimized.program, self._ready.table, self._rows, target=order.target, brief=order.brief,
+            config=order.config,
         )  # fmt: skip
 
     def examine(self, candidate: Options, best: Options) -> Trial:
@@ -123,10 +126,10 @@ class _Layers:
         return guarded(candidate, best, lambda: self._judged(candidate, best))
 
     def _alone(self, candidate: Options) -> Trial:
-        rounded = self._program.copy()
+        rounded = self._ready.optimized.program.copy()
         self._quantizing(candidate).passes[0].run(rounded)
         worst = _SILENT_DB
-        for probe, answers in zip(self._probes, self._answers, strict=True):
+        for probe, answers in zip(self._rows, self._answers, strict=True):
             for ours, reference in zip(rounded.run(*probe), answers, strict=True):
                 if reference.dtype is torch.float32:
                     worst = min(worst, sqnr_db(as_array(ours), as_array(reference)))

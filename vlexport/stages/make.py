@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vlexport.calibration.table import CalibrationTable
+from vlexport.core.artifact import Array
 from vlexport.core.bundle import artifact_folder
 from vlexport.core.bundle_schema import Component
 from vlexport.core.progress import Reporter, StageClock
@@ -20,8 +20,8 @@ from vlexport.stages.component import Optimized, legalize_component, lower_compo
 from vlexport.stages.dims import dims_of
 from vlexport.stages.order import Order
 from vlexport.stages.prepare import Prepared, dump_of, specialized
-from vlexport.stages.quantized import PROBES, Quantized, quantize_component, require_single
-from vlexport.stages.whole_model import first_samples
+from vlexport.stages.quantized import PROBES, Calibrated, Quantized, quantize_component, require_single
+from vlexport.stages.whole_model import spread_samples
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Made:
 
 def make(
     order: Order, prepared: Prepared, sources: Sources, folder: Path, clock: StageClock, timing: TimingHook, *,
-    known: CalibrationTable | None = None,
+    known: Calibrated | None = None,
 ) -> Made:  # fmt: skip
     """Run the passes of one target and lower to it.
 
@@ -54,7 +54,7 @@ def make(
         folder: Where artifact and golden vectors go.
         clock: Told how long each part took.
         timing: Told how long each pass took.
-        known: The calibration table, where it was made already.
+        known: The single component ready to be rounded, where it was made so already.
 
     Raises:
         VlexportError: VLX02xx for the calibration samples, VLX04xx for the passes, VLX05xx for the target.
@@ -111,8 +111,16 @@ def specialized_for(order: Order, prepared: Prepared, sources: Sources, name: st
     return specialized(prepared, sources, name, dims, order.brief.precision, config, dump, timing)
 
 
+def calibration_rows(prepared: Prepared, sources: Sources) -> Sequence[dict[str, Array]]:
+    """A few calibration samples of the single component, with batch dim; none without any."""
+    ((name, _),) = sources.components.items()
+    if prepared.calibration is None:
+        return ()
+    return spread_samples(prepared.calibration, sources, count=PROBES)[name]
+
+
 def quantize(
-    order: Order, prepared: Prepared, sources: Sources, shared: Optimized, *, known: CalibrationTable | None,
+    order: Order, prepared: Prepared, sources: Sources, shared: Optimized, *, known: Calibrated | None,
     timing: TimingHook, dump: Path | None = None, reporter: Reporter | None = None,
 ) -> Quantized:  # fmt: skip
     """The single component in integers.
@@ -123,8 +131,8 @@ def quantize(
         GateError: VLX0401 when too much is lost.
     """
     require_single(sources)
-    ((name, source),) = sources.components.items()
-    probes = first_samples(prepared.calibration, sources, count=PROBES).get(name, ())
+    (source,) = sources.components.values()
+    probes = calibration_rows(prepared, sources)
     return quantize_component(
         shared, source, target=order.target, brief=order.brief, config=order.config, samples=prepared.calibration,
         probes=probes, dump=dump and dump / "quantized", hooks=[timing], cache=prepared.cache, known=known,
