@@ -14,11 +14,13 @@ from vlexport.calibration.calibrate import calibrate
 from vlexport.calibration.methods import Method
 from vlexport.core.scheme import QuantScheme
 from vlexport.ir.program import Program
+from vlexport.passes.canonicalize import Canonicalize
 from vlexport.passes.cast_floats import CastFloats
 from vlexport.passes.fold_casts import FoldCasts
 from vlexport.passes.quantization.decide import wanted_values
 from vlexport.passes.quantize import Quantize
 from vlexport.targets import open_target
+from vlexport.targets.base import Brief
 
 
 class TinyViT(nn.Module):
@@ -51,7 +53,9 @@ def scheme_of(target: str, name: str) -> QuantScheme:
 
 @cache
 def program_of(net: str) -> Program:
-    return captured(NETS[net]().eval(), images(1, 0), dynamic=False)
+    program = captured(NETS[net]().eval(), images(1, 0), dynamic=False)
+    Canonicalize().run(program)
+    return program
 
 
 @cache
@@ -68,5 +72,7 @@ def quantized(net: str, target: str, name: str) -> Program:
         CastFloats(samples=[(images(1, 2),)]).run(after)
         FoldCasts().run(after)
     for each in made.quantized_passes(scheme, min_sqnr_db=10.0):
+        each.run(after)
+    for each in made.program_passes(Brief(made.check_options({}), precision=scheme.precision)):
         each.run(after)
     return after

@@ -130,7 +130,8 @@ KEPT = {
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, MilSummary]:
     asked = [
-        ("vit", "w8a8", "iOS17"), ("cnn", "w8a8", "iOS18"), ("vit", "weights-s8", "iOS17"), ("vit", "weights-s4", "iOS18"),
+        ("vit", "w8a8", "iOS17"), ("cnn", "w8a8", "iOS18"), ("vit", "weights-s8", "iOS17"),
+        ("vit", "weights-s4", "iOS18"),
     ]  # fmt: skip
     found = {}
     for net, scheme, system in asked:

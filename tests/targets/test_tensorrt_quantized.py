@@ -219,7 +219,8 @@ def test_types_are_read_off_the_log_when_layers_multiply() -> None:
     said = [
         "Engine Layer Information:\nLayers:\n" + layer.format("runtime_fusion") + weights + end,
         layer.format("kgen") + weights + end,
+        layer.format("kgen").replace("Name: a", "Name: _gemm_mha_v2_myl0_5") + end,
         layer.format("gemm") + "Constants: [], " + end,
         "something else",
     ]
-    assert products(said) == {"Half x Int8": 1}
+    assert products(said) == {"Half x Int8": 1, "attention in Half": 1}

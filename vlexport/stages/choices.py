@@ -20,6 +20,7 @@ from vlexport.core.config import BuildConfig
 from vlexport.core.device_profiles import DeviceProfile, device_profile
 from vlexport.core.errors import CapabilityError, InternalError, UsageError, nearest
 from vlexport.core.samples import Dataset, open_data
+from vlexport.core.scheme import QUANTIZED
 from vlexport.core.tokens import AUTO, TokensRequest, flag_of, tokens_from_text
 from vlexport.core.user_metric import metric_names
 from vlexport.core.verdict import Gate, gate_from_text
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 HALF_PRECISIONS = ("fp16", "bf16")
 """Precisions that a pass types the Program to."""
-INTEGER_PRECISIONS = ("int8", "fp8")
+INTEGER_PRECISIONS = QUANTIZED
 """Precisions for which values are rounded to 8 bits."""
 PRECISION_PASSES = {
     "cast-floats": HALF_PRECISIONS, "smooth-activations": INTEGER_PRECISIONS, "equalize-ranges": INTEGER_PRECISIONS,
@@ -234,7 +235,7 @@ def scopes_of(config: BuildConfig, target: Target) -> list[str]:
 def _scopes(config: BuildConfig, target: Target, options: Frozen) -> list[str]:
     wished = target.precisions[0] if config.precision in (None, "auto") else config.precision
     offered = target.precisions if config.precision == "auto" else (wished,)
-    wanted = {*offered, *map(target.float_precision, offered)}
+    wanted = {*offered, *(target.float_precision(each) for each in offered if each in INTEGER_PRECISIONS)}
     requested = [name for name, precisions in PRECISION_PASSES.items() if wanted & {*precisions}]
     if config.tokens == AUTO:
         requested.append("reduce-tokens")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from vlexport.stages.component import Optimized, legalize_component, lower_compo
 from vlexport.stages.dims import dims_of
 from vlexport.stages.order import Order
 from vlexport.stages.prepare import Prepared, dump_of, specialized
-from vlexport.stages.quantized import PROBES, Calibrated, Quantized, quantize_component, require_single
+from vlexport.stages.quantized import PROBES, Calibrated, Quantized, quantize_component, require_single, with_fallback
 from vlexport.stages.whole_model import spread_samples
 
 
@@ -61,7 +62,7 @@ def make(
     """
     config, target, brief = order.config, order.target, order.brief
     optimized: dict[str, Optimized] = {}
-    fallbacks: dict[str, Program] = {}
+    fallbacks: dict[str, Program | None] = {}
     quantized: Quantized | None = None
     with clock.stage(f"passes for {target.id}"):
         for name in sources.components:
@@ -75,7 +76,10 @@ def make(
                     )  # fmt: skip
                     shared = quantized.optimized
                     if beside := target.fallback_precision(brief):
-                        fallbacks[name] = _fallback(order, prepared, sources, name, beside, timing)
+                        other = replace(order, brief=replace(brief, precision=beside))
+                        typed = partial(specialized_for, other, prepared, sources, name, timing)
+                        passes = target.program_passes(other.brief)
+                        shared, fallbacks[name] = with_fallback(shared, typed, passes, precision=beside)
                 optimized[name] = legalize_component(
                     shared, target.program_passes(brief), dump=dump and dump / "legalized", hooks=[timing]
                 )
@@ -91,16 +95,6 @@ def make(
                     cache=prepared.cache, reporter=clock.reporter,
                 )  # fmt: skip
     return Made(optimized, components, lowered, quantized)
-
-
-def _fallback(
-    order: Order, prepared: Prepared, sources: Sources, name: str, precision: str, timing: TimingHook
-) -> Program:
-    """A component in the precision that lies beside the one that was asked for."""
-    beside = replace(order, brief=replace(order.brief, precision=precision))
-    typed = specialized_for(beside, prepared, sources, name, timing)
-    passes = order.target.program_passes(beside.brief)
-    return legalize_component(typed, passes, dump=None, hooks=[timing]).program
 
 
 def specialized_for(order: Order, prepared: Prepared, sources: Sources, name: str, timing: TimingHook) -> Optimized:
