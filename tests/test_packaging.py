@@ -74,8 +74,8 @@ def test_wheel_holds_only_the_package_when_built(wheel: dict[str, bytes]) -> Non
     assert strangers == []
     data = {n for n in wheel if n.startswith("vlexport/") and not n.endswith(".py")}
     assert data == {
-        "vlexport/py.typed", "vlexport/report/report.html.j2", "vlexport/core/device_profiles.json",
-        "vlexport/core/explanations.json",
+        "vlexport/py.typed", "vlexport/report/report.css", "vlexport/report/report.html.j2",
+        "vlexport/core/device_profiles.json", "vlexport/core/explanations.json",
         "vlexport/targets/coreml/op_support.json", "vlexport/targets/tensorrt/op_support.json",
         *(f"vlexport/targets/{name}/schemes.json" for name in ("coreml", "onnxruntime", "tensorrt")),
     }  # fmt: skip

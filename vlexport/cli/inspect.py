@@ -43,12 +43,20 @@ def inspect(**values: Any) -> Outcome:
 
     asked = values["target"] is not None or values["device_profile"] is not None
     if values["target"] is None and asked:
-        values["target"] = "all"
+        values["target"] = _targets_of(values["device_profile"])
     found = inspect_model(config_of(values), targets=asked, depth=depth, reporter=make_reporter())
     lines = model_lines(found)
     if not asked:
         lines.append(f"Next     vlexport inspect {values['model']} --target all   (what each target would refuse)")
     return Outcome(lines, {"kind": "model", **plain_json(found)})
+
+
+def _targets_of(device: str) -> str:
+    """Targets that run on a device; all of them where that is not known, or there is no such device."""
+    from vlexport.core.device_profiles import device_profiles
+
+    known = device_profiles().get(device)
+    return ",".join(known.targets) if known is not None and known.targets else "all"
 
 
 def explain(
@@ -97,8 +105,8 @@ def explain(
         for name, each in kept.items()
         for line in pass_lines(name if len(kept) > 1 else "", each, every=pass_name is not None)
     ]
-    if pass_name is None and any(len(record.near_misses) > 1 for each in kept.values() for record in each):
-        lines.append(f"Next     vlexport explain {subject} --pass NAME   (every place of its near misses)")
+    if pass_name is None:
+        lines.append(f"Next     vlexport explain {subject} --pass NAME   (every place)")
     payload = {name: [plain_json(record) for record in each] for name, each in kept.items()}
     return Outcome(lines, {"components": payload})
 

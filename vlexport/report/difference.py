@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 
 from vlexport.core.difference import Cause, Difference, LayerDifference, Side
 from vlexport.core.inert import one_line
 from vlexport.core.markdown_text import markdown_text
+from vlexport.core.operators import OperatorCount
 from vlexport.report.figures import macs_phrase, size_phrase
 
 _SHOWN = 12
@@ -27,7 +29,7 @@ def difference_lines(found: Difference) -> list[str]:
     lines += [f"Around   {_cause(each)}" for each in found.surroundings]
     lines += _listed("Pass", [f"{each.name}: {_changes(each.a)} → {_changes(each.b)}" for each in found.passes])
     lines += _listed("Layers", list(_layer_rows(found.layers)))
-    lines += _listed("Ops", [f"{each.name}: {each.before} → {each.after}" for each in found.operators])
+    lines += _listed("Ops", list(map(_operator, found.operators)))
     return lines + [f"Next     {each}" for each in _next(found)]
 
 
@@ -49,7 +51,7 @@ def difference_markdown(found: Difference) -> str:
     sections = (
         ("Passes", [f"{each.name}: {_changes(each.a)} → {_changes(each.b)}" for each in found.passes]),
         ("Precision of layers", list(_layer_rows(found.layers))),
-        ("Operators", [f"{each.name}: {each.before} → {each.after}" for each in found.operators]),
+        ("Operators", list(map(_operator, found.operators))),
         ("Surroundings", [_cause(each) for each in (*found.judging, *found.surroundings)]),
     )
     for title, rows in sections:
@@ -102,6 +104,8 @@ def _figures(found: Difference) -> Iterator[tuple[str, str, str, str]]:
     if any(each.accuracy is not None and each.accuracy.drop is not None for each in (a, b)):
         yield ("drop from its reference", _own_drop(a), _own_drop(b), "")
     yield ("p50", _p50(a), _p50(b), _ratio(found))
+    if a.latency is not None or b.latency is not None:
+        yield ("measured", a.latency_on or _NONE, b.latency_on or _NONE, "")
 
 
 def _times(a: int, b: int) -> str:
@@ -123,7 +127,7 @@ def _own_drop(side: Side) -> str:
 
 
 def _p50(side: Side) -> str:
-    return f"{side.latency.p50_ms:.2f} ms ({side.latency_on})" if side.latency is not None else "not measured"
+    return f"{side.latency.p50_ms:.2f} ms" if side.latency is not None else "not measured"
 
 
 def _drop(found: Difference) -> str:
@@ -153,6 +157,14 @@ def _layer_rows(layers: Sequence[LayerDifference]) -> Iterator[str]:
         yield f"{len(modules)} {op}: {a} → {b} ({shown})"
 
 
+def _operator(row: OperatorCount) -> str:
+    """Calls of both, and the work where there is any."""
+    said = f"{row.name}: {row.before} → {row.after}"
+    if not row.macs_before and not row.macs_after:
+        return said
+    return f"{said} ({row.macs_before / 1e6:.1f} → {row.macs_after / 1e6:.1f} MMACs)"
+
+
 def _listed(head: str, rows: Sequence[str]) -> list[str]:
     lines = [f"{head:8} {row}" for row in rows[:_SHOWN]]
     return lines + ([f"         and {len(rows) - _SHOWN} more (--json has all)"] if len(rows) > _SHOWN else [])
@@ -162,7 +174,8 @@ def _next(found: Difference) -> Iterator[str]:
     """What would tell what two reports cannot."""
     if found.same:
         return
+    a, b = shlex.quote(found.a.name), shlex.quote(found.b.name)
     if found.ratio is None and found.a.target == found.b.target:
-        yield f"vlexport profile {found.b.name} --against {found.a.name}   (times of two runs are not compared)"
+        yield f"vlexport profile {b} --against {a}   (times of two runs are not compared)"
     if found.drop is None:
-        yield f"vlexport validate {found.b.name} --data DATA --baseline {found.a.name}   (accuracy on the same samples)"
+        yield f"vlexport validate {b} --data DATA --baseline {a}   (accuracy on the same samples)"

@@ -84,7 +84,7 @@ def interval_plot(rows: tuple[Interval, ...]) -> Markup:
             height = 1 / len(rows)
             axes = _axes(figure, bottom=1 - height * (index + 0.62), height=height * 0.4)
             ends = [row.low, row.high, row.value] + ([row.mark] if row.mark is not None else [])
-            margin = (max(ends) - min(ends)) * 0.12 or max(abs(row.value) * 0.05, 0.5)
+            margin = max((max(ends) - min(ends)) * 0.12, abs(row.value) * 0.04, 0.2)  # no zoom into nothing
             axes.set_xlim(min(ends) - margin, max(ends) + margin)
             axes.set_ylim(-0.5, 0.5)
             if row.mark is not None:

@@ -10,7 +10,7 @@ from vlexport.core.bundle import ARTIFACT_FOLDER, BUNDLE_FILE, COMPARE_FILE, REC
 from vlexport.core.bundle_schema import Bundle, Report
 from vlexport.core.config import BuildConfig, flags_of, read_recipe
 from vlexport.core.difference import Cause, Difference, DirectDrop, DirectRatio, LayerDifference, PassDifference, Side
-from vlexport.core.errors import BundleError, UsageError
+from vlexport.core.errors import GateError, UsageError
 from vlexport.core.inspection import Measurement
 from vlexport.core.layer_record import Layers, read_layers
 from vlexport.core.operators import OperatorCount
@@ -77,7 +77,9 @@ def _difference(a: Path, b: Path) -> Difference:
     one, other = inspect_bundle(a), inspect_bundle(b)
     for folder, found in ((a, one), (b, other)):
         if found.altered:
-            raise BundleError("VLX0601", f"it cannot be compared: {found.altered}", where=str(folder))
+            raise GateError(
+                "VLX0602", found.altered, where=str(folder), hint="build it again, or fetch it again from its source"
+            )
     causes, judging = _recipes(a, b)
     first, second = one.bundle, other.bundle
     causes = [*_others(first, second), *causes]
@@ -133,14 +135,21 @@ def _recipes(a: Path, b: Path) -> tuple[list[Cause], list[Cause]]:
             continue
         left, right = _text(first.get(key)), _text(second.get(key))
         if left != right:
-            flag = flags_of(key)[0].partition("/")[0]
-            (judging if key in _JUDGING else causes).append(Cause(flag=flag, a=left, b=right))
+            (judging if key in _JUDGING else causes).append(_cause(key, left, right))
     left_options, right_options = (dict(each.get("options") or {}) for each in (first, second))
     for key in sorted({*left_options, *right_options}):
         left, right = _text(left_options.get(key)), _text(right_options.get(key))
         if left != right:
             causes.append(Cause(flag=f"--set {key}", a=left, b=right))
     return causes, judging
+
+
+def _cause(key: str, a: str, b: str) -> Cause:
+    """A key of the recipe as its flag; one that is on unless ``--no-…`` is given, as that."""
+    flag, _, negative = flags_of(key)[0].partition("/")
+    if negative and BuildConfig.model_fields[key].default is True:
+        return Cause(flag=negative, a="" if a else "on", b="" if b else "on")
+    return Cause(flag=flag, a=a, b=b)
 
 
 def _text(value: Any) -> str:
