@@ -72,6 +72,7 @@ class Brief:
         labels: Class names of the first output, if known.
         preprocess: Input name → how an image becomes that input.
         rewrite: Runs ``lowered_passes`` on the lowered graph before it is written; None when there are none.
+        fallback: The same Program in the target's ``fallback_precision``, to lie beside a quantized one; None for none.
     """
 
     options: Frozen
@@ -82,6 +83,7 @@ class Brief:
     labels: tuple[str, ...] = ()
     preprocess: Mapping[str, Preprocess] = field(default_factory=dict)
     rewrite: Callable[[Any], Any] | None = None
+    fallback: Program | None = None
 
 
 class LoweredPass(Frozen):
@@ -199,6 +201,23 @@ class Target(abc.ABC):
             "VLX0502", f"{self.id} does not run integers in this version", where="--precision",
             hint=f"it runs: {', '.join(self.precisions)}",
         )  # fmt: skip
+
+    def float_precision(self, precision: str) -> str:
+        """What a quantized artifact computes in where it is not quantized."""
+        return "fp32"
+
+    def fallback_precision(self, brief: Brief) -> str:
+        """The precision in which a quantized artifact carries its Program once more; empty for none."""
+        return ""
+
+    def quantized_passes(self, scheme: QuantScheme, *, min_sqnr_db: float) -> Sequence[Pass[Program]]:
+        """Passes that end the spelling of a quantized Program once its floats are typed, and are gated with it.
+
+        Args:
+            scheme: What it was quantized by.
+            min_sqnr_db: What approximate ones among them have to keep.
+        """
+        return ()
 
     def lowered_passes(self, options: Frozen) -> Sequence[Pass[Any]]:
         """Passes over what ``lower`` makes, run before it is written: those of ``lowered`` that the options turn on.

@@ -24,14 +24,18 @@ NEEDS_TORCH = (
     "ir", "frontends", "passes", "stages/account.py", "stages/bisect.py", "stages/bisect_artifact.py",
     "stages/blame.py", "stages/build.py", "stages/build_each.py", "stages/choices.py", "stages/component.py",
     "stages/folded.py",
+    "stages/inspect_model.py", "stages/lowered.py", "stages/lowering_cache.py", "stages/naive.py", "stages/order.py",
+    "stages/candidates.py", "stages/fastest.py", "stages/layer_figures.py", "stages/layer_search.py", "stages/make.py", "stages/searches.py",
+    "stages/plan.py", "stages/prepare.py", "stages/probe_memory.py", "stages/quantized.py", "stages/tokens.py",
     "stages/inspect_model.py", "stages/lowered.py", "stages/lowering_cache.py", "stages/naive.py",
     "stages/operators.py", "stages/order.py", "stages/plan.py", "stages/prepare.py", "stages/probe_memory.py", "stages/quantized.py", "stages/tokens.py",
     "stages/whole_model.py", "targets/onnxruntime/emit_quant.py",
+    "targets/onnxruntime/small_weights.py", "targets/tensorrt/emit_quant.py", "targets/tensorrt/quantize_softmax.py",
     "targets/onnx/",
     "targets/tensorrt/lower.py", "targets/tensorrt/op_limits.py", "targets/tensorrt/op_support.py",
     *(f"targets/coreml/{name}.py" for name in (
-        "classify", "convert", "legalize_resize", "legalize_spelling", "open_attention", "op_support", "outputs",
-        "pixels", "plan", "quantized",
+        "classify", "convert", "emit_quant", "legalize_resize", "legalize_spelling", "open_attention", "op_support",
+        "outputs", "pixels", "plan", "quantized",
     )),
 )  # fmt: skip
 """What belongs to the other half: the extra ``build`` installs what it imports."""
