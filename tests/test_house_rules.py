@@ -345,7 +345,10 @@ def test_codes_in_docs_are_those_in_the_source_when_listed() -> None:
 
 
 FLAGS_TO_COME: dict[str, str] = {}
-FLAGS_OF_OTHERS = {"targets/tensorrt/commands.py": "writes command lines of trtexec and tensorrt_rtx"}
+FLAGS_OF_OTHERS = {
+    "targets/tensorrt/commands.py": "writes command lines of trtexec and tensorrt_rtx",
+    "vlexport/stages/doctor.py": "says which command of pip or venv to type",
+}
 """Module → whose flags it names."""
 
 

@@ -159,7 +159,7 @@ def requirements(texts: list[str]) -> dict[str, Requirement]:
 
 def test_extras_are_the_documented_ones_when_read() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
-    assert set(extras) == {"build", "onnxruntime", "tensorrt", "coreml", "samples", "dev", "all"}
+    assert set(extras) == {"build", "onnxruntime", "tensorrt", "coreml", "report", "samples", "dev", "all"}
     everything = requirements(extras["all"])["vlexport"]
     assert everything.extras == set(extras) - {"all"}
     assert {"torch", "onnx", "onnxscript"} <= set(requirements(extras["build"]))
@@ -174,7 +174,7 @@ def test_runtime_half_needs_no_torch_and_only_lower_bounds_when_installed() -> N
 
 
 _DISTRIBUTION = {"PIL": "pillow", "tomli_w": "tomli-w", "onnx_ir": "onnx-ir"}
-_BROUGHT = {"sympy": "torch"}
+_BROUGHT = {"markupsafe": "jinja2", "sympy": "torch"}
 """Modules that come with another requirement, which depends on them for good."""
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
+from tests.json_schema_check import problems
 from vlexport.cli.main import main
+from vlexport.core.outputs import schema_named
 
 _spec = importlib.util.spec_from_file_location("colours", Path(__file__).parents[1] / "stages" / "conftest.py")
 assert _spec is not None
@@ -35,11 +38,18 @@ class Cli:
         return code, found.out, found.err
 
     def refused(self, exit_code: int, code: str, *arguments: object, said: str = "") -> str:
-        """One message with its code, no traceback, an empty stdout, and the working directory as it was."""
+        """One message with its code, no traceback, and the working directory as it was.
+
+        Asked with ``--json``, so that stdout holds one object that fits the schema of errors and nothing else.
+        """
         assert not Path("pyproject.toml").exists(), "a test of its own folder: other tests write to this one"
         before = tree(Path())
-        found, out, err = self(*arguments)
-        assert (found, out) == (exit_code, ""), err
+        found, out, err = self(arguments[0], "--json", *arguments[1:])
+        assert found == exit_code, err
+        assert out.count("\n") == 1, out
+        printed = json.loads(out)
+        assert problems(printed, schema_named("error")) == []
+        assert (printed["error"]["code"], printed["exit"]) == (code, exit_code)
         heads = [line for line in err.splitlines() if line.startswith("error ")]
         assert len(heads) == 1, err
         assert heads[0].startswith(f"error {code}: "), err

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from vlexport.cli.build_flags import config_of, flag, takes
 from vlexport.cli.console import make_reporter
-from vlexport.cli.outcome import Outcome
+from vlexport.cli.formats import FormatOption, OutputFormat
+from vlexport.cli.outcome import Check, Outcome, checks_of
 from vlexport.core.bundle_schema import plain_json
 from vlexport.core.config import BuildConfig
 from vlexport.core.errors import EXIT_CAPABILITY
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 def build(**values: Any) -> Outcome:
     """Build a verified, measured bundle from a model file."""
     values.pop("json_output")
+    values.pop("output_format")
     planned = values.pop("plan")
     config = config_of(values)
 
@@ -37,7 +39,8 @@ def build(**values: Any) -> Outcome:
         return _several(config)
     from vlexport.stages.build import build as build_stage
 
-    return Outcome(*_shown(config, build_stage(config, reporter=make_reporter())))
+    result = build_stage(config, reporter=make_reporter())
+    return Outcome(*_shown(config, result), _checks(result))
 
 
 def _shown(config: BuildConfig, result: BuildResult) -> tuple[list[str], dict[str, Any], int]:
@@ -64,6 +67,24 @@ def _shown(config: BuildConfig, result: BuildResult) -> tuple[list[str], dict[st
     return lines, payload, code
 
 
+def _checks(result: BuildResult, prefix: str = "") -> tuple[Check, ...]:
+    """The numeric gate of every pass, the golden check and the gates that were asked for."""
+    records = [(name, record) for name, each in result.bundle.components.items() for record in each.passes]
+    several = len(result.bundle.components) > 1
+    passes = tuple(
+        Check(
+            f"{prefix}pass {record.name}{f' of {name}' if several else ''}",
+            "skipped" if record.gate.proof == "off" else "pass",
+            f"gate: {record.gate.proof}, max|a−b|/max|b| {record.gate.worst:.0e}",
+        )
+        for name, record in records
+        if record.changes
+    )
+    ran = result.bundle.state == "verified" or bool(result.report.emulator)
+    golden = Check(f"{prefix}golden vectors", "pass" if ran else "skipped", result.bundle.state)
+    return (*passes, golden, *checks_of(result.report.verdicts, prefix))
+
+
 def _several(config: BuildConfig) -> Outcome:
     from vlexport.core.bundle import COMPARE_FILE
     from vlexport.report.comparison import comparison_lines
@@ -82,7 +103,9 @@ def _several(config: BuildConfig) -> Outcome:
         "refused": {name: error.as_dict() for name, error in made.refused.items()},
     }
     codes = [error.exit_code for error in made.refused.values()] + [code for _, _, code in shown.values() if code]
-    return Outcome(lines, payload, codes[0] if codes else 0)
+    checks = [check for name, each in made.results.items() for check in _checks(each, f"{name}: ")]
+    checks += [Check(f"{name}: {error.code}", "error", error.message) for name, error in made.refused.items()]
+    return Outcome(lines, payload, codes[0] if codes else 0, tuple(checks))
 
 
 def _plan(config: BuildConfig) -> Outcome:
@@ -94,7 +117,10 @@ def _plan(config: BuildConfig) -> Outcome:
     code = next((code for _, _, code in planned.values() if code), 0)
     lines.append("Nothing was written." if code else "No problem found; nothing was written.")
     payloads = {name: payload for name, (_, payload, _) in planned.items()}
-    return Outcome(lines, next(iter(payloads.values())) if len(payloads) == 1 else {"targets": payloads}, code)
+    whole = next(iter(payloads.values())) if len(payloads) == 1 else {"targets": payloads}
+    found = [(name, each) for name, payload in payloads.items() for each in payload["problems"]]
+    checks = tuple(Check(f"{name}: {each['code']}", "error", each["message"]) for name, each in found)
+    return Outcome(lines, whole, code, checks)
 
 
 def _planned(config: BuildConfig, *, several: bool) -> tuple[list[str], dict[str, Any], int]:
@@ -151,6 +177,7 @@ def _use_threads(threads: int) -> None:
 
 _EXTRA = {
     "recipe": flag(str, "TOML file with any of these options; flags win.", "--recipe"),
+    "output_format": (FormatOption, OutputFormat.HUMAN),
     "plan": flag(bool, "Say what a build would do, in seconds; write nothing.", "--plan"),
     "json_output": flag(bool, "Print one JSON object on stdout.", "--json"),
 }

@@ -8,11 +8,17 @@ from typing import Annotated, Any
 import typer
 
 from vlexport.cli.console import make_reporter
+from vlexport.cli.formats import FormatOption, OutputFormat
 from vlexport.cli.measure import BundleArgument, JsonOption, ThreadsOption
-from vlexport.cli.outcome import Outcome
+from vlexport.cli.outcome import Check, Outcome
 
 
-def verify(bundle: BundleArgument, threads: ThreadsOption = 0, json_output: JsonOption = False) -> Outcome:
+def verify(
+    bundle: BundleArgument,
+    threads: ThreadsOption = 0,
+    output_format: FormatOption = OutputFormat.HUMAN,
+    json_output: JsonOption = False,
+) -> Outcome:
     """Check that a bundle is intact and computes its golden vectors here."""
     from vlexport.stages.verify import verify as stage
 
@@ -22,7 +28,11 @@ def verify(bundle: BundleArgument, threads: ThreadsOption = 0, json_output: Json
     if found.emulator:
         lines.append(f"emulated: computed by {found.emulator}, not by {found.bundle.target} itself")
     payload = {"digest": found.bundle.digest, "golden_errors": found.errors, "emulator": found.emulator}
-    return Outcome(lines, payload)
+    checks = [Check("files", "pass", f"{len(found.bundle.files)} files fit their hashes")]
+    checks += [
+        Check(f"golden vectors: {name}", "pass", f"max|a−b|/max|b| {error:.1e}") for name, error in found.errors.items()
+    ]
+    return Outcome(lines, payload, checks=tuple(checks))
 
 
 def run(

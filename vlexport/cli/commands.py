@@ -49,6 +49,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "vlexport.cli.cache:cache",
         "Show the cache of exports: folder, entries, size; VLEXPORT_CACHE moves it, VLEXPORT_CACHE=off does without.",
     ),
+    "doctor": (
+        "vlexport.cli.doctor:doctor",
+        "Say what works on this machine, what to install for the rest, and what may surprise.",
+    ),
+    "schema": (
+        "vlexport.cli.schema:schema",
+        "List the JSON Schemas of what --json prints and of a bundle's files, or print one.",
+    ),
 }
 """Name → where its function is, and the first line of that function's docstring; a test keeps them equal."""
 

@@ -1,7 +1,7 @@
 """Entry point: parses, runs a command, and turns every end into an exit code and one clear message.
 
-``--json`` prints one object on stdout also on failure; C++ runtimes print to file descriptor 1, so it is redirected
-first.
+``--json`` prints one object on stdout also on failure, ``--format`` a document; C++ runtimes print to file descriptor
+1, so it is redirected first.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ import typer
 import vlexport
 from vlexport.cli.commands import LazyGroup
 from vlexport.cli.console import error_lines
+from vlexport.cli.formats import OutputFormat, format_of, formatted
 from vlexport.cli.outcome import Outcome
 from vlexport.core.errors import EXIT_INPUT, EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_USAGE, VlexportError
 from vlexport.core.inert import inert
@@ -68,9 +70,13 @@ def entry() -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code and never raises."""
-    as_json = "--json" in arguments
+    as_json, started = "--json" in arguments, time.perf_counter()
+    wanted = OutputFormat.HUMAN
     real_stdout = _aside() if as_json else None
     try:
+        wanted = format_of(arguments)
+        if wanted is not OutputFormat.HUMAN:
+            real_stdout = _aside()
         found = app(list(arguments), standalone_mode=False)
         if found == EXIT_INTERRUPTED:  # typer turns Ctrl-C into this number
             raise KeyboardInterrupt
@@ -90,8 +96,10 @@ def main(arguments: Sequence[str]) -> int:
         _complain(["interrupted: nothing was written"])
     except Exception as problem:  # the CLI boundary: a bug of ours becomes a crash file, not a traceback
         outcome, error = Outcome(exit_code=EXIT_INTERNAL), _crash(problem)
-    if real_stdout is not None:
-        _print_json(real_stdout, outcome, error)
+    if real_stdout is not None and wanted is not OutputFormat.HUMAN:
+        _print(real_stdout, formatted(wanted, arguments, outcome, error, time.perf_counter() - started))
+    elif real_stdout is not None:
+        _print(real_stdout, [_json_line(outcome, error)])
     elif error is None:
         for line in outcome.lines:
             typer.echo(inert(line).replace("\n", "\\n"))
@@ -106,14 +114,19 @@ def _aside() -> int:
     return kept
 
 
-def _print_json(descriptor: int, outcome: Outcome, error: dict[str, str] | None) -> None:
+def _json_line(outcome: Outcome, error: dict[str, str] | None) -> str:
     whole: dict[str, Any] = {"schema": OUTPUT_SCHEMA, "ok": outcome.exit_code == 0, "exit": outcome.exit_code}
     whole.update(outcome.payload if error is None else {"error": error})
+    return json.dumps(whole, allow_nan=False)
+
+
+def _print(descriptor: int, lines: Sequence[str]) -> None:
+    """Give stdout back, and write to it."""
     sys.stdout.flush()
     os.dup2(descriptor, 1)
     os.close(descriptor)
     with open(1, "w", encoding="utf-8", closefd=False) as stream:
-        stream.write(json.dumps(whole, allow_nan=False) + "\n")
+        stream.writelines(f"{line}\n" for line in lines)
 
 
 def _complain(lines: Sequence[str]) -> None:

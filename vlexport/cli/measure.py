@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from vlexport.cli.console import make_reporter
-from vlexport.cli.outcome import Outcome
+from vlexport.cli.formats import FormatOption, OutputFormat
+from vlexport.cli.outcome import Check, Outcome, checks_of
 from vlexport.core.bundle_schema import Report, plain_json
 from vlexport.core.errors import UsageError
 from vlexport.core.verdict import exit_code, gate_from_text
@@ -53,6 +54,13 @@ def validate(
     ] = False,
     threads: ThreadsOption = 0,
     timeout: TimeoutOption = 0,
+    diagnose_preprocess: Annotated[
+        bool, typer.Option("--diagnose-preprocess", help="Try the usual preprocessings instead; say which is better.")
+    ] = False,
+    samples: Annotated[
+        int, typer.Option("--samples", help="For --diagnose-preprocess: about how many samples.", min=20)
+    ] = 400,
+    output_format: FormatOption = OutputFormat.HUMAN,
     json_output: JsonOption = False,
 ) -> Outcome:
     """Measure accuracy on labelled samples, and fidelity to a reference."""
@@ -63,6 +71,15 @@ def validate(
     from vlexport.stages.validate import validate as stage
 
     _require_one_baseline(baseline, max_regress, reference, "--reference")
+    if diagnose_preprocess:
+        unfit = {"--gate": gate, "--max-drop": max_drop is not None, "--metric": metric, "--baseline": baseline}
+        for name, given in unfit.items():
+            if given:
+                raise UsageError(
+                    "VLX0703", f"--diagnose-preprocess judges nothing, and {name} was given", where=name,
+                    hint="leave it out",
+                )  # fmt: skip
+        return _diagnosed(bundle, data, reference, arch, threads, timeout, samples, skip_bad)
     if baseline:
         read_bundle(Path(baseline))
     drops = [bound for bound in (max_drop, max_regress) if bound is not None]
@@ -104,6 +121,7 @@ def profile(
     ] = 0,
     threads: ThreadsOption = 0,
     timeout: TimeoutOption = 0,
+    output_format: FormatOption = OutputFormat.HUMAN,
     json_output: JsonOption = False,
 ) -> Outcome:
     """Measure latency, interleaved with a baseline, each in its own process."""
@@ -146,8 +164,23 @@ def profile(
     )
     outcome = _outcome(lines, report)
     if outcome.exit_code == 0 and found.verdict == "too noisy to tell":
-        return Outcome(outcome.lines, outcome.payload, EXIT_INCONCLUSIVE)
+        return Outcome(outcome.lines, outcome.payload, EXIT_INCONCLUSIVE, outcome.checks)
     return outcome
+
+
+def _diagnosed(
+    bundle: Path, data: str, reference: str, arch: str | None, threads: int, timeout: float, samples: int, skip: bool
+) -> Outcome:
+    from vlexport.report.preprocess_diagnosis import diagnosis_lines
+    from vlexport.stages.diagnose_preprocess import DiagnoseConfig
+    from vlexport.stages.diagnose_preprocess import diagnose_preprocess as stage
+
+    config = DiagnoseConfig(bundle, data, reference, arch, threads, timeout or None, samples, skip)
+    found = stage(config, reporter=make_reporter())
+    said = diagnosis_lines(found)
+    outcome = {"named": "fail", "stands": "pass", "cannot tell": "inconclusive"}
+    check = Check("preprocessing", outcome[found.verdict], said[0])  # type: ignore[arg-type]
+    return Outcome(said, {"diagnosis": plain_json(found)}, found.exit_code, (check,))
 
 
 def _require_one_baseline(baseline: str, max_regress: float | None, other: str, flag: str) -> None:
@@ -172,4 +205,4 @@ def _outcome(lines: list[str], report: Report) -> Outcome:
     if emulated := emulation_phrase(report):
         lines = [*lines, f"emulated: {emulated}"]
     lines = [*lines, *(f"gate {verdict}" for verdict in report.verdicts), *(f"note: {note}" for note in report.notes)]
-    return Outcome(lines, {"report": plain_json(report)}, exit_code(report.verdicts))
+    return Outcome(lines, {"report": plain_json(report)}, exit_code(report.verdicts), checks_of(report.verdicts))

@@ -69,6 +69,7 @@ class Dataset:
         labelled: bool,
         labels: Sequence[str] | None,
         classes: tuple[str, ...] = (),
+        read_kept: Callable[[Callable[[str], bool]], Iterator[Sample | DataError]] | None = None,
     ) -> None:
         self.kind = kind
         self.labelled = labelled
@@ -77,6 +78,7 @@ class Dataset:
         self.skipped: dict[str, DataError] = {}
         self._count = count
         self._read = read
+        self._read_kept = read_kept
         self._labels = labels
         self._rows = {spec.name: spec.model_copy(update={"shape": spec.shape[1:]}) for spec in inputs}
         self._length: int | None = None
@@ -105,7 +107,9 @@ class Dataset:
         found = copy.copy(self)
         found.skipped = {}
         found._length = count
-        found._read = lambda: (each for each in self._read() if keep(_id_of(each)))
+        quick = self._read_kept  # opens nothing that is not kept
+        found._read_kept = None
+        found._read = lambda: quick(keep) if quick else (each for each in self._read() if keep(_id_of(each)))
         return found
 
     def _checked(self, sample: Sample) -> Sample:

@@ -118,6 +118,7 @@ CODES: dict[str, str] = {
     "VLX0706": "a dynamic dim has no upper bound, and the target wants one",
     "VLX0707": "a value to bake does not fit the model",
     "VLX0708": "the preprocessing cannot become part of the model",
+    "VLX0716": "the preprocessing cannot be diagnosed",
     # 08: judging and measuring
     "VLX0803": "latency cannot be told: too noisy, or the timing is not real",
     "VLX0804": "a gate needs something that was not measured",

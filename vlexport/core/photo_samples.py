@@ -169,10 +169,12 @@ def open_folder(
         )
     name = _photo_input(inputs, preprocess, data)
     index = {folder: _folder_label(folder, folders, labels) for folder in folders}
+    read = partial(_read_photos, files, name, preprocess[name], index)
     return Dataset(
         kind="class-folders" if folders else "photos",
         count=lambda: len(files),
-        read=partial(_read_photos, files, name, preprocess[name], index),
+        read=read,
+        read_kept=read,
         inputs=inputs,
         labelled=bool(folders),
         labels=labels,
@@ -181,9 +183,15 @@ def open_folder(
 
 
 def _read_photos(
-    files: Mapping[str, Path], name: str, preprocess: Preprocess, index: Mapping[str, int]
+    files: Mapping[str, Path],
+    name: str,
+    preprocess: Preprocess,
+    index: Mapping[str, int],
+    keep: Callable[[str], bool] = lambda _: True,
 ) -> Iterator[Sample | DataError]:
     for sample_id, file in files.items():
+        if not keep(sample_id):
+            continue
         yield _photo_sample(sample_id, file, name, preprocess, index.get(sample_id.split("/")[0]))
 
 

@@ -44,6 +44,7 @@ CLOSE_MARGIN = 10 * GOLDEN_TOLERANCE
 """A top-1 that differs on a smaller relative margin may be rounding; it is listed as close."""
 TIMED = ("p50_ms", "load_ms", "regress")
 """Metrics of gates that profile measures, and validate does not."""
+_OFFER = "`vlexport validate BUNDLE --data DATA --diagnose-preprocess` tries the usual ones"
 _MAX_LISTED = 100
 _TOP5_FROM = 6
 _ENOUGH_FOR_NORMAL = 30
@@ -393,12 +394,13 @@ def _guessing(accuracy: AccuracyResult | None, tally: _Tally) -> list[str]:
     if counted.top1 * classes <= counted.samples and counted.samples >= 10 * classes:
         raise DataError(
             "VLX0211", f"{said}, no better than guessing among {classes} classes", where="--data",
-            hint="check the preprocessing (mean, std, range, RGB or BGR, crop) and the order of labels",
+            hint="check the preprocessing (mean, std, range, RGB or BGR, crop) and the order of labels; "
+            f"{_OFFER}, on a bundle that was built without --data",
         )  # fmt: skip
     if 100 * low <= accuracy.majority:
         return [
             f"{said}, not clearly above the commonest class ({accuracy.majority:.1f} %): "
-            "check preprocessing and label order"
+            f"check preprocessing and label order; {_OFFER}"
         ]
     return []
 
