@@ -19,15 +19,20 @@ from vlexport.passes.quantization.decisions import Decisions, LayerDecision, Val
 from vlexport.passes.quantization.placement import Placement, place
 
 
-def wanted_values(program: Program, scheme: QuantScheme, *, keep: Sequence[str] = ()) -> Wanted:
-    """Which values need a range."""
-    placed = place(program, scheme, keep=keep)
+def wanted_values(program: Program, scheme: QuantScheme) -> Wanted:
+    """Which values need a range; those of calls that are kept in float too, so that one table serves every choice."""
+    placed = place(program, scheme)
     values = {*placed.integers, *(each for layer in placed.layers for each in layer.operands)}
     return lambda node: Want() if node in values else None
 
 
 def decide(
-    program: Program, scheme: QuantScheme, ranges: Mapping[str, ValueEntry], *, keep: Sequence[str] = ()
+    program: Program,
+    scheme: QuantScheme,
+    ranges: Mapping[str, ValueEntry],
+    *,
+    keep: Sequence[str] = (),
+    only: Sequence[str] = (),
 ) -> tuple[Decisions, Placement]:
     """Decide everything.
 
@@ -35,7 +40,8 @@ def decide(
         program: In float; the one that was calibrated.
         scheme: What the target wants.
         ranges: Key of a value → its range.
-        keep: Patterns of module paths that stay in float.
+        keep: Patterns of module paths, and keys, of what stays in float.
+        only: The same of what alone is quantized; empty for all.
 
     Returns:
         The decisions, and the placement that they rest on, with the reasons for what stays in float.
@@ -51,7 +57,7 @@ def decide(
             return f"{what} is {entry.low:g} on all calibration samples: its range on others is unknown"
         return ""
 
-    placed = place(program, scheme, keep=keep, refuse=refuse)
+    placed = place(program, scheme, keep=keep, only=only, refuse=refuse)
     rules: dict[Node, TensorRule] = {}
     layers = []
     for layer in placed.layers:

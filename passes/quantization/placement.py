@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from vlexport.core.scheme import LayerRule, QuantScheme
-from vlexport.ir import dialect, provenance
+from vlexport.ir import dialect
 from vlexport.ir.program import Program
+from vlexport.passes.quantization.named_calls import named_calls
 
 Refuse = Callable[[Node], str]
 """Why a value cannot be rounded, or an empty string."""
@@ -61,24 +62,31 @@ class Placement:
 
 
 def place(
-    program: Program, scheme: QuantScheme, *, keep: Sequence[str] = (), refuse: Refuse = lambda _: ""
+    program: Program,
+    scheme: QuantScheme,
+    *,
+    keep: Sequence[str] = (),
+    only: Sequence[str] = (),
+    refuse: Refuse = lambda _: "",
 ) -> Placement:
     """Place quantization.
 
     Args:
         program: In float.
         scheme: What the target wants.
-        keep: Patterns of module paths that stay in float.
+        keep: Patterns of module paths, and keys, of what stays in float.
+        only: The same of what alone is quantized; empty for all.
         refuse: Called for every value that would be rounded; a call that needs one that is refused stays in float.
     """
     found: list[Layer] = []
     refused: dict[Node, str] = {}
+    kept, alone = named_calls(program, keep), named_calls(program, only)
     for node in program.calls():
         rule = scheme.layer(dialect.plain_name(node))
         if rule is None or (rule.activation is not None and rule.activation.fixed_scale is not None):
             continue  # a fixed scale is one of results, for whoever reads them
         layer, why = _layer(program, node, rule)
-        if any(provenance.lies_in(node, pattern) for pattern in keep):
+        if node in kept or (only and node not in alone):
             why = "it is kept in float"
         if layer is not None and not why:
             values = [*layer.operands, *([layer.output] if layer.output is not None else [])]

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch.fx import Node
 
-from vlexport.calibration.scales import symmetric
 from vlexport.core.bundle_schema import Change
 from vlexport.core.grids import GRIDS, INT32, quantize
 from vlexport.ir import dialect, provenance
@@ -25,6 +24,7 @@ from vlexport.ir.program import Program
 from vlexport.ir.quant_ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE
 from vlexport.passes.quantization.decisions import Decisions, LayerDecision, ValueDecision
 from vlexport.passes.quantization.spell import feed, rounded, said, spell, stored
+from vlexport.passes.quantization.weights import weight_integers
 from vlexport.targets.onnxruntime.small_weights import store_small
 
 aten = torch.ops.aten
@@ -130,17 +130,13 @@ def _store(program: Program, node: Node, layer: LayerDecision, value: ValueDecis
     weight, bias = given["weight"], given.get("bias")
     floats = program.tensor_of(weight)
     assert floats is not None
-    array = floats.detach().double().numpy()
-    grid = GRIDS[layer.weight]
-    flat = array.reshape(array.shape[0], -1)
-    made = symmetric(flat.min(1), flat.max(1), grid)
-    integers = quantize(array, made.scale, made.zero_point, grid, axis=0)
+    integers, made = weight_integers(floats, GRIDS[layer.weight])
     name = str(weight.target)
     fresh = {"weight": stored(program, node, name, integers, made.scale, made.zero_point)}
     if layer.bias == "int32":
         scales = (made.scale * np.float32(value.scale)).astype(np.float32)
         was = program.tensor_of(bias)
-        floating = was.detach().double().numpy() if was is not None else np.zeros(array.shape[0])
+        floating = was.detach().double().numpy() if was is not None else np.zeros(floats.shape[0])
         points = np.zeros(scales.shape, np.int32)
         steps = quantize(floating, scales, points, INT32, axis=0)
         called = str(bias.target) if isinstance(bias, Node) else f"{name}_bias"

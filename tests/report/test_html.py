@@ -48,6 +48,7 @@ from vlexport.report.html import html_from_report
 from vlexport.report.near_misses import grouped_misses, miss_lines
 from vlexport.report.plots import intervals_of
 from vlexport.report.receipt import MAX_LINES, receipt
+from vlexport.report.svg import histogram_svg
 
 CHROMIUM = Path("/usr/bin/chromium")
 HOSTILE = "</code></td><script>alert(1)</script><img src=x onerror=alert(1)> \" ' & {{ 7*7 }} [red]x"
@@ -331,6 +332,21 @@ def test_page_lists_layers_when_the_bundle_is_quantized() -> None:
     assert "3 calls compute with integers (scheme block)" in text
     assert "2.0 dB" in text
     assert "Quantized layers" not in page(a_report(bundle), bundle).text
+
+
+def test_ranges_have_histograms_when_the_build_recorded_them() -> None:
+    bundle = a_bundle()
+    known = layers("block")
+    first, second = known.ranges
+    seen = known.model_copy(update={"ranges": (second, first.model_copy(update={"counts": (1000, 10, 0, 1)}))})
+    text = html_from_report(a_report(bundle), bundle, seen)
+    assert "2 ranges, far outliers first" in text
+    assert text.index("<code>block</code> <span") < text.index("<code>calm</code>")
+    assert text.count('class="spark"') == 1
+    bars = text.split('class="spark"')[1].split(' d="')[1].split('"')[0]
+    assert bars.startswith("M0 10V0.0H1V10Z")  # the fullest part reaches the top
+    assert bars.count("M") == 3  # nothing lies in the third part, and something in the last
+    assert histogram_svg(()) == histogram_svg((0, 0)).replace("0 0 2 10", "0 0 1 10")
 
 
 def test_plots_are_inline_and_refer_to_nothing_when_matplotlib_is_installed() -> None:

@@ -17,6 +17,7 @@ from vlexport.core.artifact import Artifact, DimRange, Frozen, Signature, Tensor
 from vlexport.core.numerics import OutputFidelity
 from vlexport.core.operators import Operators
 from vlexport.core.preprocess import Preprocess
+from vlexport.core.trials import SearchRecord, Trial, Tuning
 from vlexport.core.verdict import Measured, Verdict
 
 BUNDLE_SCHEMA = 1
@@ -374,49 +375,6 @@ class LatencyResult(Frozen):
     baseline_operators: tuple[OperatorTime, ...] = ()
 
 
-class Trial(Frozen):
-    """One candidate of a search, as it was examined.
-
-    Attributes:
-        options: ``SCOPE.NAME`` → value, laid over the recipe.
-        against: The same of what it was measured against; empty for the recipe as it stands.
-        outcome: ``faster`` and ``not faster`` were measured; ``wrong`` (its numbers), ``refused`` (by the runtime) and
-            ``too noisy`` were not, or say nothing.
-        ratio: p50 of ``against`` over the candidate's, as in :class:`LatencyResult`; above 1 is faster.
-        ratio_low: Lower end of its interval, or of its range where there were too few rounds for one.
-        ratio_high: Upper end.
-        reason: Why there is no ratio.
-    """
-
-    options: dict[str, str]
-    against: dict[str, str] = Field(default_factory=dict)
-    outcome: Literal["faster", "not faster", "wrong", "refused", "too noisy"]
-    ratio: float | None = None
-    ratio_low: float | None = None
-    ratio_high: float | None = None
-    reason: str = ""
-
-
-class Tuning(Frozen):
-    """What a search tried, and what it decided.
-
-    Attributes:
-        trials: Every candidate, in order; chosen between by quick rounds.
-        confirmation: The winner against the recipe as it stands, in full rounds; None where no candidate was faster.
-        adopted: Options that were laid over the recipe; empty where it stays as it was.
-        finished: False when the budget ended the search.
-        choosing_samples: Samples that candidates were judged on; 0 without ``--data``.
-        confirming_samples: The others: accuracy is reported on them alone.
-    """
-
-    trials: tuple[Trial, ...]
-    confirmation: Trial | None
-    adopted: dict[str, str]
-    finished: bool
-    choosing_samples: int = 0
-    confirming_samples: int = 0
-
-
 class Report(Frozen):
     """``report.json``: what was measured on one machine, on one day.
 
@@ -427,7 +385,8 @@ class Report(Frozen):
         metrics: What the user's own metrics gave.
         skipped: Samples that were left out because they are bad.
         bad_samples: The first 100 of them.
-        tuning: What a search tried and decided, where there was one.
+        tuning: What a search over options of opening the artifact tried and decided, where there was one.
+        searches: The same of those that decided what the artifact is.
         emulator: What ran the artifact in place of the target's own runtime; empty where that did, or nothing did.
     """
 
@@ -452,6 +411,7 @@ class Report(Frozen):
     disagreements: tuple[Disagreement, ...] = ()
     latency: LatencyResult | None = None
     tuning: Tuning | None = None
+    searches: tuple[SearchRecord, ...] = ()
     verdicts: tuple[Verdict, ...] = ()
     passes: tuple[PassRecord, ...] = ()
     stage_seconds: dict[str, float] = Field(default_factory=dict)
@@ -494,6 +454,7 @@ __all__ = [
     "PassRecord",
     "Proof",
     "Report",
+    "SearchRecord",
     "TensorSpec",
     "Trial",
     "Tuning",

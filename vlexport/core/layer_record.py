@@ -34,7 +34,10 @@ class LayerRecord(_Part):
         module: Module path.
         weight: Grid of the stored operand (``s8``), empty where there is none.
         output: Key of the value that is rounded behind it, empty where it stays in float.
+        operands: Keys of the values that it reads rounded.
         sqnr_db: Signal to noise ratio of its output against the float graph's, where a build measured it.
+        own_db: The same with everything before it in float.
+        weight_db: The same with its stored operand alone rounded.
     """
 
     call: str
@@ -42,7 +45,10 @@ class LayerRecord(_Part):
     module: str = ""
     weight: str = ""
     output: str = ""
+    operands: tuple[str, ...] = ()
     sqnr_db: _Finite | None = None
+    own_db: _Finite | None = None
+    weight_db: _Finite | None = None
 
 
 class RangeRecord(_Part):
@@ -56,6 +62,7 @@ class RangeRecord(_Part):
         high: Upper bound that is used.
         extremes: Least and largest value seen.
         typical: The magnitude that 99.9 % of all values do not exceed.
+        counts: How often values lay in each of equal parts between the least and the largest of a few samples.
     """
 
     value: str
@@ -65,6 +72,7 @@ class RangeRecord(_Part):
     high: _Finite
     extremes: tuple[_Finite, _Finite]
     typical: _Finite | None = None
+    counts: tuple[int, ...] = ()
 
     @property
     def spread(self) -> float:
@@ -73,10 +81,26 @@ class RangeRecord(_Part):
         return largest / self.typical if self.typical else 1.0
 
 
+class _Seen(_Part):
+    """What a few calibration samples showed of a value."""
+
+    value: str
+    typical: _Finite
+    counts: tuple[int, ...] = ()
+
+
 class Layers(_Part):
-    """What a bundle knows of its layers; empty for one that is not quantized."""
+    """What a bundle knows of its layers; empty for one that is not quantized.
+
+    Attributes:
+        scheme: Id of the scheme.
+        method: How ranges follow from what was seen.
+        layers: Calls that compute with integers.
+        ranges: Values that have a range.
+    """
 
     scheme: str = ""
+    method: str = ""
     layers: tuple[LayerRecord, ...] = ()
     ranges: tuple[RangeRecord, ...] = ()
 
@@ -85,12 +109,26 @@ def read_layers(folder: Path, bundle: Bundle) -> Layers:
     """Both tables of a bundle, as far as they are recorded in it and can be read."""
     decisions = _json(folder / DECISIONS_FILE) if DECISIONS_FILE in bundle.files else {}
     table = _json(folder / TABLE_FILE) if TABLE_FILE in bundle.files else {}
-    scheme = decisions.get("scheme", "")
+    seen = {each.value: each for each in _parts(_Seen, decisions.get("seen"))}
+    method = table.get("method")
     return Layers(
-        scheme=scheme if isinstance(scheme, str) else "",
+        scheme=_text(decisions.get("scheme")),
+        method=_text(method.get("name")) if isinstance(method, dict) else "",
         layers=tuple(_parts(LayerRecord, decisions.get("layers"))),
-        ranges=tuple(_parts(RangeRecord, table.get("values"))),
+        ranges=tuple(_with_seen(each, seen.get(each.value)) for each in _parts(RangeRecord, table.get("values"))),
     )
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _with_seen(entry: RangeRecord, seen: _Seen | None) -> RangeRecord:
+    """A range with its histogram; a table by min-max has no typical magnitude of its own."""
+    if seen is None:
+        return entry
+    typical = seen.typical if entry.typical is None else entry.typical
+    return entry.model_copy(update={"typical": typical, "counts": seen.counts})
 
 
 def _json(file: Path) -> dict[str, Any]:

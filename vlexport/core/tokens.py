@@ -10,6 +10,12 @@ from dataclasses import dataclass, field
 
 from vlexport.core.errors import UsageError, nearest
 
+AUTO = "auto"
+"""What is typed to have method and rate searched."""
+AUTO_GRID = (
+    "tome:r=4", "tome:r=8", "tome:r=13", "evit:keep=0.9", "evit:keep=0.7", "evit:keep=0.5", "mctf:r=8", "mctf:r=16",
+)  # fmt: skip
+"""What such a search tries, from mild to strong of each method; layers are those that the pass takes by itself."""
 _FLAG = "--tokens"
 _SHARED = ("component", "unmerge", "min_cosine")
 

@@ -33,8 +33,10 @@ from vlexport.report.figures import (
 )
 from vlexport.report.near_misses import grouped_misses
 from vlexport.report.plots import can_plot, interval_plot, intervals_of, layer_plot, range_plot
+from vlexport.report.svg import histogram_svg
 
 _OPERATORS_SHOWN = 14
+_RANGES_SHOWN = 200
 _OUTLIER = 4.0
 """Ranges whose largest magnitude lies further above the typical one than this are worth a plot."""
 
@@ -77,6 +79,8 @@ def html_from_report(report: Report, bundle: Bundle, layers: Layers | None = Non
             shown_options=options_phrase,
             shown_ratio=ratio_phrase,
             shown_gate=_gate,
+            histogram=histogram_svg,
+            ranges=sorted(layers.ranges, key=lambda each: -each.spread)[:_RANGES_SHOWN],
             misses=grouped_misses(report.passes),
             idle=[each.name for each in report.passes if not each.changes and not each.near_misses],
             size=size_phrase(report.size_bytes),

@@ -7,7 +7,9 @@ attribute, and the colours of :data:`INKS` become classes that the page's style 
 from __future__ import annotations
 
 import io
+import math
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
@@ -49,6 +51,25 @@ def svg_from_figure(figure: Figure, *, title: str) -> Markup:
     ElementTree.register_namespace("", "http://www.w3.org/2000/svg")
     # An SVG in an HTML page needs no namespace; all its text was escaped by the writer.
     return Markup(ElementTree.tostring(root, encoding="unicode").replace(' xmlns="http://www.w3.org/2000/svg"', ""))
+
+
+def histogram_svg(counts: Sequence[int]) -> Markup:
+    """A histogram of a line's height. Heights are logarithms: what lies far out is rare, and is what matters.
+
+    Args:
+        counts: How many values lie in each of equal parts; only the first 256 are drawn.
+    """
+    kept = [max(count, 0) for count in counts[:256]]
+    top = math.log1p(max(kept, default=0)) or 1.0
+    bars = "".join(
+        f"M{index} 10V{10 - max(10 * math.log1p(count) / top, 0.8):.1f}H{index + 1}V10Z"
+        for index, count in enumerate(kept)
+        if count
+    )
+    return Markup(
+        f'<svg class="spark" viewBox="0 0 {max(len(kept), 1)} 10" preserveAspectRatio="none" aria-hidden="true" '
+        f'focusable="false"><path class="fill-base" d="{bars}"/></svg>'
+    )
 
 
 def shown(text: str, *, most: int = 40) -> str:

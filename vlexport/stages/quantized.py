@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vlexport.calibration.calibrate import calibrate
+from vlexport.calibration.calibrate import calibrate, use_table
 from vlexport.calibration.table import CalibrationTable, write_table
 from vlexport.core.artifact import Array
 from vlexport.core.bundle import DECISIONS_FILE, TABLE_FILE
@@ -39,10 +39,14 @@ from vlexport.passes.quantization.decisions import Decisions
 from vlexport.passes.quantize import Quantize, QuantizeOptions
 from vlexport.stages.choices import precision_passes_of, quantize_options_of
 from vlexport.stages.component import Optimized, in_order, legalize_component
+from vlexport.stages.layer_figures import layer_figures
+from vlexport.stages.smoothed import smooth_component
 from vlexport.targets.base import Brief, Target
 
 PROBES = 8
 """Calibration samples that the gate judges on."""
+TRIED_EACH = 2
+"""One probe of so many is one that factors of channels are tried on."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +57,26 @@ class Quantized:
         optimized: Its Program, which holds what the target's artifact will compute.
         table: The ranges; None where nothing but weights is rounded.
         decisions: What was made of them.
+        program: In float, as it was decided about.
+        samples: Calibration samples to measure single layers on.
     """
 
     optimized: Optimized
     table: CalibrationTable | None
     decisions: Decisions
+    program: Program
+    samples: Sequence[tuple[Tensor, ...]]
 
     def write(self, folder: Path) -> None:
-        """Put the tables into a bundle."""
+        """Put the tables into a bundle, and what the layers lose."""
         if self.table is not None:
             write_table(self.table, folder / TABLE_FILE)
-        text = canonical_json(plain_json(self.decisions))
+        values = plain_json(self.decisions)
+        figures = layer_figures(self.program, self.optimized.program, self.decisions, self.samples)
+        if figures:
+            values["layers"] = [{**each, **figures["layers"][each["call"]]} for each in values["layers"]]
+            values["seen"] = figures["seen"]
+        text = canonical_json(values)
         (folder / DECISIONS_FILE).write_text(f"{text}\n", encoding="utf-8", newline="\n")
 
 
@@ -112,6 +125,7 @@ def quantize_component(
     dump: Path | None,
     hooks: Sequence[Hook] = (),
     cache: Cache | None = None,
+    known: Calibrated | None = None,
     reporter: Reporter | None = None,
 ) -> Quantized:
     """Quantize a component.
@@ -123,51 +137,149 @@ def quantize_component(
         brief: Precision and device.
         config: Options and gate.
         samples: Calibration samples; None where nothing but weights is rounded and none were given.
-        probes: The first of them with batch dim, by input name: the gate judges on these, or without any on its own.
+        probes: Some of them with batch dim, by input name: the gate judges on these, or without any on its own.
         dump: Folder for the graph's text after every pass.
         hooks: Watchers.
         cache: Where the calibration table may be found.
+        known: What :func:`calibrated` gives, where it was made already; whatever is kept in float, it is the same.
         reporter: Shows progress.
 
     Raises:
-        DataError: VLX0213, VLX0214.
+        DataError: VLX0213, VLX0214; VLX0215 for a table of something else.
         GateError: VLX0401 when too much is lost.
     """
-    scheme = require_calibrated(config, brief, target)
-    options = quantize_options_of(config)
-    program = optimized.program
-    table = None
-    if options.kind == "static":
-        assert samples is not None
-        wanted = wanted_values(program, scheme, keep=options.keep)
-        table = calibrate(
-            program, samples, wanted, options.calibration_method(), at_least=options.min_samples, cache=cache,
-            reporter=reporter,
-        )  # fmt: skip
+    rows = [in_order(source.program, each) for each in probes]
+    ready = known or calibrated(
+        optimized, rows, target=target, brief=brief, config=config, samples=samples, dump=dump, hooks=hooks,
+        cache=cache, reporter=reporter,
+    )  # fmt: skip
+    optimized, program = ready.optimized, ready.optimized.program
+    found = quantizing(program, ready.table, rows, target=target, brief=brief, config=config)
+    gate = None
+    if optimized.probes is not None:
+        gate = NumericGate(program, stacked(source.program, rows) if rows else optimized.probes, sighted=True)
+    watching = [*hooks, *([DumpHook(dump)] if dump is not None else [])]
+    after, records = run_pipeline(program, found.passes, gate=gate, hooks=watching)
+    notes = (*optimized.notes, *_notes(found.decisions, ready.table, found.scheme, len(records[0].near_misses)))
+    reference = rounded_twin(after) if holds_half(after) else after
+    made = replace(
+        optimized, program=after, records=(*optimized.records, *records), notes=notes, reference=reference
+    )  # fmt: skip
+    return Quantized(made, ready.table, found.decisions, program, rows)
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A component ready to be rounded.
+
+    Attributes:
+        optimized: In float, its channels made alike.
+        table: The ranges; None where nothing but weights is rounded.
+    """
+
+    optimized: Optimized
+    table: CalibrationTable | None
+
+
+def calibrated(
+    optimized: Optimized,
+    rows: Sequence[tuple[Tensor, ...]],
+    *,
+    target: Target,
+    brief: Brief,
+    config: BuildConfig,
+    samples: Dataset | None,
+    dump: Path | None = None,
+    hooks: Sequence[Hook] = (),
+    cache: Cache | None = None,
+    reporter: Reporter | None = None,
+) -> Calibrated:
+    """Make channels alike and measure ranges, of what is kept in float too, so that this serves every choice of it.
+
+    Args:
+        optimized: In float.
+        rows: Some calibration samples, one tensor per input each, with batch dim.
+        target: As for :func:`quantize_component`, and so for the others that are not named here.
+        brief: Precision and device.
+        config: Options.
+        samples: All of them.
+        dump: Folder for the graph's text.
+        hooks: Watchers.
+        cache: Where the ranges may be found.
+        reporter: Shows progress.
+
+    Raises:
+        DataError: VLX0213, VLX0214; VLX0215 for a table of something else.
+        GateError: VLX0401.
+    """
+    scheme, options = require_calibrated(config, brief, target), quantize_options_of(config)
+    if options.kind != "static":
+        return Calibrated(optimized, None)
+    assert samples is not None
+    optimized = smooth_component(
+        optimized, scheme, config, samples=samples, tried=rows[::TRIED_EACH], dump=dump and dump / "smoothed",
+        hooks=hooks, cache=cache, reporter=reporter,
+    )  # fmt: skip
+    program, method = optimized.program, options.calibration_method()
+    wanted = wanted_values(program, scheme)
+    if options.table:
+        return Calibrated(optimized, use_table(Path(options.table), program, samples, wanted, method))
+    table = calibrate(
+        program, samples, wanted, method, at_least=options.min_samples, cache=cache, reporter=reporter
+    )  # fmt: skip
+    return Calibrated(optimized, table)
+
+
+@dataclass(frozen=True)
+class Quantizing:
+    """What turns a component into integers.
+
+    Attributes:
+        passes: In order; the first one is quantize.
+        scheme: What the target wants.
+        decisions: What is rounded, and how.
+    """
+
+    passes: tuple[Pass[Program], ...]
+    scheme: QuantScheme
+    decisions: Decisions
+
+
+def quantizing(
+    program: Program,
+    table: CalibrationTable | None,
+    rows: Sequence[tuple[Tensor, ...]],
+    *,
+    target: Target,
+    brief: Brief,
+    config: BuildConfig,
+) -> Quantizing:
+    """Decide what is rounded, and say what passes spell it.
+
+    Args:
+        program: In float, calibrated.
+        table: Its ranges.
+        rows: Samples that biases are corrected on, and what is typed to half is measured on.
+        target: Spells it.
+        brief: Precision and device.
+        config: Options.
+
+    Raises:
+        CapabilityError: VLX0502 where nothing can be quantized.
+        UsageError: VLX0703 for a name of no module.
+    """
+    scheme, options = require_calibrated(config, brief, target), quantize_options_of(config)
     ranges = table.by_value() if table is not None else {}
-    pass_ = Quantize(options, scheme=scheme, ranges=ranges, emit=target.emit_quant)
+    pass_ = Quantize(options, scheme=scheme, ranges=ranges, emit=target.emit_quant, samples=rows)
     decisions = pass_.decisions(program)
     if not decisions.layers:
         raise CapabilityError(
             "VLX0502", f"nothing of the model can be quantized by scheme {scheme.id}", where="--precision",
             hint="build it with --precision fp32",
         )  # fmt: skip
-    rows = [in_order(source.program, each) for each in probes]
-    gate = None
-    if optimized.probes is not None:
-        gate = NumericGate(program, _stacked(source, rows) if rows else optimized.probes, sighted=True)
-    seen = rows or [each.values for each in optimized.probes or ()]
-    typing = _typing(config, target.float_precision(brief.precision), options, seen)
+    typing = _typing(config, target.float_precision(brief.precision), options, rows or [program.example])
     ending = target.quantized_passes(scheme, min_sqnr_db=options.min_sqnr_db)
-    passes: list[Pass[Program]] = [pass_, *typing, *ending]
-    watching = [*hooks, *([DumpHook(dump)] if dump is not None else [])]
-    after, records = run_pipeline(program, passes, gate=gate, hooks=watching)
-    notes = (*optimized.notes, *_notes(decisions, table, scheme, len(records[0].near_misses)))
-    reference = rounded_twin(after) if holds_half(after) else after
-    made = replace(
-        optimized, program=after, records=(*optimized.records, *records), notes=notes, reference=reference
-    )  # fmt: skip
-    return Quantized(made, table, decisions)
+    return Quantizing((pass_, *typing, *ending), scheme, decisions)
 
 
 def with_fallback(
@@ -202,12 +314,12 @@ def _typing(
     return [*found, FoldCasts()] if found else []
 
 
-def _stacked(source: Source, rows: Sequence[tuple[Tensor, ...]]) -> list[Probe]:
+def stacked(program: Program, rows: Sequence[tuple[Tensor, ...]]) -> list[Probe]:
     """All samples as one probe where the batch is dynamic and they are of one size: the ratio is that of all of them.
 
     A single sample whose true answer lies near 0 has a small ratio however little is lost.
     """
-    dynamic = all(spec.shape and isinstance(spec.shape[0], str) for spec in source.program.signature.inputs)
+    dynamic = all(spec.shape and isinstance(spec.shape[0], str) for spec in program.signature.inputs)
     if dynamic and len({tuple(value.shape for value in row) for row in rows}) == 1:
         return [Probe("calibration samples", tuple(map(torch.cat, zip(*rows, strict=True))))]
     return [Probe(f"calibration sample {number}", row) for number, row in enumerate(rows)]
