@@ -30,8 +30,6 @@ from vlexport.passes.pipeline import TimingHook
 from vlexport.report.write import new_report, write_report
 from vlexport.stages.choices import (
     INTEGER_PRECISIONS,
-    lowered_passes_of,
-    options_of,
     output_of,
     settled_of,
     tools_of,
