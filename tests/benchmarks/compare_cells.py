@@ -27,7 +27,6 @@ from vlexport.core.progress import Reporter
 from vlexport.stages.profile import Plan, interleaved
 
 _OWN = ("vlexport", "vlexport.passes", "vlexport.targets", "vlexport.calibration")
-_SAMPLE = "sample"
 
 
 @dataclass(frozen=True)

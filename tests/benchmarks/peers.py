@@ -102,8 +102,9 @@ def installed(
 def _install(environment: Environment, folder: Path, timeout_s: float) -> str:
     """Make the environment anew; why that failed, or nothing."""
     commands = (
-        [sys.executable, "-m", "venv", "--clear", str(folder)],
-        [str(folder / "bin/python"), "-m", "pip", "install", "-q", "-r", str(environment.requirements)],
+        [sys.executable, "-m", "venv", "--clear", "--without-pip", str(folder)],
+        [sys.executable, "-m", "pip", "--python", str(folder / "bin/python"), "install", "-q"]
+        + ["-r", str(environment.requirements)],
     )
     for command in commands:
         try:
