@@ -29,4 +29,4 @@ def open_session(recipe: str, folder: Path, threads: int) -> Run:
 
 
 if __name__ == "__main__":
-    serve(build, open_session, ("onnxruntime-openvino", "openvino"))
+    serve(build, open_session, ("onnxruntime-openvino",))
