@@ -45,7 +45,9 @@ def test_record_holds_no_path_and_every_row_by_its_name() -> None:
 def test_table_says_ratio_drop_and_interval_when_all_is_known() -> None:
     lines = table({"cells": [cell("vlexport-int8")]}, "net").splitlines()
     assert len(lines) == 3
-    assert lines[2].startswith("| **vlexport --precision int8** | int8 | 20.0 ms | 2.00× (1.90 to 2.10) | 85.0 % | 1.0 (")
+    assert lines[2].startswith(
+        "| **vlexport --precision int8** | int8 | 20.0 ms | 2.00× (1.90 to 2.10) | 85.0 % | 1.0 ("
+    )
     assert lines[2].endswith("| 98.0 % (≥ 95.0) | 25.0 dB | 23.0 MB | 12.3 s | 300 MB |")
 
 

@@ -16,7 +16,7 @@ from tests.benchmarks.peers import SCRIPTS, SHARED, Environment, Peer, PeerError
 from vlexport.core.progress import Silent
 from vlexport.stages.profile import Plan
 
-FAKE = '''
+FAKE = """
 import os, shutil, sys, time
 import numpy as np
 from child import calibration, serve
@@ -26,7 +26,7 @@ def build(recipe, source, output):
     with open(output / "count", "w") as file:
         file.write(str(len(calibration(source))))
     if recipe == "raises":
-        raise ValueError("this graph cannot be lowered, see /root/somewhere/graph.txt")
+        raise ValueError("this graph cannot be lowered, see /srv/somewhere/graph.txt")
     if recipe == "dies":
         os.abort()
     if recipe == "hangs":
@@ -38,7 +38,7 @@ def open_session(recipe, folder, threads):
 
 if __name__ == "__main__":
     serve(build, open_session, ("numpy",))
-'''
+"""
 PLAIN_ROW = Row(PLAIN, "plain", "fake", "plain", "fp32")
 RNG = np.random.default_rng(0)
 
@@ -171,7 +171,7 @@ def test_environment_is_refused_from_memory_when_it_could_not_be_installed(place
 def test_last_line_is_pips_error_without_folders() -> None:
     said = "ERROR: No matching distribution found for nothing==9\n[notice] a new release\nWARNING: x\n"
     assert last_line(said) == "ERROR: No matching distribution found for nothing==9"
-    assert last_line("OSError: '/tmp/a/b.so' is missing") == "OSError: b.so' is missing"
+    assert last_line("OSError: '/tmp/a/b.so' is missing") == "OSError: 'b.so' is missing"
     assert last_line("") == ""
 
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import queue
+import re
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,9 @@ ANSWER_SECONDS = 1200.0
 _CLOSE_SECONDS = 10.0
 _LAST_LINE = 300
 """Characters of it that are kept."""
+
+
+_FOLDERS = re.compile(r"(?<![\w./])/(?:[^\s/'\":]+/)+")
 
 
 class PeerError(Exception):
@@ -101,10 +105,10 @@ def installed(
 
 def _install(environment: Environment, folder: Path, timeout_s: float) -> str:
     """Make the environment anew; why that failed, or nothing."""
+    requirements = str(environment.requirements)
     commands = (
         [sys.executable, "-m", "venv", "--clear", "--without-pip", str(folder)],
-        [sys.executable, "-m", "pip", "--python", str(folder / "bin/python"), "install", "-q"]
-        + ["-r", str(environment.requirements)],
+        [sys.executable, "-m", "pip", "--python", str(folder / "bin/python"), "install", "-q", "-r", requirements],
     )
     for command in commands:
         try:
@@ -243,8 +247,7 @@ def last_line(text: str) -> str:
     ]
     errors = [line for line in lines if line.startswith(("ERROR:", "error "))]
     chosen = (errors or lines or [""])[-1]
-    words = [word.rpartition("/")[2] if "/" in word.strip("'\"(")[:1] else word for word in chosen.split(" ")]
-    return " ".join(words)[:_LAST_LINE]
+    return _FOLDERS.sub("", chosen)[:_LAST_LINE]
 
 
 def _surroundings(threads: int = 0) -> dict[str, str]:
