@@ -28,7 +28,7 @@ from typing import Any
 from tests.benchmarks.compare_cells import Built, Judged, Place, Timed, build, judge, time_cell
 from tests.benchmarks.compare_models import MODELS, Model, Sizes, prepared
 from tests.benchmarks.compare_rows import ROWS, Row, rows_of
-from tests.benchmarks.compare_tables import comma_separated, points, table
+from tests.benchmarks.compare_tables import comma_separated, machine, points, table
 from tests.benchmarks.peers import Environment, PeerError, installed
 from vlexport.core.devices import available_cores, this_machine
 from vlexport.core.progress import Silent
@@ -100,11 +100,11 @@ def render(record: dict[str, Any], page: Path | None, figure: Path | None, text:
     """Write the tables into a page, between its marks; the figure; the CSV."""
     if page is not None:
         whole = page.read_text(encoding="utf-8")
-        for model in {cell["model"]: None for cell in record["cells"]}:
-            before, mark, rest = whole.partition(f"<!-- {model} -->\n")
+        models = dict.fromkeys(cell["model"] for cell in record["cells"])
+        for name, said in {"machine": machine(record), **{each: table(record, each) for each in models}}.items():
+            before, mark, rest = whole.partition(f"<!-- {name} -->\n")
             if mark:
-                end = f"\n<!-- /{model} -->"
-                whole = before + mark + table(record, model) + end + rest.partition(end)[2]
+                whole = before + mark + said + rest[rest.index(f"\n<!-- /{name} -->") :]
         page.write_text(whole, encoding="utf-8")
     if text is not None:
         text.write_text(comma_separated(record), encoding="utf-8")
@@ -139,8 +139,8 @@ def main() -> int:
         record = json.loads(given.render.read_text(encoding="utf-8"))
         render(record, given.page, given.figure, given.csv, given.scratch)
         return 0
-    machine, threads = this_machine(), given.threads or available_cores()
-    print(f"{machine.cpu} ({', '.join(machine.instruction_set)}), {machine.cores} cores, {threads} threads", flush=True)
+    here, threads = this_machine(), given.threads or available_cores()
+    print(f"{here.cpu} ({', '.join(here.instruction_set)}), {here.cores} cores, {threads} threads", flush=True)
     scratch = given.scratch.resolve()
     place, sizes = Place(scratch, given.retry), Sizes(given.calibration, given.samples)
     chosen = list(MODELS) if given.models == "all" else given.models.split(",")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,12 +39,14 @@ class Built:
         peak_bytes: Most resident memory of the process that built it.
         size_bytes: Of all files of the artifact.
         versions: Package → version.
+        load: Processes that wanted to run when the build ended, itself included; None is unknown.
     """
 
     seconds: float
     peak_bytes: int | None
     size_bytes: int
     versions: dict[str, str]
+    load: float | None = None
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,7 @@ def build(place: Place, row: Row, source: Path) -> Built:
             reply = peer.ask(do="build", recipe=row.recipe, source=str(source), output=str(folder / "artifact"))
             versions = peer.ask(do="versions")["versions"]
         size = sum(f.stat().st_size for f in (folder / "artifact").rglob("*") if f.is_file())
-        return Built(reply["seconds"], reply["peak_bytes"], size, versions)
+        return Built(reply["seconds"], reply["peak_bytes"], size, versions, round(os.getloadavg()[0], 1))
 
     return _once(folder / "built.json", key, Built, make, retry=place.retry)
 

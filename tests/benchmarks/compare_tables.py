@@ -15,6 +15,7 @@ from vlexport.core.verdict import measured_drop
 Record = Mapping[str, Any]
 _BY_NAME = {row.name: row for row in ROWS}
 _ABSENT = "–"
+_BUSY = ("", "† Built while the machine did other things: the seconds are too many.")
 _COLUMNS = (
     "model", "row", "precision", "failed", "p50_ms", "ratio", "low", "high", "rounds", "samples", "right",
     "agreements", "sqnr_db", "cosine", "size_bytes", "seconds", "build_peak_bytes", "run_peak_bytes", "load_ms",
@@ -35,10 +36,15 @@ def table(record: Record, model: str) -> str:
         row = _BY_NAME[cell["row"]]
         name = f"**{row.shown}**" if row.ours else row.shown
         found = [name, row.precision, *(_latency(cell["timed"]) if timed else [])]
-        found += [*(_accuracy(cell["judged"]) if labelled else []), *_fidelity(cell), *_costs(cell)]
+        found += [
+            *(_accuracy(cell["judged"]) if labelled else []),
+            *_fidelity(cell),
+            *_costs(cell, _busy(record, cell)),
+        ]
         lines.append(f"| {' | '.join(found)} |")
+    slow = [*_BUSY] if any(_busy(record, cell) for cell in cells) else []
     failed = [f"- {_BY_NAME[cell['row']].shown}: `{cell['failed']}`" for cell in cells if cell["failed"]]
-    return "\n".join(lines + (["", "Not there:", "", *failed] if failed else []))
+    return "\n".join(lines + slow + (["", "Not there:", "", *failed] if failed else []))
 
 
 def _latency(timed: Mapping[str, Any] | None) -> list[str]:
@@ -67,11 +73,26 @@ def _fidelity(cell: Mapping[str, Any]) -> list[str]:
     return [same, "∞" if judged["sqnr_db"] is None else f"{judged['sqnr_db']:.1f} dB"]
 
 
-def _costs(cell: Mapping[str, Any]) -> list[str]:
+def machine(record: Record) -> str:
+    """The sentence before the tables."""
+    about = record["machine"]
+    return (
+        f"Measured {record['date']} on {about['cpu']} ({', '.join(about['instruction_set'])}), {record['threads']} "
+        f"threads, {record['calibration']} calibration samples ([measured/compare.json](measured/compare.json))."
+    )
+
+
+def _busy(record: Record, cell: Mapping[str, Any]) -> bool:
+    """Whether other programs ran while the artifact was built, so that its seconds are too many."""
+    built = cell["built"]
+    return built is not None and (built["load"] is None or built["load"] > record["machine"]["cores"] + 1)
+
+
+def _costs(cell: Mapping[str, Any], busy: bool) -> list[str]:
     built, timed = cell["built"], cell["timed"]
     peak = timed["peak_bytes"] if timed else None
     memory = _ABSENT if peak is None else f"{peak / 1e6:.0f} MB"
-    return [f"{built['size_bytes'] / 1e6:.1f} MB", f"{built['seconds']:.1f} s", memory]
+    return [f"{built['size_bytes'] / 1e6:.1f} MB", f"{built['seconds']:.1f} s{' †' if busy else ''}", memory]
 
 
 def comma_separated(record: Record) -> str:

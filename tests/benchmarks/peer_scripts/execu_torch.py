@@ -15,15 +15,17 @@ def build(recipe: str, source: Path, output: Path) -> None:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
-    exported = torch.export.load(source / "model.pt")
+    module = torch.export.load(source / "model.pt").module()
     if recipe == "int8":
-        exported = _quantized(exported, source)
+        module = _quantized(module, source)
+    sample = tuple(torch.from_numpy(value) for value in calibration(source, 1)[0].values())
+    exported = torch.export.export(module, sample)
     lowered = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()]).to_executorch()
     with (output / MODEL).open("wb") as file:
         lowered.write_to_file(file)
 
 
-def _quantized(exported: Any, source: Path) -> Any:
+def _quantized(module: Any, source: Path) -> Any:
     import torch
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
         XNNPACKQuantizer,
@@ -34,10 +36,10 @@ def _quantized(exported: Any, source: Path) -> Any:
     quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
     samples = [tuple(torch.from_numpy(value) for value in each.values()) for each in calibration(source)]
     with torch.no_grad():
-        prepared = prepare_pt2e(exported.module(), quantizer)
+        prepared = prepare_pt2e(module, quantizer)
         for sample in samples:
             prepared(*sample)
-        return torch.export.export(convert_pt2e(prepared), samples[0])
+        return convert_pt2e(prepared)
 
 
 def open_session(recipe: str, folder: Path, threads: int) -> Run:
