@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -67,6 +67,22 @@ class Plan:
 QUICK = Plan(rounds=3, block_seconds=0.7, limit_seconds=20.0)
 """About 20 s, or one round of a model that takes longer; too few rounds for an interval, and marked so."""
 FULL = Plan(rounds=7, block_seconds=1.5)
+
+
+class Timeable(Protocol):
+    """What rounds are measured on: something open in a process of its own.
+
+    Attributes:
+        load_ms: Milliseconds of opening it, the runtime being imported already.
+        cold_load_ms: The same with the import of the runtime.
+    """
+
+    load_ms: float
+    cold_load_ms: float
+
+    def time_ms(self, inputs: Mapping[str, Array], *, warmup: int, runs: int) -> list[float]:
+        """Milliseconds of ``runs`` runs, measured inside that process after ``warmup`` runs."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -177,7 +193,7 @@ def measure_latency(
             with baseline.target.open(
                 baseline.folder, baseline.artifact, threads=threads, timeout_s=timeout_s
             ) as other:
-                result = _interleaved(session, other, inputs, plan, threads, reporter)
+                result = interleaved(session, other, inputs, plan, threads, reporter)
                 theirs = _by_operator(other, inputs) if operators else ()
             named = {"baseline": baseline.name, "baseline_size_bytes": baseline.size_bytes()}
             result = result.model_copy(update={**named, "baseline_operators": theirs})
@@ -205,7 +221,7 @@ def _at_large(session: IsolatedSession, inputs: Mapping[str, Array], plan: Plan)
     }
 
 
-def _ours(session: IsolatedSession, inputs: Mapping[str, Array], times: Sequence[float]) -> dict[str, Any]:
+def _ours(session: Timeable, inputs: Mapping[str, Array], times: Sequence[float]) -> dict[str, Any]:
     """The figures of a result that concern our own runs alone."""
     batch = _batch_of(inputs)
     return {
@@ -220,7 +236,7 @@ def _ours(session: IsolatedSession, inputs: Mapping[str, Array], times: Sequence
     }
 
 
-def _block(session: IsolatedSession, inputs: Mapping[str, Array], runs: int) -> list[float]:
+def _block(session: Timeable, inputs: Mapping[str, Array], runs: int) -> list[float]:
     time.sleep(REST_SECONDS)
     return session.time_ms(inputs, warmup=1, runs=runs)
 
@@ -264,14 +280,24 @@ def _alone(
     return LatencyResult(threads=threads, rounds=plan.rounds, **_ours(session, inputs, times))
 
 
-def _interleaved(
-    ours: IsolatedSession,
-    baseline: IsolatedSession,
+def interleaved(
+    ours: Timeable,
+    baseline: Timeable,
     inputs: Mapping[str, Array],
     plan: Plan,
     threads: int,
     reporter: Reporter,
 ) -> LatencyResult:
+    """Rounds of the baseline, ours and the baseline again, until enough of them held.
+
+    Args:
+        ours: What is measured.
+        baseline: What it is compared with.
+        inputs: What both run on.
+        plan: How long.
+        threads: Of both, recorded only.
+        reporter: Progress.
+    """
     our_runs, baseline_runs = _runs(ours, inputs, plan), _runs(baseline, inputs, plan)
     ratios: list[float] = []
     our_times: list[float] = []
@@ -334,7 +360,7 @@ def _verdict(steady: bool, rounds: int, low: float, high: float) -> str:
     return "slower" if high < 1 else "no difference shown"
 
 
-def _runs(session: IsolatedSession, inputs: Mapping[str, Array], plan: Plan) -> int:
+def _runs(session: Timeable, inputs: Mapping[str, Array], plan: Plan) -> int:
     once = statistics.median(session.time_ms(inputs, warmup=_WARMUP, runs=3)) / 1e3
     return max(_MIN_RUNS, min(_MAX_RUNS, round(plan.block_seconds / max(once, 1e-6))))
 
