@@ -6,9 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+import vlexport
 from tests.stages.fragile import save_chain
+from tests.token_models import PlainViT, drawn
 from vlexport.core.bundle_schema import LatencyResult
 from vlexport.core.config import BuildConfig
 from vlexport.core.errors import VlexportError
@@ -16,6 +20,7 @@ from vlexport.core.trials import Trial
 from vlexport.report.receipt import receipt
 from vlexport.stages import candidates, fastest
 from vlexport.stages.build import BuildResult, build
+from vlexport.stages.candidates import Bench
 from vlexport.stages.fastest import FastestOf, front
 from vlexport.stages.profile import Measurable, Plan
 from vlexport.targets.onnxruntime import OnnxRuntimeTarget
@@ -145,6 +150,35 @@ def test_recipe_stands_when_a_model_has_no_tokens(net: Path, clock: Clock) -> No
     assert all(trial.reason.startswith("VLX0411: ") for trial in record.trials)
     assert (record.adopted, record.front, asked) == ({}, (), [])
     assert "tokens" not in (found.output / "recipe.toml").read_text()
+
+
+def test_fastest_rate_that_holds_is_chosen_when_a_transformer_loses_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Latencies follow the multiply-accumulates; the gate lets none of the strongest rate pass."""
+    model = PlainViT(side=16, patch=4, width=16, depth=2, heads=2)
+    model.load_state_dict(drawn({name: v.shape for name, v in model.state_dict().items()}, "concentrated"))
+    images = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    vlexport.save(model.eval(), tmp_path / "model.pt", inputs={"image": images[:2]})
+    np.savez(tmp_path / "data.npz", image=images.numpy())
+    grid = ("tome:r=1", "evit:keep=0.5,layers=2", "tome:r=9")
+    monkeypatch.setattr("vlexport.stages.searches.AUTO_GRID", grid)
+
+    def latency(self: Bench, options: Any, against: Any, plan: Plan) -> LatencyResult:
+        ratio = self.make(against)[1].cost.macs / self.make(options)[1].cost.macs
+        figures = {"ratio": ratio, "ratio_low": ratio - 0.001, "ratio_high": ratio + 0.001}
+        return LatencyResult(p50_ms=1.0, load_ms=1.0, runs=5, threads=1, **figures)
+
+    monkeypatch.setattr(Bench, "latency", latency)
+    found = made(tmp_path, precision=None, tokens="auto", max_drop=None, calib=None, gate=("agreement>=20",))
+    (record,) = found.report.searches
+    assert [trial.outcome for trial in record.trials] == ["faster", "faster", "refused"]
+    assert "r=9 tokens cannot merge" in record.trials[2].reason
+    assert record.adopted == {"tokens": grid[1]}
+    assert record.trials[1].figures["gmacs"] <= record.trials[0].figures["gmacs"]
+    assert f'tokens = "{grid[1]}"' in (found.output / "recipe.toml").read_text()
+    assert "reduce-tokens" in [each.name for each in found.bundle.main.passes]
+    assert "Search: tokens" in (found.output / "measured/local-1/report.html").read_text()
 
 
 def trial(outcome: str, ratio: float | None, drop: float | None, name: str = "") -> Trial:

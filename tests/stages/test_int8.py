@@ -17,6 +17,8 @@ from vlexport.core.bundle import read_bundle
 from vlexport.core.config import BuildConfig
 from vlexport.core.errors import VlexportError
 from vlexport.stages.build import BuildResult, build
+from vlexport.stages.order import order_of
+from vlexport.stages.quantized import require_calibrated
 
 
 @pytest.fixture(scope="module")
@@ -71,22 +73,22 @@ def test_receipt_and_tables_say_what_is_in_integers(result: BuildResult, built: 
     assert len(decisions["layers"]) == 6
 
 
-def test_weights_have_seven_bits_and_an_edited_range_is_used_when_device_and_table_say_so(
-    folder: Path, built: Path
-) -> None:
+def test_edited_range_is_used_when_a_table_is_given_and_refused_for_another_model(folder: Path, built: Path) -> None:
     table = json.loads((built / "calibration.json").read_text(encoding="utf-8"))
     table["values"][0]["low"] = -3.25
     (folder / "mine.json").write_text(json.dumps(table), encoding="utf-8")
-    # The factors of another scheme make another program, for which the table would not hold.
-    given = {"quantize.table": str(folder / "mine.json")}
-    plain = {"quantize.smooth": "false", "quantize.equalize": "false"}
+    options = {"quantize.table": str(folder / "mine.json"), "quantize.smooth": "false"}
     with pytest.raises(VlexportError, match="it was made for another model, or for this one after other passes"):
-        build(config(folder, "other.bundle", options={**given, **plain}))
-    made = build(config(folder, "avx2.bundle", device_profile="cpu-x86-avx2", options=plain)).output
-    assert json.loads((made / "quantization.json").read_text(encoding="utf-8"))["scheme"] == "static-u8s7"
-    made = build(config(folder, "edited.bundle", options=given))
+        build(config(folder, "other.bundle", options=options))
+    made = build(config(folder, "edited.bundle", options={"quantize.table": options["quantize.table"]}))
     assert any("-3.25" in note and "edited" in note for note in made.report.notes)
     assert "mine.json" not in (made.output / "recipe.toml").read_text(encoding="utf-8")
+
+
+def test_weights_have_seven_bits_when_the_device_has_no_vnni(folder: Path) -> None:
+    asked = config(folder, "avx2.bundle", device_profile="cpu-x86-avx2")
+    order = order_of(asked)
+    assert require_calibrated(asked, order.brief, order.target).id == "static-u8s7"
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from vlexport.core.bundle import recorded_files
 from vlexport.core.bundle_schema import Report
 from vlexport.core.config import BuildConfig, config_from
 from vlexport.core.errors import VlexportError
+from vlexport.core.layer_record import LayerRecord, Layers, RangeRecord
+from vlexport.report.layer_advice import suggestions
 from vlexport.report.receipt import receipt
 from vlexport.stages import candidates
 from vlexport.stages.bisect import bisect
@@ -157,6 +159,8 @@ def test_build_says_how_to_go_on_when_the_budget_is_spent(one: Path) -> None:
 def test_build_is_refused_in_words_when_a_search_cannot_be_made(
     one: Path, given: dict[str, Any], code: str, said: str
 ) -> None:
+    if given.get("data"):
+        given = {**given, "data": str(one / given["data"])}
     with pytest.raises(VlexportError) as error:
         build(config(one, "refused", **given))
     assert (error.value.code, said in error.value.message) == (code, True), error.value.message
@@ -180,6 +184,21 @@ def test_layers_are_shown_with_suggestions_when_asked_for(
     assert {sum(each["counts"]) > 0 for each in layers["ranges"]} == {True}
     assert main(["explain", str(built.output), "--layers"]) == 0
     assert "Try " not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(("method", "typical", "weight_db", "said"), [
+    ("min-max", 1.0, 50.0, "percentile instead of min-max on b.1.fc2 input: outliers at 40× the 99.9th percentile"),
+    ("percentile", 1.0, 50.0, "b.1.fc2 in float: outliers at 40× the 99.9th percentile, and percentile keeps 9 dB"),
+    ("min-max", 30.0, 10.0, "b.1.fc2 in float: its weights alone lose most of it, 9 dB are left (--set quantize.keep="),
+    ("min-max", 30.0, 40.0, "b.1.fc2 in float: 9 dB are left of its result (--set quantize.keep=b.1.fc2)"),
+])  # fmt: skip
+def test_advice_follows_what_the_layer_suffers_from(method: str, typical: float, weight_db: float, said: str) -> None:
+    wide = RangeRecord(value="7", op="gelu", low=-40.0, high=3.0, extremes=(-40.0, 3.0), typical=typical)
+    bad = LayerRecord(call="8", op="linear", module="b.1.fc2", operands=("7",), own_db=9.0, weight_db=weight_db)
+    good = LayerRecord(call="9", op="linear", module="b.2.fc2", operands=("7",), own_db=40.0, weight_db=45.0)
+    (advice,) = suggestions(Layers(method=method, layers=(bad, good), ranges=(wide,)))
+    assert advice.startswith(said)
+    assert suggestions(Layers(method=method, layers=(good,), ranges=(wide,))) == ()
 
 
 def test_bisect_names_the_layer_when_it_is_the_one_that_loses(one: Path) -> None:

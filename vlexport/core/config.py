@@ -66,8 +66,9 @@ class BuildConfig(BaseModel):
     )
     device_profile: str | None = _option(None, "Device profile to build for; the target has a default.", "--for")
     precision: Precision | None = _option(
-        None, "Precision; the target's default is printed with its reason. auto: the fastest that holds the gates.", "--precision"
-    )
+        None, "Precision; the target's default is printed with its reason. auto: the fastest that holds the gates.",
+        "--precision",
+    )  # fmt: skip
     tokens: str | None = _option(
         None, "METHOD[:key=value,…]: freeze, evit:keep=0.7,layers=4+7+10, tome:r=8, mctf:r=16, cls, random or auto.",
         "--tokens",

@@ -28,9 +28,7 @@ class Trial(Frozen):
 
     options: dict[str, str]
     against: dict[str, str] = Field(default_factory=dict)
-    outcome: Literal[
-        "faster", "not faster", "wrong", "refused", "too noisy", "holds", "fails", "undecided", "measured"
-    ]
+    outcome: Literal["faster", "not faster", "wrong", "refused", "too noisy", "holds", "fails", "undecided", "measured"]
     ratio: float | None = None
     ratio_low: float | None = None
     ratio_high: float | None = None

@@ -55,7 +55,7 @@ def _advice(layer: LayerRecord, found: Layers) -> str:
     if wide is not None and wide.spread >= OUTLIER and found.method in _BY_EXTREMES:
         return (
             f"percentile instead of {found.method} on {name} input: outliers at {wide.spread:.0f}× the 99.9th "
-            f"percentile (--set quantize.method=percentile)"
+            f"percentile (--set quantize.method=percentile, or --set quantize.keep={name} where they matter)"
         )
     if wide is not None and wide.spread >= OUTLIER:
         why = f"outliers at {wide.spread:.0f}× the 99.9th percentile, and {found.method} keeps {layer.own_db:.0f} dB"
