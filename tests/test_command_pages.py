@@ -20,7 +20,7 @@ from vlexport.core import errors
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "docs" / "commands"
 GROUP: Any = typer.main.get_command(app)
-WITHOUT_PAGE = {"inspect": "docs/inspect.md", "explain": "docs/inspect.md"}
+WITHOUT_PAGE: dict[str, str] = {}
 """Command → the page that tells of it."""
 NAMES = sorted(set(GROUP.commands) - set(WITHOUT_PAGE))
 BEGIN, END = "<!-- options -->\n", "<!-- /options -->\n"
