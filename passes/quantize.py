@@ -44,6 +44,8 @@ from vlexport.passes.kept_modules import require_modules
 from vlexport.passes.quantization.bias_correction import corrected, mean_errors
 from vlexport.passes.quantization.decide import decide
 from vlexport.passes.quantization.decisions import Decisions, LayerDecision
+from vlexport.passes.quantization.placement import Placement
+from vlexport.passes.quantization.tighten import tightened
 from vlexport.passes.statistic import Statistic
 
 Emit = Callable[[Program, Decisions, Mapping[str, Node], LayerDecision], Change]
@@ -66,6 +68,7 @@ class QuantizeOptions(Frozen):
         min_sqnr_db: Least signal to noise ratio of an output on calibration samples.
         smooth: Unlike channels behind norms and activations are made alike first (pass smooth-activations).
         equalize: Unlike channels between two linears or convolutions are made alike first (pass equalize-ranges).
+        tighten: Ranges become narrower where that makes what reads them more exact.
         correct_bias: What rounding adds to a result on average is taken off the bias.
         table: A calibration table that a build of this model with these samples wrote, edited or not, in place of
             calibrating.
@@ -78,6 +81,7 @@ class QuantizeOptions(Frozen):
     min_sqnr_db: float = Field(default=10.0, ge=0.0, le=200.0)
     smooth: bool = True
     equalize: bool = True
+    tighten: bool = True
     correct_bias: bool = True
     table: str = ""
 
@@ -111,10 +115,11 @@ class Quantize(Pass[Program]):
             scheme: What the target wants.
             ranges: Key of a value → its range.
             emit: The target's spelling.
-            samples: What biases are corrected on, one tensor per input each; without any, none is.
+            samples: What ranges are narrowed and biases corrected on, one tensor per input each; without any, none is.
         """
         super().__init__(options)
         self.samples = samples
+        self._tightened: dict[str, Decisions] = {}
         self.scheme = scheme
         self.ranges = ranges or {}
         self.emit = emit
@@ -132,7 +137,16 @@ class Quantize(Pass[Program]):
         """The table for a Program that is in float still."""
         if self.scheme is None:
             return Decisions(scheme="")
-        return decide(ir, self.scheme, self.ranges, keep=self.options.keep)[0]
+        return self._decide(ir, self.scheme)[0]
+
+    def _decide(self, ir: Program, scheme: QuantScheme) -> tuple[Decisions, Placement]:
+        found, placed = decide(ir, scheme, self.ranges, keep=self.options.keep)
+        if not self.options.tighten or not self.samples:
+            return found, placed
+        known = found.text()
+        if known not in self._tightened:  # asked for the record, and again when it is applied
+            self._tightened[known] = tightened(ir, found, scheme, self.samples)
+        return self._tightened[known], placed
 
     def find(self, ir: Program) -> Iterator[Match | NearMiss]:
         """Every call that can be quantized, and why the others stay in float.
@@ -143,7 +157,7 @@ class Quantize(Pass[Program]):
         require_modules(ir, self.options.keep, name=self.name)
         if self.scheme is None or self.emit is None:
             return
-        decisions, placed = decide(ir, self.scheme, self.ranges, keep=self.options.keep)
+        decisions, placed = self._decide(ir, self.scheme)
         nodes = {key: node for node, key in value_keys(ir).items()}
         for node, why in placed.refused.items():
             yield NearMiss("quantized", node, why)

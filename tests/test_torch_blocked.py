@@ -25,8 +25,8 @@ NEEDS_TORCH = (
     "stages/blame.py", "stages/build.py", "stages/build_each.py", "stages/choices.py", "stages/component.py",
     "stages/folded.py",
     "stages/inspect_model.py", "stages/lowered.py", "stages/lowering_cache.py", "stages/naive.py", "stages/order.py",
-    "stages/plan.py", "stages/prepare.py", "stages/probe_memory.py", "stages/quantized.py", "stages/smoothed.py", "stages/tokens.py",
-    "stages/whole_model.py", "targets/onnxruntime/emit_quant.py",
+    "stages/plan.py", "stages/prepare.py", "stages/probe_memory.py", "stages/quantized.py", "stages/smoothed.py",
+    "stages/tokens.py", "stages/whole_model.py", "targets/onnxruntime/emit_quant.py",
     "targets/onnx/",
     "targets/tensorrt/lower.py", "targets/tensorrt/op_limits.py", "targets/tensorrt/op_support.py",
     *(f"targets/coreml/{name}.py" for name in (
