@@ -24,23 +24,23 @@ from vlexport.targets.base import Brief
 
 
 class TinyViT(nn.Module):
-    """Two blocks of attention over 16 patches, width 64."""
+    """A block of attention over 16 patches, width 64."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(7)
         self.patches, self.place = nn.Conv2d(3, 64, 4, 4), nn.Parameter(torch.randn(1, 16, 64) * 0.1)
-        self.norms, self.head = nn.ModuleList(nn.LayerNorm(64) for _ in range(4)), nn.Linear(64, 10)
-        self.qkv, self.out = (nn.ModuleList(nn.Linear(64, n) for _ in range(2)) for n in (192, 64))
-        self.up, self.down = (nn.ModuleList(nn.Linear(a, b) for _ in range(2)) for a, b in ((64, 128), (128, 64)))
+        self.first, self.second, self.head = nn.LayerNorm(64), nn.LayerNorm(64), nn.Linear(64, 10)
+        self.qkv, self.out, self.up, self.down = (
+            nn.Linear(a, b) for a, b in ((64, 192), (64, 64), (64, 128), (128, 64))
+        )
 
     def forward(self, image: Tensor) -> Tensor:
         x = self.patches(image).flatten(2).transpose(1, 2) + self.place
-        for i in range(2):
-            q, k, v = self.qkv[i](self.norms[2 * i](x)).reshape(-1, 16, 3, 2, 32).permute(2, 0, 3, 1, 4).unbind(0)
-            seen = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, 16, 64)
-            x = x + self.out[i](seen)
-            x = x + self.down[i](nn.functional.gelu(self.up[i](self.norms[2 * i + 1](x))))
+        q, k, v = self.qkv(self.first(x)).reshape(-1, 16, 3, 2, 32).permute(2, 0, 3, 1, 4).unbind(0)
+        seen = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, 16, 64)
+        x = x + self.out(seen)
+        x = x + self.down(nn.functional.gelu(self.up(self.second(x))))
         return self.head(x.mean(1))
 
 
