@@ -108,8 +108,11 @@ class Dataset:
         found.skipped = {}
         found._length = count
         quick = self._read_kept  # opens nothing that is not kept
-        found._read_kept = None
-        found._read = lambda: quick(keep) if quick else (each for each in self._read() if keep(_id_of(each)))
+        if quick is not None:
+            found._read = lambda: quick(keep)
+            found._read_kept = lambda more: quick(lambda name: keep(name) and more(name))
+        else:
+            found._read = lambda: (each for each in self._read() if keep(_id_of(each)))
         return found
 
     def _checked(self, sample: Sample) -> Sample:

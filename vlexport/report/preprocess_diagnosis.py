@@ -48,16 +48,15 @@ def _nearest(found: Diagnosis) -> Trial:
 
 def _round_lines(found: Round) -> list[str]:
     shown = [trial for trial in found.trials if trial.standing != "same"]
-    words = [f"{trial.what} {trial.top1:.1f}" + _aside(trial) for trial in shown]
+    width = max((len(trial.what) for trial in shown), default=0)
+    rows = [
+        f"{trial.what:{width}}  {trial.top1:5.1f} against {trial.against:5.1f} on {trial.samples}, {trial.standing}"
+        for trial in sorted(shown, key=lambda trial: -trial.samples)
+    ]
     name = _AXES[found.axis]
-    lines = [f"{name:8} {'; '.join(words)}"] if words else []
+    lines = [f"{'' if i else name:8} {row}" for i, row in enumerate(rows)]
     if found.alike:
         more = f" and {len(found.alike) - _SHOWN} more" if len(found.alike) > _SHOWN else ""
-        ended = "the one taken" if found.took else "the recorded one"
+        ended = "the one taken" if found.took else "what it began with"
         lines.append(f"Alike    cannot be told from {ended}: {', '.join(found.alike[:_SHOWN])}{more}")
     return lines
-
-
-def _aside(trial: Trial) -> str:
-    """On fewer samples than the others where it was given up."""
-    return f" against {trial.against:.1f} on {trial.samples} ({trial.standing})"

@@ -30,7 +30,7 @@ _ALLOWED = frozenset(
 _SVG = "{http://www.w3.org/2000/svg}"
 _TAGS = frozenset({"svg", "g", "path", "text", "title"})
 _FONT = re.compile(r"([\d.]+)px")
-SETTINGS: dict[str, Any] = {
+SETTINGS: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "vlexport", "text.parse_math": False, "text.usetex": False,
     "font.size": 10, "font.family": ["DejaVu Sans"], "path.snap": False,
 }  # fmt: skip

@@ -9,8 +9,10 @@ a level that all variants share (Bonferroni), so that trying many does not make 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import NormalDist
 
@@ -33,8 +35,8 @@ from vlexport.stages.reference import open_reference
 from vlexport.targets import open_target
 
 Run = Callable[[Mapping[str, Array]], dict[str, Array]]
-LOOKS_AT = (25, 50, 100, 200)
-"""Samples after which variants that are clearly worse are given up."""
+LOOKS_AT = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+"""Shares of the samples after which variants that are clearly worse are given up."""
 _RAW = Preprocess(scale=1.0)
 _ERROR = 0.05
 
@@ -140,10 +142,15 @@ def _is_array(value: Array, halved: Array) -> bool:
     return bool(value.any()) and np.array_equal(value, halved)
 
 
-def _place(sample_id: str) -> float:
-    """A number from 0 to 1 that depends on the id alone."""
-    digest = hashlib.sha256(sample_id.encode("utf-8", "backslashreplace")).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
+def _place(sample_id: str, draw: int = 0) -> float:
+    """A number from 0 to 1, below 1, that depends on the id and on which draw it is."""
+    digest = hashlib.sha256(f"{draw} {sample_id}".encode("utf-8", "backslashreplace")).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def _is_between(bounds: tuple[float, float], sample_id: str) -> bool:
+    """Whether a sample's turn comes between two shares of all."""
+    return bounds[0] <= _place(sample_id, 1) < bounds[1]
 
 
 @dataclass
@@ -220,13 +227,14 @@ class _Bench:
         left = [first, *(_Tried(each, []) for each in candidates)]  # the base stays first: all are held against it
         given_up: list[_Tried] = []
         with self.reporter.steps(f"diagnose {axis}", len(self.photos)) as advance:
-            for seen, sample in enumerate(self.photos, start=1):
-                self._count(left, sample)
-                advance()
-                if seen in LOOKS_AT:
-                    worse = [each for each in left if each is not first and self._is_worse(each, left)]
-                    given_up += worse
-                    left = [each for each in left if each not in worse]
+            for bounds in itertools.pairwise((0.0, *LOOKS_AT)):
+                # Drawn by their ids: in a folder's own order the first photos are all of one class.
+                for sample in self.photos.part(partial(_is_between, bounds), len(self.photos)):
+                    self._count(left, sample)
+                    advance()
+                worse = [each for each in left if each is not first and self._is_worse(each, left)]
+                given_up += worse if bounds[1] < 1 else []
+                left = [each for each in left if each not in given_up]
         if not first.right:
             raise DataError("VLX0202", "the data holds no sample that can be read", where="--data")
         trials = tuple(self._trial(each, first) for each in (*left[1:], *given_up))

@@ -56,7 +56,7 @@ class Surroundings:
     """
 
     requirements: Callable[[], tuple[Requirement, ...]] = lambda: requirements_of("vlexport")
-    import_failures: Callable[[Sequence[str]], dict[str, str]] = import_failures
+    import_failures: Callable[[Sequence[str]], dict[str, str]] = lambda modules: import_failures(modules)
     system_folders: Callable[[], tuple[Path, ...]] = lambda: system_folders() if in_virtualenv() else ()
     free_bytes: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free
 
