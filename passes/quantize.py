@@ -36,6 +36,7 @@ from vlexport.calibration.keys import value_keys
 from vlexport.calibration.methods import Method, MethodName
 from vlexport.calibration.table import ValueEntry
 from vlexport.core.artifact import Frozen
+from vlexport.core.grids import GRIDS
 from vlexport.core.scheme import Kind, QuantScheme
 from vlexport.ir.cost import parameters_stored
 from vlexport.ir.program import Program
@@ -44,6 +45,8 @@ from vlexport.passes.quantization.bias_correction import corrected, mean_errors
 from vlexport.passes.quantization.decide import decide
 from vlexport.passes.quantization.decisions import Decisions, LayerDecision
 from vlexport.passes.quantization.named_calls import require_calls
+from vlexport.passes.quantization.placement import Placement
+from vlexport.passes.quantization.tighten import tightened
 from vlexport.passes.statistic import Statistic
 
 Emit = Callable[[Program, Decisions, Mapping[str, Node], LayerDecision], Change]
@@ -72,6 +75,7 @@ class QuantizeOptions(Frozen):
             calibration; dynamic finds one at every run, needs no calibration samples, and is for linears alone.
         smooth: Unlike channels behind norms and activations are made alike first (pass smooth-activations).
         equalize: Unlike channels between two linears or convolutions are made alike first (pass equalize-ranges).
+        tighten: Ranges become narrower where that makes what reads them more exact.
         correct_bias: What rounding adds to a result on average is taken off the bias.
         table: A calibration table that a build of this model with these samples wrote, edited or not, in place of
             calibrating.
@@ -85,6 +89,7 @@ class QuantizeOptions(Frozen):
     min_sqnr_db: float = Field(default=10.0, ge=0.0, le=200.0)
     smooth: bool = True
     equalize: bool = True
+    tighten: bool = True
     correct_bias: bool = True
     table: str = ""
     weights_only: Literal["off", "int8", "int4"] = "off"
@@ -109,6 +114,12 @@ class QuantizeOptions(Frozen):
     def calibration_method(self) -> Method:
         """How ranges are chosen."""
         return Method(name=self.method, percentile=self.percentile)
+
+
+def _on_grids(decisions: Decisions) -> bool:
+    """Whether all that is rounded lies on grids of integers, channel by channel: nothing is refined of the rest."""
+    types = {each.type for each in decisions.values} | {each.weight for each in decisions.layers if each.weight}
+    return not types - GRIDS.keys() and all(each.operands and not each.block for each in decisions.layers)
 
 
 class Quantize(Pass[Program]):
@@ -136,10 +147,11 @@ class Quantize(Pass[Program]):
             scheme: What the target wants.
             ranges: Key of a value → its range.
             emit: The target's spelling.
-            samples: What biases are corrected on, one tensor per input each; without any, none is.
+            samples: What ranges are narrowed and biases corrected on, one tensor per input each; without any, none is.
         """
         super().__init__(options)
         self.samples = samples
+        self._tightened: dict[str, Decisions] = {}
         self.scheme = scheme
         self.ranges = ranges or {}
         self.emit = emit
@@ -162,7 +174,16 @@ class Quantize(Pass[Program]):
         self._require_named(ir)
         if self.scheme is None:
             return Decisions(scheme="")
-        return decide(ir, self.scheme, self.ranges, keep=self.options.keep, only=self.options.only)[0]
+        return self._decide(ir, self.scheme)[0]
+
+    def _decide(self, ir: Program, scheme: QuantScheme) -> tuple[Decisions, Placement]:
+        found, placed = decide(ir, scheme, self.ranges, keep=self.options.keep, only=self.options.only)
+        if not self.options.tighten or not self.samples or not _on_grids(found):
+            return found, placed
+        known = found.text()
+        if known not in self._tightened:  # asked for the record, and again when it is applied
+            self._tightened[known] = tightened(ir, found, scheme, self.samples)
+        return self._tightened[known], placed
 
     def find(self, ir: Program) -> Iterator[Match | NearMiss]:
         """Every call that can be quantized, and why the others stay in float.
@@ -173,11 +194,11 @@ class Quantize(Pass[Program]):
         self._require_named(ir)
         if self.scheme is None or self.emit is None:
             return
-        decisions, placed = decide(ir, self.scheme, self.ranges, keep=self.options.keep, only=self.options.only)
+        decisions, placed = self._decide(ir, self.scheme)
         nodes = {key: node for node, key in value_keys(ir).items()}
         for node, why in placed.refused.items():
             yield NearMiss("quantized", node, why)
-        lacking = mean_errors(ir, decisions, self.samples) if self.options.correct_bias else {}
+        lacking = mean_errors(ir, decisions, self.samples) if self.options.correct_bias and _on_grids(decisions) else {}
         for layer in decisions.layers:
             node = nodes[layer.call]
             yield Match(node, (node,), (decisions, nodes, layer, lacking.get(layer.call)))

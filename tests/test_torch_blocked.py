@@ -30,6 +30,8 @@ NEEDS_TORCH = (
     "stages/tokens.py",
     "stages/whole_model.py", "targets/onnxruntime/emit_quant.py",
     "targets/onnxruntime/small_weights.py", "targets/tensorrt/emit_quant.py", "targets/tensorrt/quantize_softmax.py",
+    "stages/plan.py", "stages/prepare.py", "stages/probe_memory.py", "stages/quantized.py", "stages/smoothed.py",
+    "stages/tokens.py", "stages/whole_model.py", "targets/onnxruntime/emit_quant.py",
     "targets/onnx/",
     "targets/tensorrt/lower.py", "targets/tensorrt/op_limits.py", "targets/tensorrt/op_support.py",
     *(f"targets/coreml/{name}.py" for name in (

@@ -67,6 +67,23 @@ class Projection:
         """The weight."""
         return ir.tensors[str(self.operand(self.weight).target)]
 
+    def again(self, ir: Program, value: Tensor, weight: Tensor, *, with_bias: bool = True) -> Tensor:
+        """What the call gives for another value and another weight, with its own bias or without one.
+
+        Args:
+            ir: The Program.
+            value: Shaped like the one that it reads.
+            weight: Shaped like its own.
+            with_bias: False leaves the bias out, where the operator can do without.
+        """
+        given = list(dialect.operands(self.node))
+        given[self.x], given[self.weight] = value, weight
+        if self.bias is not None:
+            given[self.bias] = ir.tensor_of(given[self.bias]) if with_bias else None
+        args, kwargs = dialect.arguments(self.node.target, given)  # type: ignore[arg-type]
+        made: Tensor = self.node.target(*args, **kwargs)  # type: ignore[operator]
+        return made
+
     def outputs(self, ir: Program) -> int:
         """How many channels it makes."""
         return int(self.tensor(ir).shape[self.out_axis])

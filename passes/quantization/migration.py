@@ -181,15 +181,7 @@ class _Score:
             yield float((found - due).double().square().sum()) / size
 
     def _made(self, value: Tensor, weight: Tensor) -> Tensor:
-        """The call without its bias."""
-        operands = list(dialect.operands(self.node))
-        operands[self.reader.x], operands[self.reader.weight] = value, weight
-        if self.reader.bias is not None:
-            operands[self.reader.bias] = None
-        assert isinstance(self.node.target, torch._ops.OpOverload)
-        args, kwargs = dialect.arguments(self.node.target, operands)
-        made: Tensor = self.node.target(*args, **kwargs)
-        return made
+        return self.reader.again(self.program, value, weight, with_bias=False)
 
 
 def _range(site: Site, migration: Migration, rule: TensorRule) -> tuple[Tensor, Tensor]:

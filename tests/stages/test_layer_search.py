@@ -150,7 +150,7 @@ def test_build_says_how_to_go_on_when_the_budget_is_spent(one: Path) -> None:
         ),
         ({"options": {"quantize.keep": "#999"}}, "VLX0703", "no call has the key '#999'"),
         (
-            {"precision": "fp32", "max_drop": None, "resume": True, "options": {}},
+            {"precision": "fp32", "resume": True, "options": {}},
             "VLX0805",
             "--resume without a search",
         ),

@@ -24,6 +24,7 @@ from vlexport.core.devices import this_machine
 from vlexport.core.errors import CODES, CapabilityError, GateError, UsageError
 from vlexport.core.isolate import IsolatedSession
 from vlexport.core.progress import Reporter, Silent
+from vlexport.core.scheme import QUANTIZED
 from vlexport.core.tokens import AUTO
 from vlexport.core.user_metric import UserMetric
 from vlexport.core.verdict import Gate, judge
@@ -137,7 +138,8 @@ def axes_of(config: BuildConfig, target: Target, options: Frozen) -> dict[str, t
 
 def searches_otherwise(config: BuildConfig) -> bool:
     """Whether a config asks for a search that is none of session options."""
-    return config.precision == "auto" or config.tokens == AUTO or config.max_drop is not None
+    layers = config.max_drop is not None and config.precision in QUANTIZED
+    return layers or config.precision == "auto" or config.tokens == AUTO
 
 
 def require_searchable(config: BuildConfig, components: Collection[str]) -> None:
