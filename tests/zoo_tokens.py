@@ -214,7 +214,7 @@ def _alone(bundle: Path, counts: Counter[str]) -> float:
 
     generator = np.random.default_rng(0)
     with vlexport.load(bundle, threads=1) as loaded:
-        specs = loaded.bundle.main.signature.inputs
+        specs = loaded.bundle.main.artifact.inputs
         given = {spec.name: generator.standard_normal((SAMPLES, *spec.shape[1:])).astype(np.float32) for spec in specs}
         together = loaded.run(given)
         worst = 0.0
