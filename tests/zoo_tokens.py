@@ -188,7 +188,7 @@ def _counted(graph: Any) -> Counter[str]:
         given = [each for each in node.input[1:] if each]
         if name in ("TopK", "Slice") and not set(given) <= constants.keys():
             name = f"{COMPUTED}{name}"
-        elif name == "TopK" and int(numpy_helper.to_array(constants[given[0]])) > LARGEST_K:
+        elif name == "TopK" and int(numpy_helper.to_array(constants[given[0]]).reshape(-1)[0]) > LARGEST_K:
             name = f"{COMPUTED}TopK"
         found[name] += 1
     return found
