@@ -16,7 +16,7 @@ import json
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,14 @@ def made_model(name: str) -> tuple[Any, dict[str, Any], bool]:
     return made.module, made.example(), True
 
 
+def few_digits() -> Iterator[dict[str, Any]]:
+    """Calibration samples of the threshold ViT: the sixty digits that lie beside it."""
+    from samples.zoo.threshold_vit.data import few, prepared
+
+    for image in prepared(few()[0]):
+        yield {"image": image}
+
+
 def examine(name: str, targets: Sequence[str] = TARGETS) -> list[Row]:
     """Every method of a model's, for some targets."""
     from vlexport.frontends.save import save
@@ -129,7 +137,7 @@ def _built(name: str, file: Path, tokens: str, target: str) -> Row:
     from vlexport.core.errors import VlexportError
     from vlexport.stages.build import build
 
-    calib = "samples/zoo/threshold_vit/data.py:calibration" if tokens.startswith("freeze") else None
+    calib = "tests/zoo_tokens.py:few_digits" if tokens.startswith("freeze") else None
     config = BuildConfig(
         model=str(file), target=target, output=str(file.parent / "out"), profile=False, force=True, precision="fp32",
         tokens=tokens or None, calib=calib, threads=1,
@@ -188,7 +196,7 @@ def _counted(graph: Any) -> Counter[str]:
         given = [each for each in node.input[1:] if each]
         if name in ("TopK", "Slice") and not set(given) <= constants.keys():
             name = f"{COMPUTED}{name}"
-        elif name == "TopK" and int(numpy_helper.to_array(constants[given[0]])) > LARGEST_K:
+        elif name == "TopK" and int(numpy_helper.to_array(constants[given[0]]).reshape(-1)[0]) > LARGEST_K:
             name = f"{COMPUTED}TopK"
         found[name] += 1
     return found
@@ -214,7 +222,7 @@ def _alone(bundle: Path, counts: Counter[str]) -> float:
 
     generator = np.random.default_rng(0)
     with vlexport.load(bundle, threads=1) as loaded:
-        specs = loaded.bundle.main.signature.inputs
+        specs = loaded.bundle.main.artifact.inputs
         given = {spec.name: generator.standard_normal((SAMPLES, *spec.shape[1:])).astype(np.float32) for spec in specs}
         together = loaded.run(given)
         worst = 0.0

@@ -29,7 +29,7 @@ class ReduceTokensOptions(Frozen):
         count: That one token is their mean and counts as many in every attention behind it, as merged tokens do (evit);
             with it a model that was never trained to lose tokens loses less. The paper has a sum that counts as one.
         squeeze: Each token that does not stay joins the one that stays which it is most like, and there is no token for
-            the rest (evit); it counts as merged tokens do. What was never trained to lose tokens loses least so.
+            the rest (evit); it counts as merged tokens do.
         seed: Of the choice (random).
         unmerge: What needs all tokens gets them back; else such a model is refused.
         min_cosine: Least cosine of every output with what it was before. Untrained weights are far off at any rate, so

@@ -7,14 +7,17 @@
 Both bundles come from ``vlexport build`` with the same flags but ``--tokens``, and are measured as ``vlexport profile
 --against`` does it: interleaved rounds, each session alone in its own process, rounds in which the baseline drifts by
 more than 5 % repeated. The ratio is baseline / reduced with its 95 % interval. Weights of models of timm are random,
-which decides neither latency nor multiply-accumulates. Run it on a machine that does nothing else.
+which decides neither latency nor multiply-accumulates. Run it on a machine that does nothing else: about two minutes a
+variant. The record is written after each, and what it holds for the same versions is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -103,30 +106,33 @@ def built(model: Path, variant: Variant, scratch: Path) -> Path:
     return output
 
 
-def rows(model: str, scratch: Path, wanted: list[str], threads: int) -> list[Row]:
-    """Every variant against the first, one after the other."""
+def rows(model: str, scratch: Path, wanted: list[Variant], threads: int) -> Iterator[Row]:
+    """Some variants against the first, one after the other."""
+    if not wanted:
+        return
     file = saved(model, scratch)
-    dense, *others = MODELS[model]
-    against = built(file, dense, scratch)
-    found = []
-    for variant in others:
-        if wanted and variant.name not in wanted:
-            continue
+    against = built(file, MODELS[model][0], scratch)
+    for variant in wanted:
         bundle = built(file, variant, scratch)
         report = profile(ProfileConfig(bundle=bundle, against=str(against), threads=threads))
         latency = report.latency
         if latency is None:
             raise InternalError("VLX0901", "profile measured nothing")
-        found.append(
-            Row(
-                model=model, name=variant.name, tokens=variant.tokens, macs=_macs(bundle), dense_macs=_macs(against),
-                p50_ms=latency.p50_ms, dense_p50_ms=latency.baseline_p50_ms, ratio=latency.ratio,
-                low=latency.ratio_low, high=latency.ratio_high, rounds=latency.rounds, repeated=latency.repeated,
-                verdict=latency.verdict,
-            )
+        yield Row(
+            model=model, name=variant.name, tokens=variant.tokens, macs=_macs(bundle), dense_macs=_macs(against),
+            p50_ms=latency.p50_ms, dense_p50_ms=latency.baseline_p50_ms, ratio=latency.ratio,
+            low=latency.ratio_low, high=latency.ratio_high, rounds=latency.rounds, repeated=latency.repeated,
+            verdict=latency.verdict,
         )  # fmt: skip
-        print(line(found[-1]), flush=True)
-    return found
+
+
+def measured(record: Path | None, versions: str) -> dict[tuple[str, str], Row]:
+    """Model and ``--tokens`` → what a record of the same versions holds."""
+    if record is None or not record.is_file():
+        return {}
+    held = json.loads(record.read_text(encoding="utf-8"))
+    found = [Row(**each) for each in held["rows"]] if held["versions"] == versions else []
+    return {(row.model, row.tokens): row for row in found}
 
 
 def _macs(bundle: Path) -> int:
@@ -179,10 +185,20 @@ def main() -> int:
         print(f"{given.pass_time}: {seconds:.2f} s of CPU, {before / 1e9:.2f} to {after / 1e9:.2f} GMACs")
         return 0
     given.scratch.mkdir(parents=True, exist_ok=True)
-    found = [row for model in given.only or MODELS for row in rows(model, given.scratch, given.variant, given.threads)]
-    if given.record is not None:
-        versions = ", ".join(f"{name} {version(name).split('+')[0]}" for name in PACKAGES)
-        write_record(given.record, f"python -m tests.benchmarks.token_latency --record {given.record}", versions, found)
+    versions = ", ".join(f"{name} {version(name).split('+')[0]}" for name in PACKAGES)
+    found = measured(given.record, versions)
+    wanted = {
+        model: [each for each in MODELS[model][1:] if not given.variant or each.name in given.variant]
+        for model in given.only or MODELS
+    }
+    for model, variants in wanted.items():
+        missing = [each for each in variants if (model, each.tokens) not in found]
+        for number, row in enumerate(rows(model, given.scratch, missing, given.threads), 1):
+            found[model, row.tokens] = row
+            print(f"{number} of {len(missing)}: {line(row)}", flush=True)
+            if given.record is not None:
+                command = f"python -m tests.benchmarks.token_latency --record {given.record}"
+                write_record(given.record, command, versions, list(found.values()))
     return 0
 
 
