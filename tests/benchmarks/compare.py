@@ -87,13 +87,19 @@ def line(cell: Cell) -> str:
 def recorded(cells: list[Cell], sizes: Sizes, threads: int) -> dict[str, Any]:
     """What is written."""
     return {
-        "command": "python -m tests.benchmarks.compare --scratch DIR --record docs/measured/compare.json",
+        "command": " ".join(["python -m tests.benchmarks.compare", *_portable(sys.argv[1:])]),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "machine": this_machine().model_dump(mode="json"),
         "threads": threads,
         "calibration": sizes.calibration,
         "cells": [dataclasses.asdict(cell) for cell in cells],
     }
+
+
+def _portable(arguments: list[str]) -> list[str]:
+    """Without where the scratch folder lies."""
+    before = ["", *arguments]
+    return ["DIR" if last == "--scratch" else each for last, each in zip(before, arguments, strict=False)]
 
 
 def render(record: dict[str, Any], page: Path | None, figure: Path | None, text: Path | None, scratch: Path) -> None:

@@ -75,11 +75,13 @@ def _fidelity(cell: Mapping[str, Any]) -> list[str]:
 
 def machine(record: Record) -> str:
     """The sentence before the tables."""
-    about = record["machine"]
-    return (
-        f"Measured {record['date']} on {about['cpu']} ({', '.join(about['instruction_set'])}), {record['threads']} "
-        f"threads, {record['calibration']} calibration samples ([measured/compare.json](measured/compare.json))."
+    about, count = record["machine"], record["threads"]
+    said = (
+        f"Measured {record['date']} on {about['cpu']} ({', '.join(about['instruction_set'])}), {count} "
+        f"thread{'s' * (count > 1)}, {record['calibration']} calibration samples "
+        "([measured/compare.json](measured/compare.json))."
     )
+    return said if any(cell["timed"] for cell in record["cells"]) else f"{said} Nothing was timed in that run."
 
 
 def _busy(record: Record, cell: Mapping[str, Any]) -> bool:
