@@ -16,7 +16,7 @@ from vlexport.calibration.table import read_table
 from vlexport.core.bundle import read_bundle
 from vlexport.core.config import BuildConfig
 from vlexport.core.errors import VlexportError
-from vlexport.stages.build import build
+from vlexport.stages.build import BuildResult, build
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +34,13 @@ def config(folder: Path, output: str, **given: Any) -> BuildConfig:
 
 
 @pytest.fixture(scope="module")
-def built(folder: Path) -> Path:
-    return build(config(folder, "int8.bundle")).output
+def static(folder: Path) -> BuildResult:
+    return build(config(folder, "int8.bundle"))
+
+
+@pytest.fixture(scope="module")
+def built(static: BuildResult) -> Path:
+    return static.output
 
 
 def test_artifact_holds_integers_and_is_verified_when_built_in_int8(built: Path) -> None:
@@ -53,8 +58,8 @@ def test_artifact_holds_integers_and_is_verified_when_built_in_int8(built: Path)
     assert {v.dtype for v in weights} == {onnx_ir.DataType.INT8}
 
 
-def test_receipt_and_tables_say_what_is_in_integers(folder: Path, built: Path) -> None:
-    report = build(config(folder, "int8.bundle", force=True)).report
+def test_receipt_and_tables_say_what_is_in_integers(static: BuildResult, built: Path) -> None:
+    report = static.report
     assert any("in integers: 3 conv2d, 3 linear (scheme static-u8s" in note for note in report.notes)
     table = read_table(built / "calibration.json")
     decisions = json.loads((built / "quantization.json").read_text(encoding="utf-8"))
@@ -62,6 +67,35 @@ def test_receipt_and_tables_say_what_is_in_integers(folder: Path, built: Path) -
     assert {"calibration.json", "quantization.json"} <= set(read_bundle(built).files)
     assert {each["value"] for each in decisions["values"]} <= {each.value for each in table.values}
     assert len(decisions["layers"]) == 6
+
+
+@pytest.fixture(scope="module")
+def dynamic(folder: Path) -> BuildResult:
+    options = {"quantize.activations": "dynamic"}
+    return build(config(folder, "dynamic.bundle", calib=None, options=options))
+
+
+def test_linears_find_their_ranges_at_each_run_when_asked_and_need_no_samples(dynamic: BuildResult) -> None:
+    bundle = read_bundle(dynamic.output)
+    assert (bundle.precision, bundle.state) == ("int8", "verified")
+    assert not (dynamic.output / "calibration.json").exists()
+    decisions = json.loads((dynamic.output / "quantization.json").read_text(encoding="utf-8"))
+    assert [(each["op"], each["dynamic"], each["operands"]) for each in decisions["layers"]] == [
+        ("linear", True, [])
+    ] * 3
+    assert any("in integers: 3 linear (scheme dynamic-u8s" in note for note in dynamic.report.notes)
+    assert any("ranges found at each run" in note for note in dynamic.report.notes)
+
+
+def test_bundle_says_which_domains_it_holds_and_what_opens_it(dynamic: BuildResult, built: Path) -> None:
+    said = read_bundle(dynamic.output).compatibility
+    assert said["domains"] == "ai.onnx, com.microsoft (3 DynamicQuantizeMatMul)"
+    assert said["onnxruntime"] == "1.18 or later"
+    model = onnx_ir.load(dynamic.output / "artifact" / "main.onnx")
+    assert [node.op_type for node in model.graph if node.domain] == ["DynamicQuantizeMatMul"] * 3
+    assert read_bundle(built).compatibility["domains"] == "ai.onnx", (
+        "nothing of its own in a static one without attention"
+    )
 
 
 def test_weights_have_seven_bits_when_the_device_has_no_vnni(folder: Path) -> None:
@@ -75,6 +109,11 @@ def test_weights_have_seven_bits_when_the_device_has_no_vnni(folder: Path) -> No
         ({"calib": None}, "VLX0218", "rounds every value by the range that it has on real samples"),
         ({"calib": "few.npz"}, "VLX0214", "5 calibration samples are too few: 16 are needed"),
         ({"options": {"quantize.method": "median"}}, "VLX0703", "quantize.method"),
+        (
+            {"options": {"quantize.activations": "dynamic", "quantize.weights_only": "int8"}},
+            "VLX0703",
+            "it goes with no activations=dynamic",
+        ),
         ({"passes": ("quantize",)}, "VLX0703", "it runs with --precision int8"),
         ({"precision": "fp32", "options": {"quantize.keep": "up"}}, "VLX0703", "pass 'quantize' is not run"),
         ({"target": "coreml", "precision": "fp8"}, "VLX0502", "does not run fp8"),
