@@ -27,6 +27,7 @@ NEEDS_TORCH = (
     "stages/inspect_model.py", "stages/lowered.py", "stages/lowering_cache.py", "stages/naive.py", "stages/order.py",
     "stages/plan.py", "stages/prepare.py", "stages/probe_memory.py", "stages/quantized.py", "stages/tokens.py",
     "stages/whole_model.py", "targets/onnxruntime/emit_quant.py",
+    "targets/onnxruntime/fuse_", "targets/onnxruntime/integer_linear.py",
     "targets/onnx/",
     "targets/tensorrt/lower.py", "targets/tensorrt/op_limits.py", "targets/tensorrt/op_support.py",
     *(f"targets/coreml/{name}.py" for name in (
