@@ -130,6 +130,11 @@ def test_factor_of_stored_scalars_is_told() -> None:
             " <int64[1] b = {-1}, int64[1] e = {-9}, int64[1] a = {0}, int64[1] s = {-1}> { y = Slice(x, b, e, a, s) }",
             "a slice runs backwards",
         ),
+        (
+            "(float[batch,3] x) => (float[n] y) <int64[2] s = {7, 1}> { y = Reshape(x, s) }",
+            "Reshape does not take the sizes that stand for y",
+        ),
+        ("(float[8192,8192] x) => (float[8192,8192] y) { y = Identity(x) }", "more than are followed"),
         ("(float[2,3] x, float[2,3] z) => (float[2,3] y) { y = Identity(z) }", "z is no part of it"),
     ],
 )
