@@ -14,15 +14,15 @@ import numpy as np
 import numpy.typing as npt
 
 from vlexport.core.artifact import Array
-from vlexport.core.grids import Grid
+from vlexport.core.grids import E4M3_LARGEST, Grid
 
 _LEAST_SCALE = float(np.finfo(np.float32).tiny)
 """Below it, runtimes that flush subnormal numbers would divide by 0."""
 _LARGEST = float(np.finfo(np.float32).max)
-E4M3_LARGEST = 448.0
-"""Largest finite value of float8_e4m3fn. Source: Micikevicius et al., FP8 Formats for Deep Learning, 2022."""
 _LEAST_HALF = np.float16(2.0**-14)
 """Smallest normal float16: below it scales lose digits."""
+LARGEST_HALF = float(np.finfo(np.float16).max)
+"""No scale of float16 is larger."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,13 +83,9 @@ def half_scale(scale: Array | np.float32) -> npt.NDArray[np.float32]:
     """The next number of float16 that is no smaller, and normal: nothing saturates that did not before.
 
     A channel whose values all lie below 0.008 gets fewer steps; its values are no larger than the rounding of others.
-
-    Raises:
-        ValueError: A scale lies beyond float16.
+    Beyond :data:`LARGEST_HALF` there is none, and values do saturate.
     """
-    made = np.asarray(scale, np.float32)
-    if (made > np.finfo(np.float16).max).any():
-        raise ValueError("a scale lies beyond float16")
+    made = np.minimum(np.asarray(scale, np.float32), np.float32(LARGEST_HALF))
     half = made.astype(np.float16)
     half = np.where(half.astype(np.float32) < made, np.nextafter(half, np.float16(np.inf)), half)
     return np.maximum(half, _LEAST_HALF).astype(np.float32)

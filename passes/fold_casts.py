@@ -108,7 +108,7 @@ def _in_half(ir: Program, scale: Node, half: torch.dtype, *, before: Node) -> No
     name = f"{scale.target}_half"
     kept = ir.tensors.get(name)
     if kept is not None and kept.dtype is half:
-        for node in ir.graph.nodes:
-            if node.op == "get_attr" and node.target == name and node < before:
-                return node
+        readers: list[Node] = [n for n in ir.graph.nodes if n.op == "get_attr" and n.target == name and n < before]
+        if readers:
+            return readers[0]
     return ir.add_tensor(name, tensor.to(half), before=before)

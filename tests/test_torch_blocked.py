@@ -28,11 +28,12 @@ NEEDS_TORCH = (
     "stages/plan.py", "stages/prepare.py", "stages/probe_memory.py", "stages/quantized.py", "stages/tokens.py",
     "stages/whole_model.py", "targets/onnxruntime/emit_quant.py",
     "targets/onnxruntime/fuse_", "targets/onnxruntime/integer_linear.py",
+    "targets/onnxruntime/small_weights.py", "targets/tensorrt/emit_quant.py", "targets/tensorrt/quantize_softmax.py",
     "targets/onnx/",
     "targets/tensorrt/lower.py", "targets/tensorrt/op_limits.py", "targets/tensorrt/op_support.py",
     *(f"targets/coreml/{name}.py" for name in (
-        "classify", "convert", "legalize_resize", "legalize_spelling", "open_attention", "op_support", "outputs",
-        "pixels", "plan", "quantized",
+        "classify", "convert", "emit_quant", "legalize_resize", "legalize_spelling", "open_attention", "op_support",
+        "outputs", "pixels", "plan", "quantized",
     )),
 )  # fmt: skip
 """What belongs to the other half: the extra ``build`` installs what it imports."""

@@ -9,9 +9,9 @@ from torch.fx import Node
 
 from vlexport.calibration.collect import Want, Wanted
 from vlexport.calibration.keys import value_keys
-from vlexport.calibration.scales import affine, float8, half_scale, symmetric
+from vlexport.calibration.scales import LARGEST_HALF, affine, float8, half_scale, symmetric
 from vlexport.calibration.table import ValueEntry
-from vlexport.core.grids import GRIDS
+from vlexport.core.grids import GRIDS, INT8
 from vlexport.core.scheme import E4M3, QuantScheme, TensorRule
 from vlexport.ir import dialect, provenance
 from vlexport.ir.program import Program
@@ -49,6 +49,9 @@ def decide(
             return f"no range was measured for {what}"
         if entry.low == entry.high:
             return f"{what} is {entry.low:g} on all calibration samples: its range on others is unknown"
+        reach = max(-entry.low, entry.high)
+        if scheme.scales == "float16" and reach > LARGEST_HALF * INT8.high:
+            return f"{what} reaches {reach:.2g}: no scale of float16 spans that"
         return ""
 
     placed = place(program, scheme, keep=keep, refuse=refuse)

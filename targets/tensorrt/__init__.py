@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, cast
 from vlexport.core.artifact import Artifact, Frozen
 from vlexport.core.devices import this_machine
 from vlexport.core.errors import VlexportError
-from vlexport.core.scheme import QuantScheme, read_schemes
+from vlexport.core.scheme import QUANTIZED, QuantScheme, read_schemes
 from vlexport.targets.base import Brief, Probe, Target
 from vlexport.targets.tensorrt.engine import choose_engine, compiler_version, missing_compiler
 from vlexport.targets.tensorrt.options import TensorRTOptions
@@ -48,8 +48,7 @@ class TensorRTTarget(Target):
 
     def fallback_precision(self, brief: Brief) -> str:
         """fp16 beside int8 and fp8, which may be no faster on the device."""
-        quantized = brief.precision in ("int8", "fp8")
-        return "fp16" if quantized and cast("TensorRTOptions", brief.options).fallback else ""
+        return "fp16" if brief.precision in QUANTIZED and cast("TensorRTOptions", brief.options).fallback else ""
 
     def quantized_passes(self, scheme: QuantScheme, *, min_sqnr_db: float) -> Sequence[Pass[Program]]:
         """Weights of attention in float8, too, where its operands are."""

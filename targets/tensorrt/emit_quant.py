@@ -5,9 +5,9 @@ a product is rounded: a rounded result would keep TensorRT from adding the bias,
 float8 has the same form. Every ``dequantize`` has one product behind it.
 
 Measured with the compiler of TensorRT for RTX 1.7.1, whose log lists the layers of an engine: such linears and
-convolutions become layers that read INT8 or FP8 on both sides; a linear with int8 weights alone becomes one that
-unpacks them inside; a convolution with int8 weights alone unpacks them into half first, in a kernel of its own, at
-every run. Source: TensorRT documentation, Working with Quantized Types, Q/DQ Layer-Placement Recommendations.
+convolutions become layers that read INT8 or FP8 on both sides. Some linears with int8 weights alone become layers that
+unpack them inside; the others, and convolutions, have them unpacked into half by a kernel of its own, at every run.
+Source: TensorRT documentation, Working with Quantized Types, Q/DQ Layer-Placement Recommendations.
 """
 
 from __future__ import annotations

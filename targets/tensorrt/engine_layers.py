@@ -10,9 +10,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-_LAYER = re.compile(r"Name: [^,]+, LayerType: (\w+), (.*)")
+_LAYER = re.compile(r"Name: ([^,]+), LayerType: (\w+), (.*)")
 _PRODUCTS = ("gemm", "correlation", "runtime_fusion")
 """Kinds of layers that multiply, or may: products of matrices, convolutions, and what was fused around either."""
+_ATTENTION = "_gemm_mha"
+"""How names begin of layers that compute a whole attention."""
 _PARTS = re.compile(r"(Inputs|Constants|Outputs): \[")
 _OPERAND = re.compile(r"Dimensions: \[([\d,]*)\].*?Datatype: (\w+)")
 
@@ -20,16 +22,22 @@ _OPERAND = re.compile(r"Dimensions: \[([\d,]*)\].*?Datatype: (\w+)")
 def products(messages: Iterable[str]) -> dict[str, int]:
     """``Int8 x Int8`` → how many layers read these two types: of the first input, and of the largest operand beside it.
 
+    Layers that compute a whole attention count as ``attention in FP8``.
+
     Args:
         messages: What the builder logged. Layers that read one operand multiply nothing and do not count.
     """
     found: Counter[str] = Counter()
     for line in (line for message in messages for line in message.splitlines()):
         layer = _LAYER.match(line)
-        if layer is None or layer[1] not in _PRODUCTS:
+        if layer is None:
             continue
-        parts = dict(_parts(layer[2]))
+        parts = dict(_parts(layer[3]))
         inputs = _OPERAND.findall(parts.get("Inputs", ""))
+        if layer[1].startswith(_ATTENTION) and inputs:
+            found[f"attention in {inputs[0][1]}"] += 1
+        if layer[2] not in _PRODUCTS:
+            continue
         others = [*inputs[1:], *_OPERAND.findall(parts.get("Constants", ""))]
         if inputs and others:
             found[f"{inputs[0][1]} x {max(others, key=_elements)[1]}"] += 1

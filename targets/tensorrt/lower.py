@@ -13,6 +13,7 @@ import onnx_ir
 from vlexport.core.artifact import Artifact
 from vlexport.core.device_profiles import DeviceProfile
 from vlexport.core.errors import CapabilityError, UsageError, VlexportError
+from vlexport.core.scheme import QUANTIZED
 from vlexport.ir.program import Program
 from vlexport.targets.base import Brief
 from vlexport.targets.onnx.lower import onnx_with_lines, write_onnx
@@ -36,8 +37,8 @@ PREFERRED_OPSET = 20
 """What every TensorRT of version 10 and later reads."""
 FALLBACK_FILE = "fallback.onnx"
 AS_WRITTEN: dict[str, str | int | float | bool] = {"graph_optimization": "none"}
-"""How ONNX Runtime stands in for TensorRT where values are rounded: its integer kernels saturate on some processors, and
-its ReluQuantRewrite is wrong for float8 (measured)."""
+"""How ONNX Runtime stands in for TensorRT where values are rounded: its integer kernels saturate on some processors,
+and its ReluQuantRewrite is wrong for float8 (measured)."""
 _NEEDS_GPU = "CUDA_SUCCESS"
 
 
@@ -88,7 +89,7 @@ def lower_program(program: Program, folder: Path, brief: Brief) -> Artifact:
         raise UsageError("VLX0703", f"a component cannot be called {name!r}", hint="use letters, digits, '_', '.', '-'")
     opset = choose_opset(options, device)
     choice = choose_engine(options, device, signature, precision=brief.precision)
-    quantized = brief.precision in ("int8", "fp8")
+    quantized = brief.precision in QUANTIZED
     model, lines = onnx_with_lines(program, opset=opset)
     problems = unsupported(model, device, lines)
     if problems and options.check_operators and _is_known(device):

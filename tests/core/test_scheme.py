@@ -120,9 +120,7 @@ def test_scheme_of_core_ml_follows_the_system() -> None:
     assert chosen("coreml", "ios17").id == "w8a8"
     assert chosen("coreml", "ios18", kind="weights").id == "weights-s8"
     with pytest.raises(CapabilityError, match="ios17 runs no int4 weights: weights-s4: deployment-target 18 is needed"):
-        choose_scheme(
-            open_target("coreml").schemes(), "int8", device_profiles()["ios17"], machine(), kind="weights", weight="int4"
-        )  # fmt: skip
+        chosen("coreml", "ios17", kind="weights", weight="int4")
     four = next(each for each in open_target("coreml").schemes() if each.id == "weights-s4")
     assert "18 is needed, ios17 has iOS17" in four.why_not(device_profiles()["ios17"], machine())
     assert four.why_not(device_profiles()["ios18"], machine()) == ""

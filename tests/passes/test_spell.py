@@ -9,13 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tests.calibration.planted import dataset
 from tests.harness import captured
-from tests.targets.quantized_nets import scheme_of
+from tests.passes.quantizing import images
+from tests.targets.quantized_nets import program_of, scheme_of
+from vlexport.calibration.calibrate import calibrate
+from vlexport.calibration.methods import Method
 from vlexport.calibration.scales import float8, half_scale
 from vlexport.core.scheme import QuantScheme
 from vlexport.ir.program import Program
 from vlexport.ir.quant_ops import DEQUANTIZE, E4M3
 from vlexport.passes.base import NearMiss
+from vlexport.passes.quantization.decide import wanted_values
 from vlexport.passes.quantization.spell import as_steps
 from vlexport.passes.quantize import Quantize
 from vlexport.targets import open_target
@@ -52,9 +57,20 @@ def test_half_scale_is_the_next_number_that_is_no_smaller(scale: float) -> None:
     assert found == FLOOR or below < np.float32(scale)
 
 
-def test_scale_beyond_half_is_refused() -> None:
-    with pytest.raises(ValueError, match="beyond float16"):
-        half_scale(np.array([1.0, 7e4], np.float32))
+def test_scale_is_the_largest_of_half_when_none_spans_the_range() -> None:
+    assert half_scale(np.array([1.0, 7e4], np.float32)).tolist() == [1.0, 65504.0]
+
+
+def test_value_stays_in_float_when_no_scale_of_half_spans_it() -> None:
+    program, scheme = program_of("cnn"), scheme_of("tensorrt", "static-s8")
+    table = calibrate(
+        program, dataset(images(4, 1).numpy(), program), wanted_values(program, scheme), Method(name="min-max")
+    )
+    ranges = table.by_value()
+    first = next(iter(ranges))
+    far = {**ranges, first: ranges[first].model_copy(update={"high": 1e8})}
+    _, misses = Quantize(scheme=scheme, ranges=far, emit=open_target("tensorrt").emit_quant).run(program.copy())
+    assert [miss.reason for miss in misses] == ["input image reaches 1e+08: no scale of float16 spans that"]
 
 
 def test_float8_reaches_as_far_as_the_range() -> None:

@@ -47,6 +47,8 @@ INT7 = Grid("int7", "int8", -64, 63)
 UINT7 = Grid("uint7", "uint8", 0, 127)
 INT4 = Grid("int4", "int8", -8, 7)
 INT32 = Grid("int32", "int32", -(2**31), 2**31 - 1)
+E4M3_LARGEST = 448.0
+"""Largest finite value of float8_e4m3fn, which is no grid. Source: Micikevicius et al., FP8 Formats, 2022."""
 GRIDS: dict[str, Grid] = {each.name: each for each in (INT8, UINT8, INT7, UINT7, INT4, INT32)}
 
 

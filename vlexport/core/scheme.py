@@ -21,6 +21,8 @@ from vlexport.core.errors import CapabilityError
 from vlexport.core.grids import GRIDS
 
 Kind = Literal["static", "dynamic", "weights"]
+QUANTIZED = ("int8", "fp8")
+"""Precisions for which values are rounded to 8 bits."""
 FILE = "schemes.json"
 E4M3 = "e4m3"
 """The one type of a quantized tensor that is no grid of integers."""

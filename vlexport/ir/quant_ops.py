@@ -20,8 +20,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-E4M3_LARGEST = 448.0
-"""Largest finite value of float8_e4m3fn."""
+from vlexport.core.grids import E4M3_LARGEST
+
 BIAS = torch.int32
 E4M3 = torch.float8_e4m3fn
 STORED = (torch.int8, torch.uint8, BIAS, E4M3)

@@ -48,7 +48,7 @@ from vlexport.stages.naive import plain_export
 from vlexport.stages.order import Order, configs_of, order_of
 from vlexport.stages.prepare import Prepared, dump_of, pass_seconds, prepare, specialized
 from vlexport.stages.profile import QUICK, Measurable, measure_latency
-from vlexport.stages.quantized import PROBES, quantize_component, require_single
+from vlexport.stages.quantized import PROBES, quantize_component, require_single, with_fallback
 from vlexport.stages.tune import Subject, Tuned, autotune
 from vlexport.stages.validate import judge_gates, measure_accuracy, skipped_phrase
 from vlexport.stages.whole_model import first_samples, opt_inputs, whole_goldens
@@ -117,7 +117,7 @@ def build_prepared(order: Order, prepared: Prepared, folder: Path, reporter: Rep
     dims = dims_of(config, target, prepared.sources.signature)
     sources = prepared.sources.narrowed(dims)
     optimized: dict[str, Optimized] = {}
-    fallbacks: dict[str, Program] = {}
+    fallbacks: dict[str, Program | None] = {}
     with clock.stage(f"passes for {target.id}"):
         for name in sources.components:
             with sources.named(name):
@@ -132,11 +132,11 @@ def build_prepared(order: Order, prepared: Prepared, folder: Path, reporter: Rep
                         cache=prepared.cache, reporter=reporter,
                     )  # fmt: skip
                     quantized.write(folder)
-                    if beside := target.fallback_precision(brief):
-                        typed = specialized(prepared, sources, name, dims, beside, config, dump, timing)
-                        passes = target.program_passes(replace(brief, precision=beside))
-                        fallbacks[name] = legalize_component(typed, passes, dump=None, hooks=[timing]).program
                     shared = quantized.optimized
+                    if beside := target.fallback_precision(brief):
+                        typed = partial(specialized, prepared, sources, name, dims, beside, config, dump, timing)
+                        passes = target.program_passes(replace(brief, precision=beside))
+                        shared, fallbacks[name] = with_fallback(shared, typed, passes, precision=beside)
                 optimized[name] = legalize_component(
                     shared, target.program_passes(brief), dump=dump and dump / "legalized", hooks=[timing]
                 )

@@ -20,6 +20,7 @@ from vlexport.core.config import BuildConfig
 from vlexport.core.device_profiles import DeviceProfile, device_profile
 from vlexport.core.errors import CapabilityError, InternalError, UsageError, nearest
 from vlexport.core.samples import Dataset, open_data
+from vlexport.core.scheme import QUANTIZED
 from vlexport.core.tokens import TokensRequest, flag_of, tokens_from_text
 from vlexport.core.user_metric import metric_names
 from vlexport.core.verdict import Gate, gate_from_text
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 HALF_PRECISIONS = ("fp16", "bf16")
 """Precisions that a pass types the Program to."""
-INTEGER_PRECISIONS = ("int8", "fp8")
+INTEGER_PRECISIONS = QUANTIZED
 """Precisions for which values are rounded to 8 bits."""
 PRECISION_PASSES = {"cast-floats": HALF_PRECISIONS, "quantize": INTEGER_PRECISIONS, "fold-casts": INTEGER_PRECISIONS}
 """Passes that run with a precision → with which."""
@@ -225,7 +226,7 @@ def scopes_of(config: BuildConfig, target: Target) -> list[str]:
 
 def _scopes(config: BuildConfig, target: Target, options: Frozen) -> list[str]:
     wished = target.precisions[0] if config.precision in (None, "auto") else config.precision
-    wanted = {wished, target.float_precision(wished)}
+    wanted = {wished, target.float_precision(wished)} if wished in INTEGER_PRECISIONS else {wished}
     requested = [name for name, precisions in PRECISION_PASSES.items() if wanted & {*precisions}]
     if config.tokens is not None:
         requested.append(tokens_from_text(config.tokens).pass_name)

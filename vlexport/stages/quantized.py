@@ -5,7 +5,7 @@ The gate judges on calibration samples alone: a seeded draw lies outside of the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from vlexport.core.cache import Cache
 from vlexport.core.config import BuildConfig
 from vlexport.core.dataset import Dataset
 from vlexport.core.devices import this_machine
-from vlexport.core.errors import CapabilityError, UsageError
+from vlexport.core.errors import CapabilityError, GateError, UsageError
 from vlexport.core.progress import Reporter
 from vlexport.core.scheme import QuantScheme, choose_scheme
 from vlexport.frontends.source import Source
@@ -38,7 +38,7 @@ from vlexport.passes.quantization.decide import wanted_values
 from vlexport.passes.quantization.decisions import Decisions
 from vlexport.passes.quantize import Quantize, QuantizeOptions
 from vlexport.stages.choices import precision_passes_of, quantize_options_of
-from vlexport.stages.component import Optimized, in_order
+from vlexport.stages.component import Optimized, in_order, legalize_component
 from vlexport.targets.base import Brief, Target
 
 PROBES = 8
@@ -168,6 +168,24 @@ def quantize_component(
         optimized, program=after, records=(*optimized.records, *records), notes=notes, reference=reference
     )  # fmt: skip
     return Quantized(made, table, decisions)
+
+
+def with_fallback(
+    quantized: Optimized, typed: Callable[[], Optimized], passes: Sequence[Pass[Program]], *, precision: str
+) -> tuple[Optimized, Program | None]:
+    """A quantized component, and the same in a precision that is not quantized, to lie beside it.
+
+    Args:
+        quantized: The component; it gets a note where the other one cannot be made.
+        typed: Makes the other one.
+        passes: The target's own, for it.
+        precision: Its precision.
+    """
+    try:
+        return quantized, legalize_component(typed(), passes, dump=None).program
+    except GateError as error:
+        note = f"no {precision} graph lies beside it: {error.message}"
+        return replace(quantized, notes=(*quantized.notes, note)), None
 
 
 def _typing(
