@@ -29,6 +29,7 @@ NEEDS_TORCH = (
     "stages/prepare.py", "stages/probe_memory.py", "stages/quantized.py", "stages/searches.py", "stages/smoothed.py",
     "stages/tokens.py",
     "stages/whole_model.py", "targets/onnxruntime/emit_quant.py",
+    "targets/onnxruntime/fuse_", "targets/onnxruntime/integer_linear.py",
     "targets/onnxruntime/small_weights.py", "targets/tensorrt/emit_quant.py", "targets/tensorrt/quantize_softmax.py",
     "stages/plan.py", "stages/prepare.py", "stages/probe_memory.py", "stages/quantized.py", "stages/smoothed.py",
     "stages/tokens.py", "stages/whole_model.py", "targets/onnxruntime/emit_quant.py",

@@ -10,6 +10,7 @@ nothing; it is let through, and :func:`moved` tells the factor.
 from __future__ import annotations
 
 import ast
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from vlexport.targets.onnx.model import OnnxModel
 Numbers = npt.NDArray[np.int64]
 MOVING = ("Reshape", "Transpose", "Slice", "Squeeze", "Unsqueeze", "Split", "Gather", "Identity", "Flatten")
 """Operators that move values and change none."""
+LIMIT = 1 << 25
+"""Elements that are followed: their numbers take 256 MiB, a few times."""
 _SIZES = (2, 3, 5, 7, 11, 13)
 _ARITHMETIC: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
@@ -98,7 +101,10 @@ class Sizes:
 def numbered(value: onnx_ir.Value, sizes: Sizes) -> Numbers:
     """A root's own numbers, in its shape."""
     shape = sizes.of(value)
-    return np.arange(int(np.prod(shape, dtype=np.int64)), dtype=np.int64).reshape(shape)
+    count = math.prod(shape)
+    if count > LIMIT:
+        raise Untraceable(f"{value.name} has {count} elements, more than are followed")
+    return np.arange(count, dtype=np.int64).reshape(shape)
 
 
 def moved(value: onnx_ir.Value, root: onnx_ir.Value, sizes: Sizes, *, numbers: Numbers | None = None) -> Numbers:
@@ -145,7 +151,10 @@ class _Walk:
         if node.op_type in _ON_SHAPES and value.dtype not in _WHOLE:
             raise Untraceable(f"{node.op_type} changes values in between")
         inputs = [None if each is None else self.numbers(each) for each in node.inputs]
-        made = make(node, inputs)
+        try:
+            made = make(node, inputs)
+        except (ValueError, IndexError) as error:  # shapes that do not fit: sizes were given that cannot be
+            raise Untraceable(f"{node.op_type} does not take the sizes that stand for {value.name}") from error
         for output, each in zip(node.outputs, made, strict=True):
             self.known[output] = each
         return self.known[value]
@@ -196,10 +205,7 @@ def _reshape(node: onnx_ir.Node, inputs: list[Any]) -> list[Numbers]:
     given, wanted = inputs[0], inputs[1].tolist()
     if not _int(node, "allowzero", 0):
         wanted = [given.shape[i] if size == 0 else size for i, size in enumerate(wanted)]
-    try:
-        return [given.reshape(wanted)]
-    except ValueError as error:
-        raise Untraceable(f"a reshape to {wanted} does not fit") from error
+    return [given.reshape(wanted)]
 
 
 def _slice(node: onnx_ir.Node, inputs: list[Any]) -> list[Numbers]:

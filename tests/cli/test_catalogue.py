@@ -11,15 +11,21 @@ import pytest
 
 from vlexport.core.bundle import read_bundle
 
-LOWERED = {"simplify-onnx": "simplify", "optimize-onnx": "optimize"}
+LOWERED = {
+    "simplify-onnx": "simplify",
+    "optimize-onnx": "optimize",
+    "fuse-qattention": "fuse_qattention",
+    "fuse-attention": "fuse_attention",
+    "fuse-dynamic-linear": "fuse_dynamic_linear",
+}
 
 
 def test_lowered_passes_are_listed_last_with_what_turns_them_on(cli: Any) -> None:
     code, out, _ = cli("passes")
     lines = out.splitlines()
     assert code == 0
-    assert [line.partition(" ")[0] for line in lines[-2:]] == list(LOWERED)
-    for line, option in zip(lines[-2:], LOWERED.values(), strict=True):
+    assert [line.partition(" ")[0] for line in lines[-len(LOWERED) :]] == list(LOWERED)
+    for line, option in zip(lines[-len(LOWERED) :], LOWERED.values(), strict=True):
         assert line.endswith(f"run with --set onnxruntime.{option}=true")
     rows = {row["name"]: row for row in json.loads(cli("passes", "--json")[1])["passes"]}
     assert rows["simplify-onnx"]["turned_on_by"] == ["onnxruntime.simplify=true"]

@@ -14,7 +14,15 @@ import vlexport
 from tests.harness import captured, randomize
 from vlexport.core.account import Account, Missing, whole_account
 from vlexport.core.bundle import read_bundle
-from vlexport.core.bundle_schema import Component, canonical_json, plain_json
+from vlexport.core.bundle_schema import (
+    ChangeSummary,
+    Component,
+    GateRecord,
+    NearMissRecord,
+    PassRecord,
+    canonical_json,
+    plain_json,
+)
 from vlexport.core.config import BuildConfig
 from vlexport.frontends.sources import open_sources
 from vlexport.ir import provenance
@@ -25,7 +33,7 @@ from vlexport.passes.merge_duplicates import MergeDuplicates
 from vlexport.passes.pipeline import run_pipeline
 from vlexport.passes.reparameterize import Reparameterize
 from vlexport.report.figures import account_phrase, missing_phrase, shortfall_phrase
-from vlexport.stages.account import Refusals, accounts
+from vlexport.stages.account import Refusals, accounts, fusion_accounts
 from vlexport.stages.plan import plan
 
 WIDTH = 8
@@ -321,3 +329,33 @@ def test_plan_tells_of_modules_when_asked(attention_file: Path, monkeypatch: Any
         ("attention", 1, 0), ("activation", 1, 0),
     ]  # fmt: skip
     assert found.account[0].missing[0].reason == "softmax of 0"
+
+
+def lowered_record(name: str, count: int, *reasons: tuple[str, str]) -> PassRecord:
+    what = ChangeSummary(
+        what="attention as one operator", count=count, where=(), saved_nodes=0, saved_parameters=0, saved_macs=0
+    )
+    return PassRecord(
+        name=name, stage="legalize", effect="exact", options={},
+        changes=(what,) if count else (),
+        near_misses=tuple(NearMissRecord(pattern="", node=node, reason=why) for node, why in reasons),
+        gate=GateRecord(worst=0.0, proof="identical", probes=2),
+    )  # fmt: skip
+
+
+def test_attention_that_the_runtime_has_in_some_layers_only_is_told_with_the_reason() -> None:
+    left = ("Softmax in blocks.2.attn (node_7)", "a mask or bias is added to the scores")
+    first = lowered_record(
+        "fuse-qattention", 2, left, ("Softmax in blocks.3.attn (n)", "its weight is not in integers")
+    )
+    (found,) = fusion_accounts([first, lowered_record("fuse-attention", 1, left), lowered_record("optimize-onnx", 9)])
+    assert (found.expected, found.found, found.fates) == (4, 3, {"QAttention": 2, "Attention": 1})
+    assert shortfall_phrase([found]) == (
+        "1 of 4 fused attention modules did not become one operator: "
+        "softmax at blocks.2.attn: a mask or bias is added to the scores"
+    )
+
+
+def test_nothing_is_told_of_fused_attention_when_there_is_none_or_nobody_looked() -> None:
+    assert fusion_accounts([lowered_record("optimize-onnx", 9)]) == ()
+    assert fusion_accounts([lowered_record("fuse-attention", 0)]) == ()

@@ -85,6 +85,35 @@ def test_edited_range_is_used_when_a_table_is_given_and_refused_for_another_mode
     assert "mine.json" not in (made.output / "recipe.toml").read_text(encoding="utf-8")
 
 
+@pytest.fixture(scope="module")
+def dynamic(folder: Path) -> BuildResult:
+    options = {"quantize.activations": "dynamic"}
+    return build(config(folder, "dynamic.bundle", calib=None, options=options))
+
+
+def test_linears_find_their_ranges_at_each_run_when_asked_and_need_no_samples(dynamic: BuildResult) -> None:
+    bundle = read_bundle(dynamic.output)
+    assert (bundle.precision, bundle.state) == ("int8", "verified")
+    assert not (dynamic.output / "calibration.json").exists()
+    decisions = json.loads((dynamic.output / "quantization.json").read_text(encoding="utf-8"))
+    assert [(each["op"], each["dynamic"], each["operands"]) for each in decisions["layers"]] == [
+        ("linear", True, [])
+    ] * 3
+    assert any("in integers: 3 linear (scheme dynamic-u8s" in note for note in dynamic.report.notes)
+    assert any("ranges found at each run" in note for note in dynamic.report.notes)
+
+
+def test_bundle_says_which_domains_it_holds_and_what_opens_it(dynamic: BuildResult, built: Path) -> None:
+    said = read_bundle(dynamic.output).compatibility
+    assert said["domains"] == "ai.onnx, com.microsoft (3 DynamicQuantizeMatMul)"
+    assert said["onnxruntime"] == "1.18 or later"
+    model = onnx_ir.load(dynamic.output / "artifact" / "main.onnx")
+    assert [node.op_type for node in model.graph if node.domain] == ["DynamicQuantizeMatMul"] * 3
+    assert read_bundle(built).compatibility["domains"] == "ai.onnx", (
+        "nothing of its own in a static one without attention"
+    )
+
+
 def test_weights_have_seven_bits_when_the_device_has_no_vnni(folder: Path) -> None:
     asked = config(folder, "avx2.bundle", device_profile="cpu-x86-avx2")
     order = order_of(asked)
@@ -99,6 +128,11 @@ def test_weights_have_seven_bits_when_the_device_has_no_vnni(folder: Path) -> No
         ({"options": {"quantize.table": "none.json"}}, "VLX0215", "the calibration table cannot be used: No such file"),
         ({"calib": "nan.npz"}, "VLX0204", "#3"),
         ({"options": {"quantize.method": "median"}}, "VLX0703", "quantize.method"),
+        (
+            {"options": {"quantize.activations": "dynamic", "quantize.weights_only": "int8"}},
+            "VLX0703",
+            "it goes with no activations=dynamic",
+        ),
         ({"passes": ("quantize",)}, "VLX0703", "it runs with --precision int8"),
         ({"precision": "fp32", "options": {"quantize.keep": "up"}}, "VLX0703", "pass 'quantize' is not run"),
         ({"target": "coreml", "precision": "fp8"}, "VLX0502", "does not run fp8"),

@@ -99,3 +99,14 @@ def test_runtime_keeps_every_integer_operator_and_dequantizes_no_weight(
 def test_integer_attention_is_left_when_its_projection_is_in_float(program: Program) -> None:
     changes, misses = FuseQattention().run(nets.lowered(program))
     assert (changes, {each.reason for each in misses}) == ([], {"its weight is not in integers"})
+
+
+@pytest.mark.parametrize(("scheme", "largest"), [("dynamic-u8s8", 127), ("dynamic-u8s7", 63)])
+def test_weights_of_dynamic_linears_keep_to_the_grid_of_the_scheme_and_one_rounding_is_shared(
+    scheme: str, largest: int, program: Program
+) -> None:
+    made = nets.quantized(program, scheme)
+    weights = [made.tensor_of(node.args[0]) for node in made.calls("vlexport.dequantize.default")]
+    assert max(int(each.abs().max()) for each in weights if each is not None) == largest
+    linears = len(made.calls("aten.linear.default"))
+    assert (linears, len(made.calls("vlexport.choose_qparams.default"))) == (6, 4), "query, key and value share one"

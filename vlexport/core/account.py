@@ -8,7 +8,8 @@ from typing import Literal
 
 from vlexport.core.artifact import Frozen
 
-Idea = Literal["attention", "norm", "activation"]
+Idea = Literal["attention", "norm", "activation", "fused attention"]
+"""The last one is of what a target lowers to: one operator of the runtime with its projections in it."""
 
 
 class Missing(Frozen):

@@ -17,6 +17,7 @@ from typing import Any
 from torch.fx import Node
 
 from vlexport.core.account import Account, Idea, Missing
+from vlexport.core.bundle_schema import PassRecord
 from vlexport.ir import dialect, provenance
 from vlexport.ir.program import Program
 from vlexport.passes.base import NearMiss, Pass
@@ -29,6 +30,8 @@ _ATTENTION = ("scaled_dot_product_attention",)
 _NORMS = ("layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm")
 _STATISTICS = ("mean", "var", "var_mean", "std", "sum", "linalg_vector_norm", "norm")
 _ACTIVATIONS = ("gelu", "silu", "hardswish", "hardsigmoid", "mish", "quick_gelu")
+_FUSIONS = {"fuse-qattention": "QAttention", "fuse-attention": "Attention"}
+"""Lowered pass → the operator that it makes of attention."""
 _SHOWN = 6
 """Operators that a reason lists."""
 
@@ -131,6 +134,30 @@ def accounts(source: Program, optimized: Program, refusals: Refusals) -> tuple[A
     called = {node: _called(optimized, node) for node in optimized.calls()}
     found = (_account(promise, modules, made, called, live, refusals) for promise in _PROMISES)
     return tuple(each for each in found if each.expected or each.beyond)
+
+
+def fusion_accounts(records: Sequence[PassRecord]) -> tuple[Account, ...]:
+    """What became of attention in the lowered passes that fuse it; nothing where none of them ran or found any.
+
+    Args:
+        records: Of a target's lowered passes, in the order they ran: each sees what those before it left.
+    """
+    ran = [record for record in records if record.name in _FUSIONS]
+    fates: Counter[str] = Counter()
+    for record in ran:
+        fates[_FUSIONS[record.name]] += sum(change.count for change in record.changes)
+    missing: dict[str, list[str]] = {}
+    for miss in ran[-1].near_misses if ran else ():
+        missing.setdefault(miss.reason, []).append(miss.node.partition(" in ")[2].partition(" (")[0])
+    found, left = fates.total(), sum(map(len, missing.values()))
+    if not found + left:
+        return ()
+    told = tuple(Missing(of="softmax", reason=why, modules=tuple(paths)) for why, paths in missing.items())
+    return (
+        Account(
+            idea="fused attention", expected=found + left, found=found, fates=dict((+fates).most_common()), missing=told
+        ),
+    )
 
 
 def _account(

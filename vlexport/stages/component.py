@@ -30,7 +30,7 @@ from vlexport.passes.base import Pass
 from vlexport.passes.gate import FLOAT32_BOUND, NumericGate
 from vlexport.passes.pipeline import DumpHook, Hook, run_pipeline
 from vlexport.passes.probes import Probe, as_array, make_probes
-from vlexport.stages.account import Refusals, accounts
+from vlexport.stages.account import Refusals, accounts, fusion_accounts
 from vlexport.stages.choices import HALF_PRECISIONS, precision_passes_of
 from vlexport.stages.lowered import lower_and_rewrite
 from vlexport.stages.operators import operators_of
@@ -257,7 +257,7 @@ def lower_component(
         golden_smallest=smallest,
         passes=(*optimized.records, *lowered),
         cost=cost_record(optimized.program),
-        account=optimized.account,
+        account=(*optimized.account, *fusion_accounts(lowered)),
         operators=operators_of(source.program, optimized.program),
     )
 

@@ -1,0 +1,68 @@
+"""The benchmark of ONNX Runtime's own operators: what it writes into the table of costs, and how it is shown."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks import onnxruntime_fusions as benchmark
+from tests.benchmarks.onnxruntime_fusions import PLAIN, Row, costs_of, table, write_costs
+from vlexport.targets.onnxruntime.fusions import FusionCost
+
+SOURCE = "a processor, 2 threads"
+
+
+def row(variant: str, against: str, ratio: float | None, *, spread: float = 0.01) -> Row:
+    low, high = (None, None) if ratio is None else (ratio - spread, ratio + spread)
+    return Row(variant, against, 20.0, 40.0, ratio, low, high, 7, 0, "faster", 22_500_000)
+
+
+ROWS = [
+    row("fp32", PLAIN, 1.1),
+    row("fp32-attention", PLAIN, 1.15),
+    row("fp32-attention", "fp32", None),
+    row("static-qattention", PLAIN, 2.6),
+    row("static-qattention", "static", 1.15),
+]
+
+
+def test_costs_are_those_of_a_fusion_against_the_same_without_it_on_this_kind_of_processor() -> None:
+    (found,) = costs_of(ROWS, SOURCE, ("avx2", "avx512f", "avx512_vnni"))
+    assert (found.fusion, found.precision, found.instruction_set) == ("fuse-qattention", "int8", "avx512_vnni")
+    assert (found.ratio, found.low, found.high, found.source) == (1.15, 1.14, 1.16, SOURCE)
+    assert costs_of(ROWS, SOURCE, ("avx2",))[0].instruction_set == "avx2"
+
+
+def test_figures_replace_those_of_the_same_kind_and_keep_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def known(flag: str, low: float) -> FusionCost:
+        (found,) = costs_of([row("static-qattention", "static", low + 0.01)], SOURCE, (flag,))
+        return found
+
+    monkeypatch.setattr(benchmark, "fusion_costs", lambda: (known("avx512_vnni", 0.9), known("avx2", 1.05)))
+    write_costs(tmp_path / "costs.json", [known("avx512_vnni", 1.2)])
+    written = [FusionCost.model_validate(each) for each in json.loads((tmp_path / "costs.json").read_text())]
+    assert [(each.instruction_set, each.low) for each in written] == [("avx512_vnni", 1.2), ("avx2", 1.05)]
+
+
+def test_table_has_a_line_a_variant_with_what_its_fusion_gains() -> None:
+    assert table({"rows": [asdict(each) for each in ROWS]}).splitlines()[2:] == [
+        "| fp32 | 20.0 ms | 1.10× (1.09 to 1.11) |  | 22.5 MB |",
+        "| fp32-attention | 20.0 ms | 1.15× (1.14 to 1.16) | too noisy | 22.5 MB |",
+        "| static-qattention | 20.0 ms | 2.60× (2.59 to 2.61) | 1.15× (1.14 to 1.16) | 22.5 MB |",
+    ]
+
+
+def test_a_fusion_is_measured_against_a_variant_that_differs_in_nothing_else() -> None:
+    named = {each.name: each for each in benchmark.VARIANTS}
+    for each in benchmark.VARIANTS:
+        if each.fusion:
+            option = f"onnxruntime.{each.fusion.replace('-', '_')}"
+            other = named[each.without]
+            assert (each.options[option], other.options[option]) == ("true", "false")
+            assert {**each.options, option: ""} == {**other.options, option: ""}
+            assert each.precision == other.precision
