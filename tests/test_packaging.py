@@ -74,8 +74,8 @@ def test_wheel_holds_only_the_package_when_built(wheel: dict[str, bytes]) -> Non
     assert strangers == []
     data = {n for n in wheel if n.startswith("vlexport/") and not n.endswith(".py")}
     assert data == {
-        "vlexport/py.typed", "vlexport/report/report.html.j2", "vlexport/core/device_profiles.json",
-        "vlexport/core/explanations.json",
+        "vlexport/py.typed", "vlexport/report/report.css", "vlexport/report/report.html.j2",
+        "vlexport/core/device_profiles.json", "vlexport/core/explanations.json",
         "vlexport/targets/coreml/op_support.json", "vlexport/targets/tensorrt/op_support.json",
         *(f"vlexport/targets/{name}/schemes.json" for name in ("coreml", "onnxruntime", "tensorrt")),
     }  # fmt: skip
@@ -159,7 +159,7 @@ def requirements(texts: list[str]) -> dict[str, Requirement]:
 
 def test_extras_are_the_documented_ones_when_read() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
-    assert set(extras) == {"build", "onnxruntime", "tensorrt", "coreml", "samples", "dev", "all"}
+    assert set(extras) == {"build", "onnxruntime", "tensorrt", "coreml", "report", "samples", "dev", "all"}
     everything = requirements(extras["all"])["vlexport"]
     assert everything.extras == set(extras) - {"all"}
     assert {"torch", "onnx", "onnxscript"} <= set(requirements(extras["build"]))
@@ -174,7 +174,7 @@ def test_runtime_half_needs_no_torch_and_only_lower_bounds_when_installed() -> N
 
 
 _DISTRIBUTION = {"PIL": "pillow", "tomli_w": "tomli-w", "onnx_ir": "onnx-ir"}
-_BROUGHT = {"sympy": "torch"}
+_BROUGHT = {"markupsafe": "jinja2", "sympy": "torch"}
 """Modules that come with another requirement, which depends on them for good."""
 
 

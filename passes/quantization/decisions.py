@@ -34,7 +34,7 @@ class ValueDecision(Frozen):
 
     @property
     def grid(self) -> Grid:
-        """Where the integers lie."""
+        """Where the integers lie; ``e4m3`` has no grid."""
         return GRIDS[self.type]
 
 
@@ -47,8 +47,10 @@ class LayerDecision(Frozen):
         module: Module path.
         operands: Keys of the computed operands, in order.
         weight: Grid of the stored operand, a scale an output channel; empty where there is none.
+        block: Input features of the stored operand that share a scale; 0 where a channel has one.
         bias: ``int32`` at the product of both scales, or ``float``.
         output: Key of the value that is rounded again behind the call; empty where it stays in float.
+        dynamic: What is computed is rounded by the range that it has at that run; ``operands`` is empty then.
     """
 
     call: str
@@ -56,8 +58,10 @@ class LayerDecision(Frozen):
     module: str
     operands: tuple[str, ...]
     weight: str = ""
+    block: int = 0
     bias: str = "float"
     output: str = ""
+    dynamic: bool = False
 
 
 class Decisions(Frozen):
@@ -65,11 +69,13 @@ class Decisions(Frozen):
 
     Attributes:
         scheme: Id of the scheme that asked for it.
+        scales: Type whose numbers all scales are.
         layers: Calls, in the Program's order.
         values: Values, in the Program's order.
     """
 
     scheme: str
+    scales: str = "float32"
     layers: tuple[LayerDecision, ...] = ()
     values: tuple[ValueDecision, ...] = ()
 
@@ -83,7 +89,8 @@ class Decisions(Frozen):
         for layer in self.layers:
             weight = f" x {layer.weight}, bias {layer.bias}" if layer.weight else ""
             output = f" -> {layer.output}" if layer.output else ""
-            lines.append(f"{layer.op} {layer.call} in {layer.module}: {', '.join(layer.operands)}{weight}{output}")
+            read = ", ".join(layer.operands) or ("ranges at run time" if layer.dynamic else "its operands in float")
+            lines.append(f"{layer.op} {layer.call} in {layer.module}: {read}{weight}{output}")
         lines += [
             f"{value.value}: {value.low:.4g}…{value.high:.4g} {value.type} scale {value.scale:.4g} "
             f"zero {value.zero_point}{' for all readers' if value.for_all else ''}"

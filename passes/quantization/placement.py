@@ -16,11 +16,14 @@ from torch import Tensor
 from torch.fx import Node
 
 from vlexport.core.scheme import LayerRule, QuantScheme
-from vlexport.ir import dialect, provenance
+from vlexport.ir import dialect
 from vlexport.ir.program import Program
+from vlexport.passes.quantization.named_calls import named_calls
 
 Refuse = Callable[[Node], str]
 """Why a value cannot be rounded, or an empty string."""
+_FACTORS = ("self", "other", "mat2", "query", "key", "value")
+"""What schemas call the operands of a product of computed values."""
 _CLIPS = ("relu", "relu6", "hardtanh", "clamp", "clamp_min")
 
 
@@ -31,7 +34,7 @@ class Layer:
     Attributes:
         node: The call.
         rule: How.
-        operands: Its computed operands.
+        operands: Its computed operands that need a range.
         output: The value that is rounded behind it; None for none.
     """
 
@@ -59,24 +62,31 @@ class Placement:
 
 
 def place(
-    program: Program, scheme: QuantScheme, *, keep: Sequence[str] = (), refuse: Refuse = lambda _: ""
+    program: Program,
+    scheme: QuantScheme,
+    *,
+    keep: Sequence[str] = (),
+    only: Sequence[str] = (),
+    refuse: Refuse = lambda _: "",
 ) -> Placement:
     """Place quantization.
 
     Args:
         program: In float.
         scheme: What the target wants.
-        keep: Patterns of module paths that stay in float.
+        keep: Patterns of module paths, and keys, of what stays in float.
+        only: The same of what alone is quantized; empty for all.
         refuse: Called for every value that would be rounded; a call that needs one that is refused stays in float.
     """
     found: list[Layer] = []
     refused: dict[Node, str] = {}
+    kept, alone = named_calls(program, keep), named_calls(program, only)
     for node in program.calls():
         rule = scheme.layer(dialect.plain_name(node))
-        if rule is None:
-            continue
+        if rule is None or (rule.activation is not None and rule.activation.fixed_scale is not None):
+            continue  # a fixed scale is one of results, for whoever reads them
         layer, why = _layer(program, node, rule)
-        if any(provenance.lies_in(node, pattern) for pattern in keep):
+        if node in kept or (only and node not in alone):
             why = "it is kept in float"
         if layer is not None and not why:
             values = [*layer.operands, *([layer.output] if layer.output is not None else [])]
@@ -95,18 +105,25 @@ def _layer(program: Program, node: Node, rule: LayerRule) -> tuple[Layer | None,
         return None, "it does not compute in float32"
     given = dict(zip(dialect.operand_names(node), dialect.operands(node), strict=True))
     if rule.weight is None:
-        computed = tuple(each for each in dialect.operands(node)[:2] if isinstance(each, Node))
+        computed = tuple(each for name, each in given.items() if name in _FACTORS and isinstance(each, Node))
         if any(program.tensor_of(each) is not None for each in computed):
             return None, "an operand is stored, and the scheme has no rule for it"
     else:
-        weight, bias = given.get("weight"), given.get("bias")
+        weight, bias = given["weight"], given.get("bias")
         if program.tensor_of(weight) is None:
             return None, "its weight is computed, not stored"
         if bias is not None and program.tensor_of(bias) is None:
             return None, "its bias is computed, not stored"
+        if rule.weight.block and weight.meta["val"].shape[1] % rule.weight.block:
+            features = int(weight.meta["val"].shape[1])
+            return None, f"its {features} input features are no multiple of blocks of {rule.weight.block}"
+        if rule.activation is None:
+            return Layer(node, rule, (), None), ""
         computed = (given["input"],)
         if program.tensor_of(given["input"]) is not None:
             return None, "its input is stored, not computed"
+        if rule.activation.dynamic:
+            return Layer(node, rule, (), None), ""
     if any(each.target is torch.ops.vlexport.dequantize.default for each in computed):
         return None, "it is quantized already"
     return Layer(node, rule, computed, _clipped(node) if rule.output == "quantized" else None), ""

@@ -27,8 +27,12 @@ from vlexport.targets.coreml.session import why_not_here
 from vlexport.targets.coreml.shapes import parse_shapes
 
 if TYPE_CHECKING:
+    from torch.fx import Node
+
+    from vlexport.core.bundle_schema import Change
     from vlexport.ir.program import Program
     from vlexport.passes.base import Pass
+    from vlexport.passes.quantization.decisions import Decisions, LayerDecision
 
 DEFAULT_DEPLOYMENT = "iOS17"
 """Where neither the option nor the device profile says otherwise."""
@@ -117,7 +121,7 @@ class CoreMLTarget(Target):
 
     id: ClassVar[str] = "coreml"
     summary: ClassVar[str] = "Core ML package for iPhone, iPad and Mac"
-    precisions: ClassVar[tuple[str, ...]] = ("fp16", "fp32")
+    precisions: ClassVar[tuple[str, ...]] = ("fp16", "fp32", "int8")
     precision_reason: ClassVar[str] = "the Neural Engine computes in fp16 only"
     Options: ClassVar[type[Frozen]] = CoreMLOptions
     session_entry: ClassVar[str] = "vlexport.targets.coreml.session:open_session"
@@ -127,6 +131,18 @@ class CoreMLTarget(Target):
     def schemes(self) -> tuple[QuantScheme, ...]:
         """Those of ``schemes.json``."""
         return read_schemes(__name__)
+
+    def float_precision(self, precision: str) -> str:
+        """Half: the Neural Engine computes in nothing else."""
+        return "fp16"
+
+    def emit_quant(
+        self, program: Program, decisions: Decisions, nodes: Mapping[str, Node], layer: LayerDecision
+    ) -> Change:
+        """Symmetric, with a float bias; stored weights unpack on load."""
+        from vlexport.targets.coreml.emit_quant import emit_quant
+
+        return emit_quant(program, decisions, nodes, layer)
 
     def probe(self) -> Probe:
         """Nothing runs Core ML artifacts in this version; the version is that of coremltools."""

@@ -35,6 +35,7 @@ def require_as_planned(found: MilSummary, plan: Plan, precision: str) -> None:
     if plan.labels:
         _equal("what is classified", found.before_classify(), "softmax")
     _require_types(found, plan, precision)
+    _require_integers(found, plan)
 
 
 def _require_feature(feature: Feature, spec: TensorSpec, colour: str) -> None:
@@ -61,6 +62,14 @@ def _require_types(found: MilSummary, plan: Plan, precision: str) -> None:
         _equal("bytes of fp32 weights in an fp16 package", found.weight_bytes.get("FLOAT32", 0), 0)
         singles = sorted({op.type for op in found.operations if "FLOAT32" in op.dtypes} - {"cast", "classify"})
         _equal("operators in fp32 of an fp16 package", singles, [])
+
+
+def _require_integers(found: MilSummary, plan: Plan) -> None:
+    """No weight that the Program stores in integers was made float on the way."""
+    kept = sum(found.weight_bytes.get(name, 0) for name in ("INT8", "UINT8", "INT4"))
+    stored = plan.integers
+    if kept < stored:
+        _equal("elements of weights in integers", kept, stored)
 
 
 def _equal(what: str, found: object, wanted: object) -> None:

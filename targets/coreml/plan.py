@@ -19,6 +19,7 @@ from vlexport.targets.coreml.compat import operator_types
 from vlexport.targets.coreml.names import LABEL, PROBABILITIES, feature_names, swift_class_name, swift_identifier
 from vlexport.targets.coreml.outputs import shared_outputs, with_own_outputs
 from vlexport.targets.coreml.pixels import require_images, with_pixels
+from vlexport.targets.coreml.quantized import stored_integers
 from vlexport.targets.coreml.shapes import Sizes, enumerated_shapes, parse_shapes, sizes_of_dims
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Plan:
         half: coremltools is to make the Program fp16; else types stay as the Program has them.
         keep: MIL operators that stay in fp32 then.
         copies: The Program multiplies by 1 to give an output a value of its own.
+        integers: Elements of weights that the Program stores in 8 or 4 bits; equal weights count once.
     """
 
     program: Program
@@ -63,6 +65,7 @@ class Plan:
     typed: bool
     keep: frozenset[str]
     copies: bool
+    integers: int = 0
 
 
 def plan_of(program: Program, brief: Brief, options: CoreMLOptions) -> Plan:
@@ -125,6 +128,7 @@ def plan_of(program: Program, brief: Brief, options: CoreMLOptions) -> Plan:
         typed=typed,
         keep=_kept(options.keep),
         copies=bool(shared_outputs(program)),
+        integers=stored_integers(program),
     )
 
 

@@ -14,6 +14,8 @@ from torch.fx import Node
 
 from vlexport.core.grids import dequantize
 from vlexport.ir import dialect, quant_ops
+from vlexport.ir.program import Program
+from vlexport.ir.text import tensor_digest
 from vlexport.targets.coreml import compat
 
 TRANSLATED = frozenset({"vlexport.quantize.default", "vlexport.dequantize.default"})
@@ -38,6 +40,13 @@ def register() -> None:
 def quantizes(node: Node) -> bool:
     """Whether a call is one of our quantization operators."""
     return dialect.op_name(node).startswith("vlexport.")
+
+
+def stored_integers(program: Program) -> int:
+    """Elements of weights that are stored in int8 or uint8 and dequantized; equal ones count once."""
+    sources = [node.args[0] for node in program.calls("vlexport.dequantize.default")]
+    kept = [each for each in map(program.tensor_of, sources) if each is not None and each.dtype is not quant_ops.BIAS]
+    return sum({tensor_digest(each): each.numel() for each in kept}.values())
 
 
 def why_not(node: Node, deployment: str) -> str:

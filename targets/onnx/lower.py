@@ -100,11 +100,11 @@ def write_plain_export(program: Program, folder: Path) -> Path:
     return folder / MAIN_FILE
 
 
-def write_onnx(model: onnx_ir.Model, folder: Path, *, file: str = MAIN_FILE) -> Path:
-    """Write a model as ``file`` (and ``weights.bin`` when large); returns the main file."""
+def write_onnx(model: onnx_ir.Model, folder: Path, *, file: str = MAIN_FILE, weights: str = WEIGHTS_FILE) -> Path:
+    """Write a model as ``file`` (and ``weights`` beside it when large); returns the main file."""
     folder.mkdir(parents=True, exist_ok=True)
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    external = WEIGHTS_FILE if size > EXTERNAL_ABOVE_BYTES else None
+    external = weights if size > EXTERNAL_ABOVE_BYTES else None
     onnx_ir.save(model, folder / file, external_data=external)
     return folder / file
 

@@ -8,6 +8,7 @@ shaped like their scales. Measured; tests/targets/test_emit_quant.py counts the 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,14 +16,16 @@ import numpy as np
 import torch
 from torch.fx import Node
 
-from vlexport.calibration.scales import symmetric
 from vlexport.core.bundle_schema import Change
 from vlexport.core.grids import GRIDS, INT32, quantize
 from vlexport.ir import dialect, provenance
 from vlexport.ir.cost import parameters_stored
 from vlexport.ir.program import Program
-from vlexport.ir.quant_ops import DEQUANTIZE, QUANTIZE
+from vlexport.ir.quant_ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE
 from vlexport.passes.quantization.decisions import Decisions, LayerDecision, ValueDecision
+from vlexport.passes.quantization.spell import feed, rounded, said, spell, stored
+from vlexport.passes.quantization.weights import weight_integers
+from vlexport.targets.onnxruntime.small_weights import store_small
 
 aten = torch.ops.aten
 
@@ -36,49 +39,61 @@ def emit_quant(program: Program, decisions: Decisions, nodes: Mapping[str, Node]
         nodes: Key → node, of the Program before any was spelled.
         layer: The call.
     """
-    calls, stored = len(program.calls()), parameters_stored(program)
     values = decisions.by_value()
     node = nodes[layer.call]
+    if layer.dynamic:
+        _round_by_range(program, node)
+        return spell(program, decisions, node, layer)
+    if not layer.operands:
+        return store_small(program, node, layer)
+    calls, stored_before = len(program.calls()), parameters_stored(program)
     if layer.op == "linear" and node.meta["val"].ndim != 2:
         node = _as_rows(program, node, values[layer.operands[0]])
     else:
         for position, key in enumerate(layer.operands):
             operand = dialect.operands(node)[position]
             if operand.target is not DEQUANTIZE:
-                _feed(program, operand, values[key], node)
+                feed(program, operand, values[key], node)
     if layer.weight:
         _store(program, node, layer, values[layer.operands[0]])
     if layer.output:
         _round_again(program, decisions, nodes, layer.output)
-    grids = f"{values[layer.operands[0]].type} x {layer.weight or values[layer.operands[-1]].type}"
     return Change(
-        what=f"{layer.op} in {grids}", where=(provenance.module_path(node),), saved_nodes=calls - len(program.calls()),
-        saved_parameters=stored - parameters_stored(program),
+        what=said(layer, values), where=(provenance.module_path(node),), saved_nodes=calls - len(program.calls()),
+        saved_parameters=stored_before - parameters_stored(program),
     )  # fmt: skip
 
 
-def _feed(program: Program, value: Node, decision: ValueDecision, reader: Node) -> None:
-    """Let one reader, or all, read the rounded value."""
-    rounded = _rounded(program, value, decision)
-    readers = list(value.users) if decision.for_all else [reader]
-    for each in readers:
-        if each.target is not QUANTIZE:
-            each.replace_input_with(value, rounded)
+def _round_by_range(program: Program, node: Node) -> None:
+    """Round what a linear reads by its range of this run; once for all linears that read it."""
+    value = dialect.operands(node)[0]
+    ranged = next((user for user in value.users if user.target is CHOOSE_QPARAMS), None)
+    if ranged is None:
+        before = value.next
+        while before.op == "placeholder":
+            before = before.next
+        ranged = program.add_call(CHOOSE_QPARAMS, (value,), before=before, value_of=node)
+        scale, point = (program.add_call(operator.getitem, (ranged, i), before=before, value_of=node) for i in (0, 1))
+        steps = program.add_call(QUANTIZE, (value, scale, point), before=before, value_of=node)
+        made = program.add_call(DEQUANTIZE, (steps, scale, point), before=before, value_of=node)
+    else:
+        made = next(user for steps in value.users if steps.target is QUANTIZE for user in steps.users)
+    node.replace_input_with(value, made)
 
 
 def _as_rows(program: Program, node: Node, decision: ValueDecision) -> Node:
     """A linear over rows in place of ``node``: its input is reshaped as integers, its result back."""
     value = dialect.operands(node)[0]
-    rounded = value if value.target is DEQUANTIZE else _rounded(program, value, decision)
-    stored, scale, point = rounded.args[:3]
-    assert isinstance(stored, Node)
+    fed_by = value if value.target is DEQUANTIZE else rounded(program, value, decision)
+    steps, scale, point = fed_by.args[:3]
+    assert isinstance(steps, Node)
     width = [-1, value.meta["val"].shape[-1]]
-    rows = program.add_call(aten.reshape.default, (stored, width), before=node, value_of=node)
+    rows = program.add_call(aten.reshape.default, (steps, width), before=node, value_of=node)
     fed = program.add_call(DEQUANTIZE, (rows, scale, point), before=node, value_of=node)
     made = program.add_call(aten.linear.default, (fed, *dialect.operands(node)[1:]), before=node, value_of=node)
     back = program.add_call(aten.reshape.default, (made, _sizes(program, node)), before=node, value_of=node)
     program.replace(node, back)
-    program.erase_dead(rounded)
+    program.erase_dead(fed_by)
     return made
 
 
@@ -98,33 +113,15 @@ def _sizes(program: Program, node: Node) -> list[Any]:
 def _round_again(program: Program, decisions: Decisions, nodes: Mapping[str, Node], key: str) -> None:
     """Round a result for all its readers, and what is moved about of it at the same scale."""
     values = decisions.by_value()
-    _feed(program, nodes[key], values[key], nodes[key])
+    feed(program, nodes[key], values[key], nodes[key])
     for each in decisions.values:
         same = (each.scale, each.zero_point) == (values[key].scale, values[key].zero_point)
         if each.for_all and same and all(_is_rounded(s) for s in nodes[each.value].all_input_nodes):
-            _feed(program, nodes[each.value], each, nodes[each.value])
+            feed(program, nodes[each.value], each, nodes[each.value])
 
 
 def _is_rounded(node: Node) -> bool:
     return node.target is DEQUANTIZE
-
-
-def _rounded(program: Program, value: Node, decision: ValueDecision) -> Node:
-    """The value after rounding, made once."""
-    for user in value.users:
-        if user.target is QUANTIZE:
-            made = next((each for each in user.users if each.target is DEQUANTIZE), None)
-            return made or program.add_call(DEQUANTIZE, (user, *user.args[1:]), before=user.next, value_of=user)
-    before = value.next
-    while before.op == "placeholder":
-        before = before.next
-    owner = value if value.op == "call_function" else next(iter(value.users))
-    name = f"{provenance.module_path(owner) or 'main'}.{value.name}"
-    scale = program.add_tensor(f"{name}_scale", torch.tensor(decision.scale, dtype=torch.float32), before=before)
-    kind = getattr(torch, decision.grid.dtype)
-    point = program.add_tensor(f"{name}_zero", torch.tensor(decision.zero_point, dtype=kind), before=before)
-    stored = program.add_call(QUANTIZE, (value, scale, point), before=before, value_of=owner)
-    return program.add_call(DEQUANTIZE, (stored, scale, point), before=before, value_of=owner)
 
 
 def _store(program: Program, node: Node, layer: LayerDecision, value: ValueDecision) -> None:
@@ -133,34 +130,20 @@ def _store(program: Program, node: Node, layer: LayerDecision, value: ValueDecis
     weight, bias = given["weight"], given.get("bias")
     floats = program.tensor_of(weight)
     assert floats is not None
-    array = floats.detach().double().numpy()
-    grid = GRIDS[layer.weight]
-    flat = array.reshape(array.shape[0], -1)
-    made = symmetric(flat.min(1), flat.max(1), grid)
-    integers = quantize(array, made.scale, made.zero_point, grid, axis=0)
+    integers, made = weight_integers(floats, GRIDS[layer.weight])
     name = str(weight.target)
-    fresh = {"weight": _stored(program, node, name, integers, made.scale, made.zero_point)}
+    fresh = {"weight": stored(program, node, name, integers, made.scale, made.zero_point)}
     if layer.bias == "int32":
         scales = (made.scale * np.float32(value.scale)).astype(np.float32)
         was = program.tensor_of(bias)
-        floating = was.detach().double().numpy() if was is not None else np.zeros(array.shape[0])
+        floating = was.detach().double().numpy() if was is not None else np.zeros(floats.shape[0])
         points = np.zeros(scales.shape, np.int32)
         steps = quantize(floating, scales, points, INT32, axis=0)
         called = str(bias.target) if isinstance(bias, Node) else f"{name}_bias"
-        fresh["bias"] = _stored(program, node, called, steps, scales, points)
+        fresh["bias"] = stored(program, node, called, steps, scales, points)
     operands = [fresh.get(key, each) for key, each in given.items()]
     assert isinstance(node.target, torch._ops.OpOverload)
     node.args, node.kwargs = dialect.arguments(node.target, operands)
     for old in (weight, bias):
         if isinstance(old, Node):
             program.erase_dead(old)
-
-
-def _stored(program: Program, node: Node, name: str, integers: Any, scale: Any, point: Any) -> Node:
-    """A stored tensor of integers, dequantized, a scale a channel."""
-    tensors = {"int": integers, "scale": scale, "zero": point}
-    made = [
-        program.add_tensor(f"{name}_{suffix}", torch.from_numpy(np.ascontiguousarray(each)), before=node)
-        for suffix, each in tensors.items()
-    ]
-    return program.add_call(DEQUANTIZE, (*made, 0), before=node, value_of=node)

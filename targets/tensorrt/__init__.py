@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
 
 from vlexport.core.artifact import Artifact, Frozen
 from vlexport.core.devices import this_machine
 from vlexport.core.errors import VlexportError
-from vlexport.core.scheme import QuantScheme, read_schemes
+from vlexport.core.scheme import QUANTIZED, QuantScheme, read_schemes
 from vlexport.targets.base import Brief, Probe, Target
 from vlexport.targets.tensorrt.engine import choose_engine, compiler_version, missing_compiler
 from vlexport.targets.tensorrt.options import TensorRTOptions
 
 if TYPE_CHECKING:
+    from torch.fx import Node
+
+    from vlexport.core.bundle_schema import Change
     from vlexport.ir.program import Program
+    from vlexport.passes.base import Pass
+    from vlexport.passes.quantization.decisions import Decisions, LayerDecision
 
 __all__ = ["TensorRTOptions", "TensorRTTarget"]
 
@@ -27,7 +32,7 @@ class TensorRTTarget(Target):
 
     id: ClassVar[str] = "tensorrt"
     summary: ClassVar[str] = "typed ONNX for TensorRT on Jetson and NVIDIA GPUs, with an engine for RTX GPUs"
-    precisions: ClassVar[tuple[str, ...]] = ("fp16", "fp32")
+    precisions: ClassVar[tuple[str, ...]] = ("fp16", "fp32", "int8", "fp8")
     precision_reason: ClassVar[str] = "tensor cores compute in fp16, and TensorRT keeps to the types of the graph"
     Options: ClassVar[type[Frozen]] = TensorRTOptions
     session_entry: ClassVar[str] = "vlexport.targets.tensorrt.session:open_session"
@@ -36,6 +41,28 @@ class TensorRTTarget(Target):
     def schemes(self) -> tuple[QuantScheme, ...]:
         """Those of ``schemes.json``."""
         return read_schemes(__name__)
+
+    def float_precision(self, precision: str) -> str:
+        """Half: what is not quantized is computed as in an fp16 artifact."""
+        return "fp16"
+
+    def fallback_precision(self, brief: Brief) -> str:
+        """fp16 beside int8 and fp8, which may be no faster on the device."""
+        return "fp16" if brief.precision in QUANTIZED and cast("TensorRTOptions", brief.options).fallback else ""
+
+    def quantized_passes(self, scheme: QuantScheme, *, min_sqnr_db: float) -> Sequence[Pass[Program]]:
+        """Weights of attention in float8, too, where its operands are."""
+        from vlexport.targets.tensorrt.quantize_softmax import QuantizeSoftmax
+
+        return [QuantizeSoftmax(scheme, min_sqnr_db=min_sqnr_db)] if scheme.layer("softmax") is not None else []
+
+    def emit_quant(
+        self, program: Program, decisions: Decisions, nodes: Mapping[str, Node], layer: LayerDecision
+    ) -> Change:
+        """Symmetric, with a float bias."""
+        from vlexport.targets.tensorrt.emit_quant import emit_quant
+
+        return emit_quant(program, decisions, nodes, layer)
 
     def probe(self) -> Probe:
         """ONNX Runtime, which stands in for TensorRT here, and the compiler. Neither TensorRT nor a GPU is used."""
@@ -93,7 +120,7 @@ class TensorRTTarget(Target):
 
         options = cast("TensorRTOptions", brief.options)
         opset = choose_opset(options, brief.device)
-        choose_engine(options, brief.device)
+        choose_engine(options, brief.device, precision=brief.precision)
         facts = brief.device.facts
         known = {
             name: facts[name].value for name in ("tensorrt", "tensorrt-rtx", "compute-capability") if name in facts

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from pathlib import Path
 
 from vlexport.core.artifact import Signature
 from vlexport.core.device_profiles import DeviceProfile
@@ -19,7 +20,14 @@ _ALWAYS_TYPED = 11
 
 
 def device_commands(
-    name: str, onnx_file: str, signature: Signature, options: TensorRTOptions, device: DeviceProfile, *, engine: str
+    name: str,
+    onnx_file: str,
+    signature: Signature,
+    options: TensorRTOptions,
+    device: DeviceProfile,
+    *,
+    engine: str,
+    fallback: str = "",
 ) -> str:
     """Text for a file beside the artifact.
 
@@ -30,6 +38,7 @@ def device_commands(
         options: Of the target.
         device: Which of the two runtimes reads it; both where the profile does not say.
         engine: The engine that lies beside the graph already, or empty.
+        fallback: File of the same graph in fp16, to be measured as well; or empty.
     """
     rtx, full = "tensorrt-rtx" in device.facts, "tensorrt" in device.facts
     lines = ["# To be run in this folder, on the device."]
@@ -37,14 +46,18 @@ def device_commands(
         lines.append(
             f"# No largest size is recorded for {', '.join(unbounded)}: raise --maxShapes to what you will run."
         )
+    if fallback:
+        lines.append(f"# {onnx_file} is quantized, {fallback} is the same in fp16: measure both, keep the faster one.")
+    graphs = [(name, onnx_file, engine), *([(Path(fallback).stem, fallback, "")] if fallback else [])]
     if full or not rtx:
         version = device.facts["tensorrt"].value if full else ""
         lines += [
             f"# TensorRT {version or '10 and later'}",
-            _line(_trtexec(name, onnx_file, signature, options, version)),
+            *(_line(_trtexec(stem, file, signature, options, version)) for stem, file, _ in graphs),
         ]
     if rtx or not full:
-        lines += ["# TensorRT for RTX", *map(_line, _tensorrt_rtx(name, onnx_file, signature, options, engine))]
+        runs = [line for each in graphs for line in _tensorrt_rtx(each[0], each[1], signature, options, each[2])]
+        lines += ["# TensorRT for RTX", *map(_line, runs)]
     return "\n".join(lines) + "\n"
 
 

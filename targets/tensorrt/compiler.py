@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
 from vlexport.core.artifact import Array, Artifact, Frozen, Session, artifact_file
+from vlexport.targets.tensorrt.engine_layers import products
 from vlexport.targets.tensorrt.profile import InputRange
 
 MODULE = "tensorrt_rtx"
@@ -29,6 +31,7 @@ class Request(Frozen):
         refittable: As the option.
         strip_weights: As the option.
         tf32: As the option.
+        inspect: Report which types the layers of the engine multiply.
     """
 
     compute_capabilities: tuple[str, ...] = ()
@@ -36,6 +39,7 @@ class Request(Frozen):
     refittable: bool = False
     strip_weights: bool = False
     tf32: bool = False
+    inspect: bool = False
 
 
 class Refusal(Frozen):
@@ -58,10 +62,12 @@ class Report(Frozen):
     Attributes:
         version: Of the compiler.
         refusals: Empty when there is an engine.
+        products: Types that a layer multiplies → how many do; empty unless it was asked for.
     """
 
     version: str
     refusals: tuple[Refusal, ...] = ()
+    products: dict[str, int] = Field(default_factory=dict)
 
 
 class CompilerSession(Session):
@@ -93,6 +99,8 @@ def open_session(folder: Path, artifact: Artifact, threads: int) -> Session:
 def configured(trt: Any, builder: Any, request: Request) -> Any:
     """A builder configuration for a request."""
     config = builder.create_builder_config()
+    if request.inspect:
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     flags = trt.BuilderFlag
     if not request.tf32:
         config.clear_flag(flags.TF32)
@@ -117,9 +125,10 @@ def configured(trt: Any, builder: Any, request: Request) -> Any:
 def _compiled(file: Path, request: Request) -> tuple[bytes, Report]:
     trt = importlib.import_module(MODULE)
     said: list[str] = []
+    detailed: list[str] = []
 
     class Log(trt.ILogger):  # type: ignore[name-defined]
-        """Keeps errors: the builder tells its reasons nowhere else."""
+        """Keeps errors: the builder tells its reasons nowhere else. The layers of an engine, too."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
@@ -127,6 +136,8 @@ def _compiled(file: Path, request: Request) -> tuple[bytes, Report]:
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
                 said.append(message)
+            elif request.inspect and severity == trt.ILogger.Severity.VERBOSE:
+                detailed.append(message)
 
     log = Log()
     builder = trt.Builder(log)
@@ -147,7 +158,7 @@ def _compiled(file: Path, request: Request) -> tuple[bytes, Report]:
     engine = builder.build_serialized_network(network, configured(trt, builder, request))
     if engine is None:
         return b"", Report(version=version, refusals=(_said(said, file),))
-    return bytes(memoryview(engine)), Report(version=version)
+    return bytes(memoryview(engine)), Report(version=version, products=products(detailed))
 
 
 def _said(messages: list[str], file: Path) -> Refusal:

@@ -26,6 +26,8 @@ RTX_DEFAULT = "8.0, 8.6, 8.9, 12.0 and later"
 """What an engine fits that was compiled for nothing in particular. Source: TensorRT for RTX documentation, CPU-only AOT
 engines."""
 
+FLOAT8_CAPABILITY = 8.9
+"""The first that multiplies FP8. Source: TensorRT support matrix, hardware and precision."""
 _COMPILER = "vlexport.targets.tensorrt.compiler:open_session"
 _PACKAGES = ("tensorrt-rtx-cu12", "tensorrt-rtx-cu13", "tensorrt-rtx")
 _INSTALL = "pip install 'vlexport[tensorrt]'"
@@ -54,13 +56,16 @@ def compiler_version() -> str:
     return next((found.version for found in packages), "0")
 
 
-def choose_engine(options: TensorRTOptions, device: DeviceProfile, signature: Signature | None = None) -> EngineChoice:
-    """Decide from options, device and dims.
+def choose_engine(
+    options: TensorRTOptions, device: DeviceProfile, signature: Signature | None = None, *, precision: str = ""
+) -> EngineChoice:
+    """Decide from options, device, dims and precision.
 
     Args:
         options: Of the target.
         device: Its compute capabilities decide.
         signature: Left out where dims are not known yet.
+        precision: fp8 leaves out capabilities that do not have it.
 
     Raises:
         UsageError: VLX0703 for compute capabilities that the compiler or the device does not have.
@@ -68,7 +73,8 @@ def choose_engine(options: TensorRTOptions, device: DeviceProfile, signature: Si
     """
     asked = tuple(filter(None, options.compute_capabilities.split(",")))
     own = tuple(device.facts["compute-capability"].value.split()) if "compute-capability" in device.facts else ()
-    known = [each for each in RTX_CAPABILITIES if not own or each in own]
+    least = FLOAT8_CAPABILITY if precision == "fp8" else 0.0
+    known = [each for each in RTX_CAPABILITIES if (not own or each in own) and float(each) >= least]
     for each in asked:
         if each not in known:
             raise UsageError(
@@ -77,7 +83,7 @@ def choose_engine(options: TensorRTOptions, device: DeviceProfile, signature: Si
             )  # fmt: skip
     reason = _why_none(options, device, own, signature)
     if not reason:
-        return EngineChoice(True, asked or tuple(each for each in own if each in RTX_CAPABILITIES))
+        return EngineChoice(True, asked or (tuple(known) if own or least else ()))
     if options.engine == "on":
         raise CapabilityError("VLX0510", f"no engine: {reason}", where="--set tensorrt.engine=on",
                               hint="leave that option out: the ONNX file is made without an engine")  # fmt: skip
@@ -119,8 +125,14 @@ class EngineRefusedError(Exception):
 
 
 def compile_engine(
-    folder: Path, file: str, signature: Signature, choice: EngineChoice, options: TensorRTOptions
-) -> tuple[bytes, str]:
+    folder: Path,
+    file: str,
+    signature: Signature,
+    choice: EngineChoice,
+    options: TensorRTOptions,
+    *,
+    inspect: bool = False,
+) -> tuple[bytes, compiler.Report]:
     """Compile an ONNX file in a child process.
 
     Args:
@@ -129,16 +141,17 @@ def compile_engine(
         signature: Gives the optimization profile.
         choice: What to compile for.
         options: Of the target.
+        inspect: Have the engine's layers looked at.
 
     Returns:
-        The engine, and the compiler's version.
+        The engine, and what the compiler reports.
 
     Raises:
         EngineRefusedError: When the compiler refuses the graph, dies or takes too long.
     """
     request = compiler.Request(
         compute_capabilities=choice.capabilities, profile=profile_of(signature), refittable=options.refittable,
-        strip_weights=options.strip_weights, tf32=options.tf32,
+        strip_weights=options.strip_weights, tf32=options.tf32, inspect=inspect,
     )  # fmt: skip
     artifact = Artifact(
         target="tensorrt", path=file, inputs=(), outputs=(),
@@ -152,4 +165,4 @@ def compile_engine(
     report = compiler.Report.model_validate(json.loads(made["report"].tobytes()))
     if report.refusals:
         raise EngineRefusedError(report.refusals)
-    return made["engine"].tobytes(), report.version
+    return made["engine"].tobytes(), report

@@ -13,6 +13,7 @@ import onnx_ir
 from vlexport.core.artifact import Artifact
 from vlexport.core.device_profiles import DeviceProfile
 from vlexport.core.errors import CapabilityError, UsageError, VlexportError
+from vlexport.core.scheme import QUANTIZED
 from vlexport.ir.program import Program
 from vlexport.targets.base import Brief
 from vlexport.targets.onnx.lower import onnx_with_lines, write_onnx
@@ -34,6 +35,10 @@ from vlexport.targets.tensorrt.options import TensorRTOptions
 
 PREFERRED_OPSET = 20
 """What every TensorRT of version 10 and later reads."""
+FALLBACK_FILE = "fallback.onnx"
+AS_WRITTEN: dict[str, str | int | float | bool] = {"graph_optimization": "none"}
+"""How ONNX Runtime stands in for TensorRT where values are rounded: its integer kernels saturate on some processors,
+and its ReluQuantRewrite is wrong for float8 (measured)."""
 _NEEDS_GPU = "CUDA_SUCCESS"
 
 
@@ -59,7 +64,7 @@ def problems_of(program: Program, brief: Brief) -> list[VlexportError]:
     options = cast("TensorRTOptions", brief.options)
     try:
         opset = choose_opset(options, brief.device)
-        choose_engine(options, brief.device, program.signature)
+        choose_engine(options, brief.device, program.signature, precision=brief.precision)
         if stopping := [*refused(program), *unexpressible(program, opset=opset)]:
             return stopping
         model, lines = onnx_with_lines(program, opset=opset)
@@ -71,6 +76,8 @@ def problems_of(program: Program, brief: Brief) -> list[VlexportError]:
 def lower_program(program: Program, folder: Path, brief: Brief) -> Artifact:
     """Write ``NAME.onnx`` (with ``weights.bin`` when large), ``NAME.engine`` and ``NAME.commands.txt``.
 
+    Beside a quantized graph lies ``fallback.onnx``, where the brief brings one.
+
     Raises:
         CapabilityError: VLX0503 when an operator cannot be expressed, or the device's TensorRT is known to refuse it;
             VLX0510 when an engine must be compiled and cannot be.
@@ -81,7 +88,8 @@ def lower_program(program: Program, folder: Path, brief: Brief) -> Artifact:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
         raise UsageError("VLX0703", f"a component cannot be called {name!r}", hint="use letters, digits, '_', '.', '-'")
     opset = choose_opset(options, device)
-    choice = choose_engine(options, device, signature)
+    choice = choose_engine(options, device, signature, precision=brief.precision)
+    quantized = brief.precision in QUANTIZED
     model, lines = onnx_with_lines(program, opset=opset)
     problems = unsupported(model, device, lines)
     if problems and options.check_operators and _is_known(device):
@@ -93,7 +101,7 @@ def lower_program(program: Program, folder: Path, brief: Brief) -> Artifact:
         engine = f"{name}.engine"
         if choice.wanted:
             try:
-                data, version = compile_engine(scratch, file, signature, choice, options)
+                data, report = compile_engine(scratch, file, signature, choice, options, inspect=quantized)
             except EngineRefusedError as refusal:
                 error = _engine_error(refusal.refusals, model, lines, options)
                 if options.engine == "on":
@@ -105,13 +113,21 @@ def lower_program(program: Program, folder: Path, brief: Brief) -> Artifact:
                 facts |= {
                     "engine": engine,
                     "engine_kind": "rtx",
-                    "engine_compiler": f"tensorrt_rtx {version}",
+                    "engine_compiler": f"tensorrt_rtx {report.version}",
                     "engine_compute_capabilities": ", ".join(choice.capabilities) or RTX_DEFAULT,
                 }
+                if report.products:
+                    facts["engine_products"] = ", ".join(f"{n} {types}" for types, n in report.products.items())
         if not choice.wanted:
             facts |= {"engine": "none", "engine_reason": choice.reason}
         made = engine if choice.wanted else ""
-        commands = device_commands(name, file, signature, options, device, engine=made)
+        if brief.fallback is not None:
+            beside, _ = onnx_with_lines(brief.fallback, opset=opset)
+            write_onnx(beside, scratch, file=FALLBACK_FILE, weights="fallback.bin")
+            facts["fallback"] = f"{FALLBACK_FILE}, the same in fp16"
+        commands = device_commands(
+            name, file, signature, options, device, engine=made, fallback=FALLBACK_FILE if brief.fallback else ""
+        )
         (scratch / f"{name}.commands.txt").write_text(commands, encoding="utf-8", newline="\n")
         folder.mkdir(parents=True, exist_ok=True)
         for each in sorted(scratch.iterdir()):
@@ -121,7 +137,7 @@ def lower_program(program: Program, folder: Path, brief: Brief) -> Artifact:
         path=file,
         inputs=signature.inputs,
         outputs=signature.outputs,
-        session_options={"threads": brief.threads},
+        session_options={"threads": brief.threads, **(AS_WRITTEN if quantized else {})},
         facts=facts,
     )
 

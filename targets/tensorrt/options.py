@@ -26,6 +26,7 @@ class TensorRTOptions(Frozen):
         optimization_level: How long TensorRT looks for faster kernels on the device, 0 to 5; TensorRT for RTX ignores
             it.
         timing_cache: Keep what TensorRT, or TensorRT for RTX, measured on the device for the next build or start.
+        fallback: An int8 or fp8 bundle carries the graph in fp16, too: for devices on which that is no slower.
         check_operators: Refuse operators that the device's TensorRT is known not to take.
         timeout_s: Seconds that the compiler may take.
     """
@@ -38,5 +39,6 @@ class TensorRTOptions(Frozen):
     tf32: bool = False
     optimization_level: int | None = Field(default=None, ge=0, le=5)
     timing_cache: bool = True
+    fallback: bool = True
     check_operators: bool = True
     timeout_s: float = Field(default=900.0, gt=0)

@@ -99,6 +99,17 @@ def test_device_is_looked_at_when_named(here: Path, cli: Any) -> None:
     code, out, _ = cli("inspect", "model.pt", "--target", "coreml", "--for", "ios18", "--precision", "fp32")
     assert code == 0
     assert "Target   coreml for ios18, fp32: nothing is known to stop it; " in out
+    assert "Verdict  nothing that is known would stop it on ios18" in out
+
+
+def test_only_its_targets_are_asked_when_a_device_is_named(hostile: Path, here: Path, cli: Any) -> None:
+    found = json.loads(cli("inspect", "model.pt", "--for", "jetson-orin-jp6", "--json")[1])
+    assert [(each["target"], each["device_profile"]) for each in found["support"]] == [("tensorrt", "jetson-orin-jp6")]
+    assert found["device"]["facts"]["tensorrt"]["value"] == "10.3"
+    out = cli("inspect", hostile, "--for", "ios17")[1]
+    assert "Device   ios17: iPhone or iPad with iOS 17, Mac with macOS 14; deployment-target iOS17" in out
+    problems = [line for line in out.splitlines() if line.startswith("         VLX")]
+    assert f"Verdict  {len(problems)} problems by coreml would stop it on ios17" in out
 
 
 @pytest.mark.parametrize(
@@ -169,6 +180,10 @@ def test_passes_are_explained_with_places_when_a_bundle_is_named(bundle: Path, c
         "           in conv",
         "           in norm",
     ]
+    whole = cli("explain", "bundle")[1].splitlines()
+    assert "           in conv, norm" in whole
+    assert whole[-2].startswith("Idle     nothing to do: ")
+    assert "         batch norm folded into conv2d ×1 (1 fewer calls, 9 fewer parameters)" in whole
     every = json.loads(cli("explain", "bundle", "--json")[1])["components"]["main"]
     assert [each["name"] for each in every] == [each.name for each in read_bundle(bundle).main.passes]
     cli.refused(2, "VLX0703", "explain", "bundle", "--pass", "reparametrize", said="did you mean 'reparameterize'")
@@ -177,7 +192,9 @@ def test_passes_are_explained_with_places_when_a_bundle_is_named(bundle: Path, c
 def test_near_miss_is_explained_with_node_and_reason_when_there_is_one(bundle: Path, cli: Any) -> None:
     held = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
     miss = {"pattern": "conv → batch_norm", "node": "aten.batch_norm in norm (net.py:3)", "reason": "read by 2 others"}
-    held["components"]["main"]["passes"][0]["near_misses"] = [miss]
+    other = {"pattern": "conv → batch_norm", "node": "aten.batch_norm in one", "reason": "another reason"}
+    misses = [other, *({**miss, "node": f"aten.batch_norm in norm{n} (net.py:3)"} for n in range(5))]
+    held["components"]["main"]["passes"][0]["near_misses"] = misses
     from vlexport.core.bundle import bundle_text
     from vlexport.core.bundle_schema import Bundle, digest_of
 
@@ -185,7 +202,15 @@ def test_near_miss_is_explained_with_node_and_reason_when_there_is_one(bundle: P
     changed = changed.model_copy(update={"digest": digest_of(changed)})
     (bundle / "bundle.json").write_text(bundle_text(changed), encoding="utf-8")
     _, out, _ = cli("explain", "bundle")
-    assert "         not conv → batch_norm at aten.batch_norm in norm (net.py:3): read by 2 others" in out
+    lines = out.splitlines()
+    at = lines.index("         not conv → batch_norm ×5: read by 2 others")
+    places = [f"aten.batch_norm in norm{n} (net.py:3)" for n in range(5)]
+    assert lines[at + 1] == f"           at {', '.join(places[:3])} and 2 more"
+    assert lines[at + 2] == "         not conv → batch_norm ×1: another reason"
+    assert lines[-1] == "Next     vlexport explain bundle --pass NAME   (every place)"
+    name = held["components"]["main"]["passes"][0]["name"]
+    shown = cli("explain", "bundle", "--pass", name)[1].splitlines()
+    assert [line.removeprefix("           at ") for line in shown if " at aten" in line] == [*places, other["node"]]
 
 
 @pytest.mark.parametrize("code", CODES)

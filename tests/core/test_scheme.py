@@ -85,6 +85,8 @@ def test_rules_are_those_that_onnxruntimes_kernels_were_seen_to_want() -> None:
     ("device", "precision", "kind", "found"),
     [
         ("jetson-orin-jp6", "int8", "static", "static-s8"),
+        ("rtx", "int8", "static", "static-s8"),
+        ("this", "int8", "static", "static-s8"),
         ("rtx", "fp8", "static", "static-e4m3"),
         ("rtx", "int8", "weights", "weights-s8"),
     ],
@@ -100,7 +102,7 @@ def test_scheme_follows_the_gpu_when_the_target_is_tensorrt(device: str, precisi
     ("target", "device", "precision", "kind", "reason"),
     [
         ("tensorrt", "jetson-orin-jp6", "fp8", "static", "compute-capability 8.9 is needed, jetson-orin-jp6 has 8.7"),
-        ("tensorrt", "rtx", "int8", "static", "nothing is known of the tensorrt of rtx"),
+        ("tensorrt", "this", "fp8", "static", "nothing is known of the compute-capability of this"),
         ("coreml", "ios17", "fp8", "static", "the target has no such scheme"),
         ("coreml", "ios17", "int8", "dynamic", "the target has no such scheme"),
     ],
@@ -117,6 +119,8 @@ def test_precision_is_refused_with_the_reason_when_no_scheme_fits(
 def test_scheme_of_core_ml_follows_the_system() -> None:
     assert chosen("coreml", "ios17").id == "w8a8"
     assert chosen("coreml", "ios18", kind="weights").id == "weights-s8"
+    with pytest.raises(CapabilityError, match="ios17 runs no int4 weights: weights-s4: deployment-target 18 is needed"):
+        chosen("coreml", "ios17", kind="weights", weight="int4")
     four = next(each for each in open_target("coreml").schemes() if each.id == "weights-s4")
     assert "18 is needed, ios17 has iOS17" in four.why_not(device_profiles()["ios17"], machine())
     assert four.why_not(device_profiles()["ios18"], machine()) == ""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import math
 import re
 import subprocess
+import unicodedata
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests.report.accessibility import ROOT, SCHEMES, WIDTHS, axe, browser, examine
 from vlexport.core.account import Account, Missing
 from vlexport.core.artifact import Artifact, DimRange, TensorSpec
 from vlexport.core.bundle_schema import (
@@ -22,6 +26,7 @@ from vlexport.core.bundle_schema import (
     Component,
     CostRecord,
     Disagreement,
+    FileRecord,
     GateRecord,
     Golden,
     LatencyResult,
@@ -32,12 +37,18 @@ from vlexport.core.bundle_schema import (
     Tuning,
     plain_json,
 )
+from vlexport.core.layer_record import LayerRecord, Layers, RangeRecord, read_layers
 from vlexport.core.numerics import OutputFidelity
+from vlexport.core.operators import HeavyCall, operators_from_counts
 from vlexport.core.preprocess import preprocess_from_spec
 from vlexport.core.verdict import gate_from_text, judge, measured_drop, measured_rate
+from vlexport.report import html
 from vlexport.report.figures import latency_phrase, macs_phrase, size_phrase
 from vlexport.report.html import html_from_report
+from vlexport.report.near_misses import grouped_misses, miss_lines
+from vlexport.report.plots import intervals_of
 from vlexport.report.receipt import MAX_LINES, receipt
+from vlexport.report.svg import histogram_svg
 
 CHROMIUM = Path("/usr/bin/chromium")
 HOSTILE = "</code></td><script>alert(1)</script><img src=x onerror=alert(1)> \" ' & {{ 7*7 }} [red]x"
@@ -141,10 +152,13 @@ def test_page_forbids_everything_when_a_browser_reads_its_policy() -> None:
     policy = next(m["content"] for m in metas if m.get("http-equiv") == "Content-Security-Policy")
     assert policy is not None
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    text = html_from_report(a_report(bundle), bundle)
+    style = text.split("<style>")[1].split("</style>")[0]
+    allowed = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     assert rules == {
-        "default-src": "'none'", "style-src": "'unsafe-inline'", "img-src": "data:", "base-uri": "'none'",
-        "form-action": "'none'",
+        "default-src": "'none'", "style-src": f"'sha256-{allowed}'", "base-uri": "'none'", "form-action": "'none'",
     }  # fmt: skip
+    assert " style=" not in text  # such a policy applies no attribute of that name
 
 
 def test_names_are_text_when_they_are_hostile() -> None:
@@ -214,6 +228,159 @@ def test_report_is_strict_json_and_reads_back_when_a_figure_is_infinite() -> Non
     assert Report.model_validate(json.loads(text, parse_constant=strict)) == report
 
 
+# What is drawn, and what nothing obeys
+
+CONTROL = "[red]\x1b]0;title\x07\u202egnp.exe\u2066\n::warning::x\r"
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_text_is_told_from_its_ground_when_light_or_dark() -> None:
+    """WCAG 2: 4.5 for text, 3 for bars."""
+    sheet = (Path(html.__file__).parent / "report.css").read_text(encoding="utf-8")
+    schemes = [dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", line)) for line in sheet.splitlines()[:2]]
+    assert [len(each) for each in schemes] == [10, 10]
+    for scheme in schemes:
+        for ground in ("back", "panel"):
+            for name in ("ink", "soft", "good", "bad", "wait", "bar", "base"):
+                least = 3.0 if name in ("bar", "base") else 4.5
+                dark, light = sorted((luminance(scheme[name]), luminance(scheme[ground])))
+                assert (light + 0.05) / (dark + 0.05) >= least, (name, ground, scheme)
+
+
+def test_control_characters_are_shown_and_not_obeyed_when_a_name_holds_them() -> None:
+    bundle = a_bundle(CONTROL, CONTROL, CONTROL)
+    text = html_from_report(a_report(bundle, CONTROL), bundle, layers(CONTROL))
+    found = [c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp") and c != "\n"]
+    assert found == []
+    assert not [line for line in text.splitlines() if line.startswith("::")]
+    assert "\\x1b]0;title" in text
+
+
+def layers(name: str, count: int = 3) -> Layers:
+    return Layers(
+        scheme=name,
+        layers=tuple(
+            LayerRecord(call=str(i), op="linear", module=f"{name}{i}", weight="s8", output="1" if i else "", sqnr_db=i)
+            for i in range(count)
+        ),
+        ranges=(
+            RangeRecord(value="1", op="gelu", module=name, low=-1, high=1, extremes=(-2.0, 40.0), typical=2.0),
+            RangeRecord(value="2", op="add", module="calm", low=-1, high=1, extremes=(-1.0, 1.0), typical=0.9),
+        ),
+    )
+
+
+def test_operators_are_shown_with_bars_when_they_were_counted() -> None:
+    bundle = a_bundle()
+    heavy = (HeavyCall(operator="conv2d", module="stem", macs=600_000_000),)
+    counts = {f"op{i}": (1, 0) for i in range(20)}
+    main = bundle.main.model_copy(
+        update={"operators": operators_from_counts({"linear": (8, 5), **counts}, {"linear": (4, 2_000_000)}, heavy)}
+    )
+    counted = bundle.model_copy(update={"components": {"main": main}})
+    text = html_from_report(a_report(counted), counted)
+    shown = " ".join(Page(text).text.split())
+    assert '<code>linear</code></th><td class="number">8</td><td class="number">4</td>' in text
+    assert "stem conv2d600.0050.0 %" in shown
+    assert "7 rarer operators" in shown
+    assert "28 calls became 4" in shown
+    assert '<rect class="fill-base" width="100.0%"' in text
+    assert '<rect class="fill-ours" width="50.0%"' in text
+
+
+def test_near_misses_are_one_line_a_reason_when_many_blocks_share_it() -> None:
+    bundle = a_bundle()
+    misses = tuple(NearMissRecord(pattern="p", node=f"node {i}", reason=f"because {i // 9}") for i in range(12))
+    record = bundle.main.passes[0].model_copy(update={"near_misses": misses})
+    groups = grouped_misses([record])
+    assert [(each.reason, len(each.nodes)) for each in groups] == [("because 0", 9), ("because 1", 3)]
+    assert miss_lines([record]) == [
+        "         not p ×9: because 0", "           at node 0, node 1, node 2 and 6 more",
+        "         not p ×3: because 1", "           at node 9, node 10, node 11",
+    ]  # fmt: skip
+    assert len(miss_lines([record], every=True)) == 14
+    text = page(a_report(bundle).model_copy(update={"passes": (record,)}), bundle).text
+    assert text.count("because 0") == 1
+    assert "9 places" in text
+    assert "node 8" in text
+
+
+def test_layers_are_read_as_far_as_they_hold_together(tmp_path: Path) -> None:
+    bundle = a_bundle()
+    record = FileRecord(sha256="0" * 64, size_bytes=1)
+    listed = bundle.model_copy(update={"files": {"quantization.json": record, "calibration.json": record}})
+    good = {"call": "1", "op": "linear", "module": "head", "weight": "s8", "sqnr_db": 31.5, "of_later": [1]}
+    wrong = [{"op": "linear"}, 3, {**good, "sqnr_db": "NaN"}]
+    (tmp_path / "quantization.json").write_text(json.dumps({"scheme": "u8s8", "layers": [good, *wrong]}))
+    (tmp_path / "calibration.json").write_text("[" * 100_000)
+    found = read_layers(tmp_path, listed)
+    assert (found.scheme, [each.sqnr_db for each in found.layers], found.ranges) == ("u8s8", [31.5], ())
+    assert read_layers(tmp_path, bundle) == Layers()  # not recorded in the bundle
+    value = {"value": "3", "op": "gelu", "low": -1.0, "high": 2.0, "extremes": [-8, 2], "typical": 2, "later": []}
+    (tmp_path / "calibration.json").write_text(json.dumps({"values": [value]}))
+    assert [each.spread for each in read_layers(tmp_path, listed).ranges] == [4.0]
+
+
+def test_page_lists_layers_when_the_bundle_is_quantized() -> None:
+    bundle = a_bundle()
+    text = Page(html_from_report(a_report(bundle), bundle, layers("block"))).text
+    assert "3 calls compute with integers (scheme block)" in text
+    assert "2.0 dB" in text
+    assert "Quantized layers" not in page(a_report(bundle), bundle).text
+
+
+def test_ranges_have_histograms_when_the_build_recorded_them() -> None:
+    bundle = a_bundle()
+    known = layers("block")
+    first, second = known.ranges
+    seen = known.model_copy(update={"ranges": (second, first.model_copy(update={"counts": (1000, 10, 0, 1)}))})
+    text = html_from_report(a_report(bundle), bundle, seen)
+    assert "2 ranges, far outliers first" in text
+    assert text.index("<code>block</code> <span") < text.index("<code>calm</code>")
+    assert text.count('class="spark"') == 1
+    bars = text.split('class="spark"')[1].split(' d="')[1].split('"')[0]
+    assert bars.startswith("M0 10V0.0H1V10Z")  # the fullest part reaches the top
+    assert bars.count("M") == 3  # nothing lies in the third part, and something in the last
+    assert histogram_svg(()) == histogram_svg((0, 0)).replace("0 0 2 10", "0 0 1 10")
+
+
+def test_plots_are_inline_and_refer_to_nothing_when_matplotlib_is_installed() -> None:
+    pytest.importorskip("matplotlib", reason="plots need matplotlib: pip install 'vlexport[report]'")
+    bundle = a_bundle()
+    text = html_from_report(a_report(bundle), bundle, layers(HOSTILE + CONTROL))
+    assert text.count('class="plot"') == 3
+    assert not re.search(r"href|url\(| style=|\bid=|<defs|<use|<metadata|xmlns", text)
+    assert "times as fast 2, 1.9 to 2.1" in text
+    assert "farthest gelu in" in text
+    drawn = text.split('class="plot"')[1].split("</svg>")[0]
+    assert {"stroke-ours", "stroke-base", "stroke-bad", "fill-ink"} <= set(re.findall(r"[a-z]+-[a-z]+", drawn))
+    assert not re.search(r"#[0-9a-f]{6}", drawn)  # every colour is one of the page's
+    assert html_from_report(a_report(bundle), bundle, layers(HOSTILE + CONTROL)) == text
+
+
+def test_page_says_where_plots_come_from_when_matplotlib_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(html, "can_plot", lambda: False)
+    bundle = a_bundle()
+    text = html_from_report(a_report(bundle), bundle, layers("block"))
+    assert "pip install &#39;vlexport[report]&#39;" in text or "pip install 'vlexport[report]'" in text
+    assert 'class="plot"' not in text
+
+
+def test_no_interval_is_drawn_when_a_figure_is_infinite_or_missing() -> None:
+    report = a_report(a_bundle())
+    assert [each.mark for each in intervals_of(report)] == [99.0, 5.0, 1.0]  # the gates' bounds, and the baseline
+    bare = report.model_copy(update={"accuracy": None, "latency": None})
+    assert intervals_of(bare) == ()
+    assert report.accuracy is not None
+    odd = report.accuracy.model_copy(update={"top1_high": math.inf, "drop": None})
+    assert [each.name for each in intervals_of(report.model_copy(update={"accuracy": odd}))] == ["times as fast"]
+
+
 # Figures and the receipt
 
 
@@ -279,3 +446,25 @@ def test_page_is_drawn_when_a_browser_opens_it(width: int, tmp_path: Path) -> No
     assert colours is not None
     assert len(colours) > 20  # text, cards and bars, not a blank page
     assert not [c for _, c in colours if c == (0, 0, 0)] or len(colours) > 50
+
+
+@pytest.mark.skipif(not browser() or axe() is None, reason="needs Chromium and axe-core: npm install axe-core")
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light")])
+def test_axe_finds_nothing_when_it_looks_at_the_page(width: int, scheme: str) -> None:
+    bundle = a_bundle()
+    text = html_from_report(a_report(bundle), bundle, layers("block"))
+    script = axe()
+    assert script is not None
+    found = examine(text, width=width, scheme=scheme, script=script)
+    assert (found["violations"], found["overflow"]) == ([], 0)
+    assert found["passes"] > 25
+    broken = examine(text.replace('lang="en"', ""), width=width, scheme=scheme, script=script)
+    assert [each.partition(":")[0] for each in broken["violations"]] == ["html-has-lang"]  # it sees what is wrong
+
+
+def test_recorded_pages_have_no_fault_when_axe_looked_at_them() -> None:
+    record = json.loads((ROOT / "docs/measured/accessibility.json").read_text(encoding="utf-8"))
+    seen = {(row["page"], row["scheme"], row["width"]) for row in record["rows"]}
+    assert seen == {(page, scheme, width) for page in ("plain", "hostile") for scheme in SCHEMES for width in WIDTHS}
+    assert [row for row in record["rows"] if row["violations"] or row["overflow"]] == []
+    assert all(row["passes"] > 25 for row in record["rows"])

@@ -16,7 +16,9 @@ from vlexport.calibration.table import read_table
 from vlexport.core.bundle import read_bundle
 from vlexport.core.config import BuildConfig
 from vlexport.core.errors import VlexportError
-from vlexport.stages.build import build
+from vlexport.stages.build import BuildResult, build
+from vlexport.stages.order import order_of
+from vlexport.stages.quantized import require_calibrated
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +27,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vlexport.save(Mixed().eval(), made / "model.pt", inputs={"image": images(2, 0)})
     np.savez(made / "calib.npz", image=images(24, 1).numpy())
     np.savez(made / "few.npz", image=images(5, 1).numpy())
+    with_nan = images(24, 1).numpy()
+    with_nan[3, 0, 0, 0] = np.nan
+    np.savez(made / "nan.npz", image=with_nan)
     return made
 
 
@@ -34,8 +39,13 @@ def config(folder: Path, output: str, **given: Any) -> BuildConfig:
 
 
 @pytest.fixture(scope="module")
-def built(folder: Path) -> Path:
-    return build(config(folder, "int8.bundle")).output
+def result(folder: Path) -> BuildResult:
+    return build(config(folder, "int8.bundle"))
+
+
+@pytest.fixture(scope="module")
+def built(result: BuildResult) -> Path:
+    return result.output
 
 
 def test_artifact_holds_integers_and_is_verified_when_built_in_int8(built: Path) -> None:
@@ -53,9 +63,8 @@ def test_artifact_holds_integers_and_is_verified_when_built_in_int8(built: Path)
     assert {v.dtype for v in weights} == {onnx_ir.DataType.INT8}
 
 
-def test_receipt_and_tables_say_what_is_in_integers(folder: Path, built: Path) -> None:
-    report = build(config(folder, "int8.bundle", force=True)).report
-    assert any("in integers: 3 conv2d, 3 linear (scheme static-u8s" in note for note in report.notes)
+def test_receipt_and_tables_say_what_is_in_integers(result: BuildResult, built: Path) -> None:
+    assert any("in integers: 3 conv2d, 3 linear (scheme static-u8s" in note for note in result.report.notes)
     table = read_table(built / "calibration.json")
     decisions = json.loads((built / "quantization.json").read_text(encoding="utf-8"))
     assert table.samples == 24
@@ -64,9 +73,22 @@ def test_receipt_and_tables_say_what_is_in_integers(folder: Path, built: Path) -
     assert len(decisions["layers"]) == 6
 
 
+def test_edited_range_is_used_when_a_table_is_given_and_refused_for_another_model(folder: Path, built: Path) -> None:
+    table = json.loads((built / "calibration.json").read_text(encoding="utf-8"))
+    table["values"][0]["low"] = -3.25
+    (folder / "mine.json").write_text(json.dumps(table), encoding="utf-8")
+    options = {"quantize.table": str(folder / "mine.json"), "quantize.smooth": "false"}
+    with pytest.raises(VlexportError, match="it was made for another model, or for this one after other passes"):
+        build(config(folder, "other.bundle", options=options))
+    made = build(config(folder, "edited.bundle", options={"quantize.table": options["quantize.table"]}))
+    assert any("-3.25" in note and "edited" in note for note in made.report.notes)
+    assert "mine.json" not in (made.output / "recipe.toml").read_text(encoding="utf-8")
+
+
 def test_weights_have_seven_bits_when_the_device_has_no_vnni(folder: Path) -> None:
-    made = build(config(folder, "avx2.bundle", device_profile="cpu-x86-avx2")).output
-    assert json.loads((made / "quantization.json").read_text(encoding="utf-8"))["scheme"] == "static-u8s7"
+    asked = config(folder, "avx2.bundle", device_profile="cpu-x86-avx2")
+    order = order_of(asked)
+    assert require_calibrated(asked, order.brief, order.target).id == "static-u8s7"
 
 
 @pytest.mark.parametrize(
@@ -74,10 +96,13 @@ def test_weights_have_seven_bits_when_the_device_has_no_vnni(folder: Path) -> No
     [
         ({"calib": None}, "VLX0218", "rounds every value by the range that it has on real samples"),
         ({"calib": "few.npz"}, "VLX0214", "5 calibration samples are too few: 16 are needed"),
+        ({"options": {"quantize.table": "none.json"}}, "VLX0215", "the calibration table cannot be used: No such file"),
+        ({"calib": "nan.npz"}, "VLX0204", "#3"),
         ({"options": {"quantize.method": "median"}}, "VLX0703", "quantize.method"),
         ({"passes": ("quantize",)}, "VLX0703", "it runs with --precision int8"),
         ({"precision": "fp32", "options": {"quantize.keep": "up"}}, "VLX0703", "pass 'quantize' is not run"),
-        ({"target": "coreml"}, "VLX0502", "does not run int8"),
+        ({"target": "coreml", "precision": "fp8"}, "VLX0502", "does not run fp8"),
+        ({"options": {"quantize.weights_only": "int4"}}, "VLX0502", "this runs no int4 weights"),
         ({"options": {"quantize.min_sqnr_db": "90"}}, "VLX0401", "pass quantize costs more than it may"),
     ],
 )

@@ -10,13 +10,16 @@ import pytest
 from torch import nn
 
 from tests.harness import captured
+from tests.targets.quantized_nets import quantized
 from tests.targets.test_onnx_quantized import AtRunTime, Bias, Blocks, Float8, Integers, drawn
-from vlexport.core.errors import CapabilityError
+from vlexport.core.errors import CapabilityError, GateError
 from vlexport.core.grids import dequantize
 from vlexport.targets import open_target
 from vlexport.targets.base import Brief
 from vlexport.targets.coreml import CoreMLOptions
+from vlexport.targets.coreml.check import require_as_planned
 from vlexport.targets.coreml.mil import MilSummary, read_package
+from vlexport.targets.coreml.plan import plan_of
 
 
 def brief(system: str, precision: str = "fp16") -> Brief:
@@ -115,3 +118,57 @@ def test_call_is_refused_with_the_reason_before_and_at_conversion(
 def test_float_models_convert_as_before_when_translations_are_known(tmp_path: Path) -> None:
     found = lowered(nn.Sequential(nn.Linear(6, 3), nn.ReLU()), (1, 6), brief("iOS17", "fp32"), tmp_path)
     assert found.histogram() == {"linear": 1, "relu": 1}
+
+
+KEPT = {
+    "vit": 3 * 16 * 64 + 2 * 64 * (192 + 64 + 128 + 128) + 640,
+    "cnn": 16 * 27 + 16 * 144 + 8 * 16 + 2 * 24 * 48 + 120,
+}
+"""Elements of weights."""
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, MilSummary]:
+    asked = [
+        ("vit", "w8a8", "iOS17"), ("cnn", "w8a8", "iOS18"), ("vit", "weights-s8", "iOS17"),
+        ("vit", "weights-s4", "iOS18"),
+    ]  # fmt: skip
+    found = {}
+    for net, scheme, system in asked:
+        folder, target = tmp_path_factory.mktemp("package"), open_target("coreml")
+        made = target.lower(quantized(net, "coreml", scheme), folder, brief(system, "int8"))
+        found[f"{net} {scheme}"] = read_package(folder / made.path)
+    return found
+
+
+def test_inputs_of_products_are_rounded_in_half_when_both_sides_are_int8(packages: dict[str, MilSummary]) -> None:
+    vit, cnn = packages["vit w8a8"], packages["cnn w8a8"]
+    counts = {name: found.histogram() for name, found in (("vit", vit), ("cnn", cnn))}
+    assert (counts["vit"]["quantize"], counts["vit"]["dequantize"], counts["vit"]["linear"]) == (10, 10, 9)
+    assert counts["vit"]["constexpr_affine_dequantize"] == 10
+    assert (counts["cnn"]["quantize"], counts["cnn"]["dequantize"], counts["cnn"]["conv"]) == (5, 5, 3)
+    assert counts["cnn"]["constexpr_blockwise_shift_scale"] == 6
+    for found, net in ((vit, "vit"), (cnn, "cnn")):
+        kept = found.weight_bytes["INT8"]
+        assert kept >= KEPT[net], "every weight lies in the package in 8 bits"
+        assert {t for op in found.operations if op.type in ("linear", "conv") for t in op.dtypes} == {"FLOAT16"}
+        assert {t for op in found.operations if op.type == "quantize" for t in op.dtypes} == {"INT8"}
+
+
+def test_weights_alone_are_kept_in_the_bits_that_were_asked_for(packages: dict[str, MilSummary]) -> None:
+    eight, four = packages["vit weights-s8"], packages["vit weights-s4"]
+    assert eight.histogram()["constexpr_affine_dequantize"] == 10
+    assert four.histogram()["constexpr_blockwise_shift_scale"] == 9, "linears; the patches stay in half"
+    assert not {"quantize", "dequantize"} & {*eight.histogram(), *four.histogram()}
+    assert eight.weight_bytes["INT8"] >= KEPT["vit"]
+    assert four.weight_bytes["INT4"] == KEPT["vit"] - 3 * 16 * 64
+
+
+def test_package_is_refused_when_weights_were_made_float_on_the_way(packages: dict[str, MilSummary]) -> None:
+    program, chosen = quantized("vit", "coreml", "weights-s8"), brief("iOS17", "int8")
+    plan = plan_of(program, chosen, CoreMLOptions.model_validate({"deployment_target": "iOS17"}))
+    require_as_planned(packages["vit weights-s8"], plan, "int8")
+    packages["vit weights-s8"].weight_bytes.update(INT8=100)
+    with pytest.raises(GateError) as error:
+        require_as_planned(packages["vit weights-s8"], plan, "int8")
+    assert (error.value.code, "weights in integers: 100" in error.value.message) == ("VLX0504", True)

@@ -20,9 +20,9 @@ from typing import Annotated
 
 import typer
 
-from vlexport.cli.console import inert
 from vlexport.cli.outcome import Check, CheckOutcome, Outcome
 from vlexport.core.errors import EXIT_GATE, EXIT_INCONCLUSIVE, UsageError
+from vlexport.core.inert import inert
 from vlexport.core.markdown_text import markdown_text
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect as python_inspect
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +17,9 @@ from vlexport.core.config import BuildConfig
 from vlexport.core.errors import CODES, UsageError, nearest
 from vlexport.core.explanations import code_in, explanation, explanation_lines
 from vlexport.core.halves import require_build_half
+
+if TYPE_CHECKING:
+    from vlexport.core.bundle_schema import Bundle
 
 
 def inspect(**values: Any) -> Outcome:
@@ -40,7 +43,7 @@ def inspect(**values: Any) -> Outcome:
 
     asked = values["target"] is not None or values["device_profile"] is not None
     if values["target"] is None and asked:
-        values["target"] = "all"
+        values["target"] = _targets_of(values["device_profile"])
     found = inspect_model(config_of(values), targets=asked, depth=depth, reporter=make_reporter())
     lines = model_lines(found)
     if not asked:
@@ -48,18 +51,30 @@ def inspect(**values: Any) -> Outcome:
     return Outcome(lines, {"kind": "model", **plain_json(found)})
 
 
+def _targets_of(device: str) -> str:
+    """Targets that run on a device; all of them where that is not known, or there is no such device."""
+    from vlexport.core.device_profiles import device_profiles
+
+    known = device_profiles().get(device)
+    return ",".join(known.targets) if known is not None and known.targets else "all"
+
+
 def explain(
     subject: Annotated[
         str, typer.Argument(help="An error's code, as VLX0503, or a bundle.", metavar="CODE|BUNDLE", show_default=False)
     ],
     pass_name: Annotated[str | None, typer.Option("--pass", help="Only this pass of the bundle.")] = None,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="What each layer in integers loses, and what to try.")
+    ] = False,
     json_output: JsonOption = False,
 ) -> Outcome:
     """Explain an error code, or what each pass of a bundle did, where, and why not elsewhere."""
     code = code_in(subject)
     if code and not Path(subject).exists():
-        if pass_name is not None:
-            raise UsageError("VLX0703", "--pass goes with a bundle", where="--pass", hint="leave it out")
+        if pass_name is not None or layers:
+            flag = "--layers" if layers else "--pass"
+            raise UsageError("VLX0703", f"{flag} goes with a bundle", where=flag, hint="leave it out")
         found = explanation(code)
         return Outcome(explanation_lines(found), plain_json(found))
     if not Path(subject).exists():
@@ -71,7 +86,10 @@ def explain(
     from vlexport.core.bundle import read_bundle
     from vlexport.report.inspection import pass_lines
 
-    components = read_bundle(Path(subject)).components
+    bundle = read_bundle(Path(subject))
+    if layers:
+        return _layers(Path(subject), bundle)
+    components = bundle.components
     known = list(dict.fromkeys(record.name for each in components.values() for record in each.passes))
     if pass_name is not None and pass_name not in known:
         raise UsageError(
@@ -82,9 +100,30 @@ def explain(
         name: [record for record in each.passes if pass_name in (None, record.name)]
         for name, each in components.items()
     }
-    lines = [line for name, each in kept.items() for line in pass_lines(name if len(kept) > 1 else "", each)]
+    lines = [
+        line
+        for name, each in kept.items()
+        for line in pass_lines(name if len(kept) > 1 else "", each, every=pass_name is not None)
+    ]
+    if pass_name is None:
+        lines.append(f"Next     vlexport explain {subject} --pass NAME   (every place)")
     payload = {name: [plain_json(record) for record in each] for name, each in kept.items()}
     return Outcome(lines, {"components": payload})
+
+
+def _layers(folder: Path, bundle: Bundle) -> Outcome:
+    """What the layers of a quantized bundle lose."""
+    from vlexport.core.layer_record import read_layers
+    from vlexport.report.layer_advice import layer_lines, suggestions
+
+    found = read_layers(folder, bundle)
+    if not found.layers:
+        raise UsageError(
+            "VLX0703", f"--layers is about layers in integers, and {bundle.precision} has none", where="--layers",
+            hint="leave it out, or give a bundle that was built with --precision int8",
+        )  # fmt: skip
+    payload = {"layers": found.model_dump(mode="json"), "suggestions": list(suggestions(found))}
+    return Outcome(layer_lines(found), payload)
 
 
 _MODEL: Any = Annotated[

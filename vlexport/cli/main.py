@@ -19,11 +19,12 @@ from typing import Annotated, Any, cast
 import typer
 
 import vlexport
-from vlexport.cli import bisect, build, bundle, cache, catalogue, doctor, inspect, measure, schema
-from vlexport.cli.console import error_lines, inert
+from vlexport.cli.commands import LazyGroup
+from vlexport.cli.console import error_lines
 from vlexport.cli.formats import OutputFormat, format_of, formatted
 from vlexport.cli.outcome import Outcome
 from vlexport.core.errors import EXIT_INPUT, EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_USAGE, VlexportError
+from vlexport.core.inert import inert
 
 OUTPUT_SCHEMA = 1
 _BadUsage: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")
@@ -35,24 +36,10 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its import takes longer than all of the help
+    cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (
-    build.build,
-    measure.validate,
-    measure.profile,
-    bundle.verify,
-    bundle.run,
-    inspect.inspect,
-    inspect.explain,
-    bisect.bisect,
-    catalogue.passes,
-    catalogue.targets,
-    cache.cache,
-    doctor.doctor,
-    schema.schema,
-):
-    app.command()(_command)
 
 
 def _show_version(wanted: bool) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from vlexport.core.verdict import Verdict
+if TYPE_CHECKING:
+    from vlexport.core.verdict import Verdict
 
 CheckOutcome = Literal["pass", "fail", "error", "inconclusive", "skipped"]
 

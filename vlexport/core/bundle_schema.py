@@ -15,7 +15,9 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from vlexport.core.account import Account
 from vlexport.core.artifact import Artifact, DimRange, Frozen, Signature, TensorSpec
 from vlexport.core.numerics import OutputFidelity
+from vlexport.core.operators import Operators
 from vlexport.core.preprocess import Preprocess
+from vlexport.core.trials import SearchRecord, Trial, Tuning
 from vlexport.core.verdict import Measured, Verdict
 
 BUNDLE_SCHEMA = 1
@@ -131,6 +133,7 @@ class Component(Frozen):
         passes: What was done to the graph, in order.
         cost: What one run costs.
         account: Expected modules against found operators; left out of the JSON where there are none.
+        operators: What the graph consists of, before and after the passes; bundles of earlier versions have none.
     """
 
     artifact: Artifact
@@ -142,12 +145,13 @@ class Component(Frozen):
     passes: tuple[PassRecord, ...]
     cost: CostRecord
     account: tuple[Account, ...] = ()
+    operators: Operators | None = None
 
     @model_serializer(mode="wrap")
-    def _without_account(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A graph without such modules has no account."""
+    def _without_unknown(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A graph without such modules has no account; one that nobody counted, no operators."""
         values: dict[str, Any] = plain(self)
-        return {k: v for k, v in values.items() if v or k != "account"}
+        return {k: v for k, v in values.items() if v or k not in ("account", "operators")}
 
 
 class FileRecord(Frozen):
@@ -301,6 +305,20 @@ class BadSample(Frozen):
     reason: str
 
 
+class OperatorTime(Frozen):
+    """What the runtime's own profiler says of one kind of operator, as it runs them.
+
+    Attributes:
+        operator: As the runtime calls it, behind its own fusions.
+        count: How many there are in one run.
+        ms: Milliseconds of all of them together in one run, measured apart from the latency.
+    """
+
+    operator: str
+    count: int
+    ms: float
+
+
 class LatencyResult(Frozen):
     """Latency of one artifact, and against a baseline where one was given.
 
@@ -325,6 +343,8 @@ class LatencyResult(Frozen):
         repeated: Rounds thrown away because the baseline drifted by more than 5 %.
         verdict: ``faster``, ``slower``, ``no difference shown``, ``too noisy to tell``, ``quick`` (too few rounds for
             an interval) or ``alone`` (nothing to compare with).
+        operators: Where the time goes, the longest first; empty where the runtime does not tell, or nobody asked.
+        baseline_operators: The same of the baseline.
     """
 
     p50_ms: float
@@ -351,49 +371,8 @@ class LatencyResult(Frozen):
     large_batch: int | None = None
     large_batch_p50_ms: float | None = None
     large_batch_throughput: float | None = None
-
-
-class Trial(Frozen):
-    """One candidate of a search, as it was examined.
-
-    Attributes:
-        options: ``SCOPE.NAME`` → value, laid over the recipe.
-        against: The same of what it was measured against; empty for the recipe as it stands.
-        outcome: ``faster`` and ``not faster`` were measured; ``wrong`` (its numbers), ``refused`` (by the runtime) and
-            ``too noisy`` were not, or say nothing.
-        ratio: p50 of ``against`` over the candidate's, as in :class:`LatencyResult`; above 1 is faster.
-        ratio_low: Lower end of its interval, or of its range where there were too few rounds for one.
-        ratio_high: Upper end.
-        reason: Why there is no ratio.
-    """
-
-    options: dict[str, str]
-    against: dict[str, str] = Field(default_factory=dict)
-    outcome: Literal["faster", "not faster", "wrong", "refused", "too noisy"]
-    ratio: float | None = None
-    ratio_low: float | None = None
-    ratio_high: float | None = None
-    reason: str = ""
-
-
-class Tuning(Frozen):
-    """What a search tried, and what it decided.
-
-    Attributes:
-        trials: Every candidate, in order; chosen between by quick rounds.
-        confirmation: The winner against the recipe as it stands, in full rounds; None where no candidate was faster.
-        adopted: Options that were laid over the recipe; empty where it stays as it was.
-        finished: False when the budget ended the search.
-        choosing_samples: Samples that candidates were judged on; 0 without ``--data``.
-        confirming_samples: The others: accuracy is reported on them alone.
-    """
-
-    trials: tuple[Trial, ...]
-    confirmation: Trial | None
-    adopted: dict[str, str]
-    finished: bool
-    choosing_samples: int = 0
-    confirming_samples: int = 0
+    operators: tuple[OperatorTime, ...] = ()
+    baseline_operators: tuple[OperatorTime, ...] = ()
 
 
 class Report(Frozen):
@@ -406,7 +385,8 @@ class Report(Frozen):
         metrics: What the user's own metrics gave.
         skipped: Samples that were left out because they are bad.
         bad_samples: The first 100 of them.
-        tuning: What a search tried and decided, where there was one.
+        tuning: What a search over options of opening the artifact tried and decided, where there was one.
+        searches: The same of those that decided what the artifact is.
         emulator: What ran the artifact in place of the target's own runtime; empty where that did, or nothing did.
     """
 
@@ -431,6 +411,7 @@ class Report(Frozen):
     disagreements: tuple[Disagreement, ...] = ()
     latency: LatencyResult | None = None
     tuning: Tuning | None = None
+    searches: tuple[SearchRecord, ...] = ()
     verdicts: tuple[Verdict, ...] = ()
     passes: tuple[PassRecord, ...] = ()
     stage_seconds: dict[str, float] = Field(default_factory=dict)
@@ -473,6 +454,7 @@ __all__ = [
     "PassRecord",
     "Proof",
     "Report",
+    "SearchRecord",
     "TensorSpec",
     "Trial",
     "Tuning",

@@ -66,10 +66,11 @@ class BuildConfig(BaseModel):
     )
     device_profile: str | None = _option(None, "Device profile to build for; the target has a default.", "--for")
     precision: Precision | None = _option(
-        None, "Precision; the target's default is printed with its reason.", "--precision"
-    )
+        None, "Precision; the target's default is printed with its reason. auto: the fastest that holds the gates.",
+        "--precision",
+    )  # fmt: skip
     tokens: str | None = _option(
-        None, "METHOD[:key=value,…]: freeze, evit:keep=0.7,layers=4+7+10, tome:r=8, mctf:r=16, cls or random.",
+        None, "METHOD[:key=value,…]: freeze, evit:keep=0.7,layers=4+7+10, tome:r=8, mctf:r=16, cls, random or auto.",
         "--tokens",
     )  # fmt: skip
     calib: str | None = _option(
@@ -87,7 +88,7 @@ class BuildConfig(BaseModel):
     )  # fmt: skip
     gate: tuple[str, ...] = _option((), 'Repeatable "METRIC OP VALUE", as "drop<=0.5"; judges only.', "--gate")
     max_drop: float | None = _option(
-        None, "Largest drop of top-1 in points; same as --gate drop<=P here.", "--max-drop", ge=0
+        None, "Largest drop of top-1 in points; with int8, layers go back to float until it holds.", "--max-drop", ge=0
     )
     input: tuple[str, ...] = _option((), "Repeatable NAME=SHAPE[:dtype] for --arch, as image=1x3x224x224.", "--input")
     dynamic: tuple[str, ...] = _option(
@@ -168,6 +169,7 @@ class BuildConfig(BaseModel):
         }
         if not str(kept.get("arch", "timm:")).startswith("timm:"):  # code, or a folder of this machine
             del kept["arch"]
+        kept["options"] = {name: value for name, value in self.options.items() if name not in _FILES}
         kept = {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
         return tomli_w.dumps({"vlexport_recipe": 1, **kept})
 
@@ -175,6 +177,10 @@ class BuildConfig(BaseModel):
         """Options given as ``--set SCOPE.NAME=VALUE`` for one pass or target."""
         prefix = f"{scope}."
         return {k.removeprefix(prefix): v for k, v in self.options.items() if k.startswith(prefix)}
+
+
+_FILES = ("quantize.table",)
+"""Options that name a file of this machine; what it holds goes into the bundle."""
 
 
 def names_code(arch: object) -> bool:

@@ -123,6 +123,7 @@ CODES: dict[str, str] = {
     "VLX0803": "latency cannot be told: too noisy, or the timing is not real",
     "VLX0804": "a gate needs something that was not measured",
     "VLX0805": "a search cannot be made",
+    "VLX0811": "no share of the layers in integers holds the gates",
     # 09: our bugs
     "VLX0901": "vlexport broke its own contract",
     # 10: plugins

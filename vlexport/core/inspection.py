@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vlexport.core.artifact import DimRange, Frozen, TensorSpec
 from vlexport.core.bundle_schema import Bundle, CostRecord, Report
+from vlexport.core.device_profiles import DeviceProfile
 
 
 class ModulePart(Frozen):
@@ -84,6 +85,7 @@ class ModelInspection(Frozen):
         components: Name → graph; ``main`` alone for most.
         edges: How they are wired.
         support: By target, where targets were asked about.
+        device: The device that was named, with what is known of it.
         notes: What opening the model said.
     """
 
@@ -92,6 +94,7 @@ class ModelInspection(Frozen):
     edges: tuple[tuple[str, str], ...]
     support: tuple[Support, ...]
     notes: tuple[str, ...]
+    device: DeviceProfile | None = None
 
 
 class Measurement(Frozen):

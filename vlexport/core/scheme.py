@@ -21,6 +21,8 @@ from vlexport.core.errors import CapabilityError
 from vlexport.core.grids import GRIDS
 
 Kind = Literal["static", "dynamic", "weights"]
+QUANTIZED = ("int8", "fp8")
+"""Precisions for which values are rounded to 8 bits."""
 FILE = "schemes.json"
 E4M3 = "e4m3"
 """The one type of a quantized tensor that is no grid of integers."""
@@ -90,6 +92,9 @@ class QuantScheme(Frozen):
         layers: What is quantized; operators that are in none stay in float.
         shared: Plain names of operators through which one scale goes, so that values stay integers.
         in_float: Plain names of operators that stay in float although a kernel exists, and why.
+        scales: Type whose numbers scales are: ``float16`` where what is not quantized computes in it, so that a scale
+            says the same in either type.
+        remark: What a user should know of such an artifact before relying on it; said in the receipt.
         sources: What each statement rests on.
     """
 
@@ -101,6 +106,8 @@ class QuantScheme(Frozen):
     layers: tuple[LayerRule, ...]
     shared: tuple[str, ...] = ()
     in_float: dict[str, str] = Field(default_factory=dict)
+    scales: Literal["float32", "float16"] = "float32"
+    remark: str = ""
     sources: dict[str, str]
 
     @model_validator(mode="after")
@@ -115,6 +122,10 @@ class QuantScheme(Frozen):
     def layer(self, operator: str) -> LayerRule | None:
         """The rule for a call, by its plain name."""
         return next((each for each in self.layers if operator in each.operators), None)
+
+    def weight_types(self) -> frozenset[str]:
+        """Types that stored operands are rounded to."""
+        return frozenset(each.weight.type for each in self.layers if each.weight is not None)
 
     def why_not(self, device: DeviceProfile, machine: Machine) -> str:
         """Why a device does not run it, or an empty string.
@@ -142,7 +153,13 @@ def read_schemes(package: str) -> tuple[QuantScheme, ...]:
 
 
 def choose_scheme(
-    schemes: Sequence[QuantScheme], precision: str, device: DeviceProfile, machine: Machine, *, kind: Kind = "static"
+    schemes: Sequence[QuantScheme],
+    precision: str,
+    device: DeviceProfile,
+    machine: Machine,
+    *,
+    kind: Kind = "static",
+    weight: str = "",
 ) -> QuantScheme:
     """The first scheme that fits.
 
@@ -152,11 +169,14 @@ def choose_scheme(
         device: Where the model will run.
         machine: This machine.
         kind: Where the ranges of activations come from, if they are quantized.
+        weight: Type that stored operands shall have; empty for any.
 
     Raises:
         CapabilityError: VLX0502 with the reason for each that does not fit.
     """
     asked = [each for each in schemes if each.precision == precision and each.kind == kind]
+    asked = [each for each in asked if not weight or weight in each.weight_types()]
+    what = f"{weight} {kind}" if weight else f"{kind} {precision}"
     reasons = []
     for each in asked:
         why = each.why_not(device, machine)
@@ -164,7 +184,7 @@ def choose_scheme(
             return each
         reasons.append(f"{each.id}: {why}")
     raise CapabilityError(
-        "VLX0502", f"{device.id} runs no {kind} {precision}: {'; '.join(reasons) or 'the target has no such scheme'}",
+        "VLX0502", f"{device.id} runs no {what}: {'; '.join(reasons) or 'the target has no such scheme'}",
         where="--precision", hint="choose another precision, or another device with --for",
     )  # fmt: skip
 

@@ -10,6 +10,12 @@ from dataclasses import dataclass, field
 
 from vlexport.core.errors import UsageError, nearest
 
+AUTO = "auto"
+"""What is typed to have method and rate searched."""
+AUTO_GRID = (
+    "tome:r=4", "tome:r=8", "tome:r=13", "evit:keep=0.9", "evit:keep=0.7", "evit:keep=0.5", "mctf:r=8", "mctf:r=16",
+)  # fmt: skip
+"""What such a search tries, from mild to strong of each method; layers are those that the pass takes by itself."""
 _FLAG = "--tokens"
 _SHARED = ("component", "unmerge", "min_cosine")
 
@@ -37,7 +43,7 @@ def _reduce(name: str, keys: str, example: str) -> Method:
 
 METHODS: dict[str, Method] = {
     "freeze": Method("freeze-tokens", None, "freeze"),
-    "evit": _reduce("evit", "keep layers fuse count", "keep=0.7,layers=4+7+10"),
+    "evit": _reduce("evit", "keep layers fuse count squeeze", "keep=0.7,layers=4+7+10"),
     "tome": _reduce("tome", "r layers", "r=8"),
     "mctf": _reduce("mctf", "r layers", "r=16"),
     "cls": _reduce("cls", "keep layers", "keep=0.5,layers=9+10+11+12"),

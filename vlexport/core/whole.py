@@ -8,6 +8,7 @@ from typing import TypeVar
 from vlexport.core.account import whole_account
 from vlexport.core.bundle_schema import Bundle, Component, CostRecord, PassRecord
 from vlexport.core.errors import BundleError
+from vlexport.core.operators import whole_operators
 from vlexport.core.pipeline import pipeline_of, signatures
 from vlexport.core.wiring import Wiring, wire
 
@@ -45,6 +46,7 @@ def whole_component(bundle: Bundle) -> Component:
         passes=whole_passes({name: components[name].passes for name in wiring.order}),
         cost=summed_cost({name: each.cost for name, each in components.items()}),
         account=whole_account({name: components[name].account for name in wiring.order}),
+        operators=whole_operators({name: components[name].operators for name in wiring.order}),
     )
 
 

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from functools import lru_cache
+from importlib import resources
+from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
-from vlexport.core.bundle_schema import Bundle, Report
+from vlexport.core.bundle_schema import Bundle, GateRecord, Report
+from vlexport.core.inert import one_line
+from vlexport.core.layer_record import Layers
+from vlexport.core.operators import Operators
 from vlexport.report.figures import (
     account_phrase,
     accuracy_phrase,
     emulation_phrase,
     latency_phrase,
     load_phrase,
+    macs_phrase,
     memory_phrase,
     missing_phrase,
     options_phrase,
@@ -22,32 +31,43 @@ from vlexport.report.figures import (
     throughput_phrase,
     tuning_phrase,
 )
+from vlexport.report.near_misses import grouped_misses
+from vlexport.report.plots import can_plot, interval_plot, intervals_of, layer_plot, range_plot
+from vlexport.report.svg import histogram_svg
+
+_OPERATORS_SHOWN = 14
+_RANGES_SHOWN = 200
+_OUTLIER = 4.0
+"""Ranges whose largest magnitude lies further above the typical one than this are worth a plot."""
 
 
-@lru_cache(maxsize=1)
-def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.PackageLoader("vlexport.report", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+def html_from_report(report: Report, bundle: Bundle, layers: Layers | None = None) -> str:
+    """The page. Every name that comes from a model or a data set is escaped, and nothing in it is obeyed.
 
-
-def html_from_report(report: Report, bundle: Bundle) -> str:
-    """The page. Every name that comes from a model or a data set is escaped."""
-    latency = report.latency
+    Args:
+        report: What was measured.
+        bundle: Of what.
+        layers: What the bundle's tables say of single layers, where it is quantized.
+    """
+    latency, component = report.latency, bundle.main
+    layers = layers or Layers()
     slowest = max((latency.p50_ms, latency.baseline_p50_ms or 0.0)) if latency else 0.0
+    style = _style()
     return (
         _environment()
         .get_template("report.html.j2")
         .render(
             report=report,
             bundle=bundle,
-            component=bundle.main,
+            component=component,
+            layers=layers,
+            style=Markup(style),  # ours, the same in every page; the policy names its hash
+            style_hash=Markup(_hash(style)),
+            plots=_plots(report, layers),
+            can_plot=can_plot(),
             accuracy=accuracy_phrase(report),
             emulated=emulation_phrase(report),
+            macs=macs_phrase(report.cost.macs, ()),
             per_run=_per_run(bundle),
             latency_text=latency_phrase(report),
             latency_more=[f(latency) for f in (tail_phrase, throughput_phrase, load_phrase, memory_phrase)]
@@ -58,10 +78,79 @@ def html_from_report(report: Report, bundle: Bundle) -> str:
             shown_missing=missing_phrase,
             shown_options=options_phrase,
             shown_ratio=ratio_phrase,
+            shown_gate=_gate,
+            histogram=histogram_svg,
+            ranges=sorted(layers.ranges, key=lambda each: -each.spread)[:_RANGES_SHOWN],
+            misses=grouped_misses(report.passes),
+            idle=[each.name for each in report.passes if not each.changes and not each.near_misses],
             size=size_phrase(report.size_bytes),
             slowest=slowest,
+            **_operator_rows(component.operators),
         )
     )
+
+
+@lru_cache(maxsize=1)
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("vlexport.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_inert,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _inert(value: Any) -> Any:
+    """Text without control and format characters; figures and our own markup as they are."""
+    if isinstance(value, Markup | int | float):
+        return value
+    return one_line(str(value))
+
+
+@lru_cache(maxsize=1)
+def _style() -> str:
+    return resources.files("vlexport.report").joinpath("report.css").read_text(encoding="utf-8")
+
+
+def _hash(style: str) -> str:
+    """What the policy calls the one style sheet that a browser may apply."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()}"
+
+
+def _plots(report: Report, layers: Layers) -> dict[str, Markup | None]:
+    """What there is to draw, where it can be drawn."""
+    drawn: dict[str, Markup | None] = {"intervals": None, "layers": None, "ranges": None}
+    if not can_plot():
+        return drawn
+    if rows := intervals_of(report):
+        drawn["intervals"] = interval_plot(rows)
+    if measured := tuple(each for each in layers.layers if each.sqnr_db is not None):
+        drawn["layers"] = layer_plot(measured)
+    if outliers := tuple(each for each in layers.ranges if each.spread >= _OUTLIER):
+        drawn["ranges"] = range_plot(outliers)
+    return drawn
+
+
+def _operator_rows(operators: Operators | None) -> dict[str, Any]:
+    """Rows of the histogram: the commonest, then the rest in one line."""
+    counts = operators.counts if operators is not None else ()
+    return {
+        "operator_rows": counts[:_OPERATORS_SHOWN],
+        "other_rows": counts[_OPERATORS_SHOWN:],
+        "most_calls": max((max(each.before, each.after) for each in counts), default=0),
+    }
+
+
+def _gate(gate: GateRecord) -> str:
+    """What the numeric gate found, for a column."""
+    if gate.proof in ("off", "identical"):
+        return gate.proof
+    said = f"{gate.worst:.0e}, {gate.proof}"
+    if gate.value is not None and gate.bound is not None:
+        said += f" {gate.statistic} {gate.value:g} (bound {gate.bound:g})"
+    return said
 
 
 def _per_run(bundle: Bundle) -> str:

@@ -8,6 +8,7 @@ from vlexport.core.artifact import DimRange, TensorSpec
 from vlexport.core.bundle_schema import Component, GateRecord, Golden, PassRecord
 from vlexport.core.inspection import BundleInspection, ModelInspection, ModelPart, ModulePart, Support
 from vlexport.report.figures import accuracy_phrase, latency_phrase, macs_phrase, pass_phrase, size_phrase
+from vlexport.report.near_misses import miss_lines, places_phrase
 
 _LABELS_SHOWN = 5
 
@@ -20,9 +21,24 @@ def model_lines(found: ModelInspection) -> list[str]:
             lines.append(f"Part     component {name}")
         lines += _part_lines(part)
     lines += [f"Edge     {source} → {sink}" for source, sink in found.edges]
+    if found.device is not None:
+        facts = ", ".join(f"{name} {fact.value}" for name, fact in found.device.facts.items())
+        lines.append(f"Device   {found.device.id}: {found.device.summary}" + (f"; {facts}" if facts else ""))
     for each in found.support:
         lines += _support_lines(each)
+    if found.device is not None:
+        lines.append(f"Verdict  {_verdict(found.support)} on {found.device.id}")
     return lines + [f"Note     {note}" for note in found.notes]
+
+
+def _verdict(support: Sequence[Support]) -> str:
+    """What would stop a model on a device, in one line."""
+    free = [each.target for each in support if not each.problems]
+    stopped = [f"{len(each.problems)} problem{'s' * (len(each.problems) != 1)} by {each.target}" for each in support
+               if each.problems]  # fmt: skip
+    if not stopped:
+        return "nothing that is known would stop it"
+    return f"{' and '.join(stopped)} would stop it" + (f", none by {', '.join(free)}" if free else "")
 
 
 def _part_lines(part: ModelPart) -> Iterator[str]:
@@ -157,21 +173,30 @@ def gate_phrase(gate: GateRecord) -> str:
     return said[gate.proof]
 
 
-def pass_lines(name: str, records: Sequence[PassRecord]) -> list[str]:
-    """What passes did to a component and what they left, each with its place and the reason."""
+def pass_lines(name: str, records: Sequence[PassRecord], *, every: bool = False) -> list[str]:
+    """What passes did to a component and what they left, by reason.
+
+    Args:
+        name: Of the component; empty where it is the only one.
+        records: Its passes.
+        every: Every place, and passes that had nothing to do; else the first places, and those passes in one line.
+    """
     lines = [f"Part     component {name}"] if name else []
+    idle = [] if every else [each for each in records if not each.changes and not each.near_misses]
     for record in records:
+        if record in idle:
+            continue
         lines.append(f"Pass     {_pass_line(record)}")
         for change in record.changes:
             saved = ", ".join(
-                f"{count} {what}"
+                f"{abs(count)} {'fewer' if count > 0 else 'more'} {what}"
                 for count, what in (
-                    (change.saved_nodes, "fewer calls"), (change.saved_parameters, "fewer parameters"),
-                    (change.saved_macs, "fewer MACs"),
+                    (change.saved_nodes, "calls"), (change.saved_parameters, "parameters"), (change.saved_macs, "MACs"),
                 )
                 if count
             )  # fmt: skip
             lines.append(f"         {change.what} ×{change.count}" + (f" ({saved})" if saved else ""))
-            lines += [f"           in {path}" for path in change.where]
-        lines += [f"         not {miss.pattern} at {miss.node}: {miss.reason}" for miss in record.near_misses]
-    return lines
+            places = change.where if every or not change.where else (places_phrase(change.where),)
+            lines += [f"           in {path}" for path in places]
+        lines += miss_lines([record], every=every)
+    return lines + ([f"Idle     nothing to do: {', '.join(each.name for each in idle)}"] if idle else [])

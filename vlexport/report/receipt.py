@@ -45,8 +45,11 @@ def receipt(bundle: Bundle, report: Report, shown_path: str, *, use_it: Sequence
     shortfall = shortfall_phrase(main.account)
     if shortfall:
         lines.insert(_BEHIND_PASSES, f"Missing  {shortfall}")
+    searched = [f"{each.about}: {each.said}" for each in report.searches]
     if report.tuning is not None:
-        lines.append(f"Tuned    {tuning_phrase(report.tuning)}")
+        searched.append(tuning_phrase(report.tuning))
+    if searched:
+        lines.append(f"Tuned    {'; '.join(searched)}")
     lines += [f"Gate     {verdict}" for verdict in report.verdicts[:2]]
     if len(report.verdicts) > 2:
         lines[-1] += f" (and {len(report.verdicts) - 2} more in the report)"

@@ -14,6 +14,7 @@ from vlexport.core.bundle import MEASURED_FOLDER, size_bytes
 from vlexport.core.bundle_schema import Bundle, Report, plain_json
 from vlexport.core.devices import this_machine
 from vlexport.core.errors import BundleError
+from vlexport.core.layer_record import read_layers
 from vlexport.report.html import html_from_report
 
 INDEX_FILE = "index.json"
@@ -64,7 +65,7 @@ def write_report(folder: Path, bundle: Bundle, report: Report) -> Path:
     require_writable(folder)
     measured = folder / MEASURED_FOLDER
     payload = json.dumps(plain_json(report), indent=1, sort_keys=True, allow_nan=False) + "\n"
-    page = html_from_report(report, bundle)
+    page = html_from_report(report, bundle, read_layers(folder, bundle))
     try:
         measured.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".report-", dir=measured, ignore_cleanup_errors=True) as scratch:

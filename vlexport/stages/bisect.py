@@ -15,6 +15,7 @@ from typing import Any
 from vlexport.core.artifact import Array, DimRange
 from vlexport.core.bundle_schema import Bundle
 from vlexport.core.config import BuildConfig
+from vlexport.core.dataset import Dataset
 from vlexport.core.errors import UsageError, VlexportError
 from vlexport.core.finding import Finding, Kind, Measure
 from vlexport.core.progress import Reporter, Silent
@@ -31,14 +32,22 @@ from vlexport.passes.program_level import PROGRAM
 from vlexport.passes.statistic import Statistic
 from vlexport.stages.bisect_artifact import ArtifactFinding, compare_artifact, compare_built
 from vlexport.stages.blame import Blamed, Figure, Leg, blame, figure, legs_of, outputs_of
-from vlexport.stages.choices import HALF_PRECISIONS, lowered_passes_of, open_dataset, passes_of, precision_passes_of
-from vlexport.stages.component import clean_up, in_order
+from vlexport.stages.choices import (
+    HALF_PRECISIONS,
+    INTEGER_PRECISIONS,
+    lowered_passes_of,
+    open_dataset,
+    passes_of,
+    precision_passes_of,
+)
+from vlexport.stages.component import Optimized, clean_up, in_order
 from vlexport.stages.dims import dims_of
 from vlexport.stages.order import Order, configs_of, order_of
 from vlexport.stages.prepare import RANGE_SAMPLES
 from vlexport.stages.probe_memory import require_memory
+from vlexport.stages.quantized import PROBES, calibrated, quantizing, require_single, stacked
 from vlexport.stages.tokens import component_passes
-from vlexport.stages.whole_model import first_samples
+from vlexport.stages.whole_model import first_samples, spread_samples
 
 MAX_SAMPLES = 8
 """Samples of the user's that are probes."""
@@ -108,7 +117,7 @@ def bisect(
         trail.passes.clear()
         with saved.named(name):
             passes = component_passes(order.config, saved, name, calibration)
-            walk = _Walk(order, bound, trail, passes, samples.get(name, []))
+            walk = _Walk(order, bound, trail, passes, samples.get(name, []), calibration, sources)
             own = saved.wiring.dims.own(name, dims)
             found = walk.component(source.program, sources.components[name], own, name, bundle)
         if found is not None:
@@ -136,6 +145,8 @@ class _Walk:
     trail: _Trail
     passes: Sequence[Pass[Program]]
     samples: Sequence[Mapping[str, Array]]
+    calibration: Dataset | None
+    sources: Sources
 
     def component(
         self, program: Program, source: Source, dims: Mapping[str, DimRange], name: str,
@@ -166,11 +177,39 @@ class _Walk:
         seen = [probe.values for probe in probes]
         seen += [in_order(source.program, sample) for sample in self.samples[MAX_SAMPLES:]]
         typed = precision_passes_of(config, brief.precision, seen) if brief.precision in HALF_PRECISIONS else []
-        for own in (again, typed, self.order.target.program_passes(brief)):
+        for own in (again, typed):
             program, found = self._legs(program, own, probes, PROGRAM)
             if found is not None:
                 return found
-        return self._lowered(source, program, name, probes, bundle)
+        owed = source.program
+        if brief.precision in INTEGER_PRECISIONS:
+            program, probes, found = self._rounded(program, name)
+            if found is not None:
+                return found
+            owed = program  # the artifact owes what the Program in integers computes; what that costs is judged above
+        program, found = self._legs(program, self.order.target.program_passes(brief), probes, PROGRAM)
+        if found is not None:
+            return found
+        return self._lowered(source, owed, program, name, probes, bundle)
+
+    def _rounded(self, program: Program, name: str) -> tuple[Program, list[Probe], Finding | None]:
+        """The Program in integers, judged on calibration samples: a seeded draw lies outside of their ranges."""
+        require_single(self.sources)
+        given = spread_samples(self.calibration, self.sources, count=PROBES)[name] if self.calibration else []
+        rows = [in_order(program, each) for each in given]
+        probes = stacked(program, rows) if rows else self._probes(program)
+        order = self.order
+        ready = calibrated(
+            Optimized(program, (), probes, ()), rows, target=order.target, brief=order.brief, config=order.config,
+            samples=self.calibration, reporter=self.trail.reporter,
+        )  # fmt: skip
+        program = ready.optimized.program
+        self.trail.agreed += [f"{each.name} ({each.gate.worst:.1e})" for each in ready.optimized.records]
+        rounding = quantizing(
+            program, ready.table, rows, target=order.target, brief=order.brief, config=order.config
+        )  # fmt: skip
+        after, found = self._legs(program, rounding.passes, probes, PROGRAM)
+        return after, probes, found
 
     def _probes(self, program: Program) -> list[Probe]:
         given = [in_order(program, sample) for sample in self.samples[:MAX_SAMPLES]]
@@ -230,10 +269,10 @@ class _Walk:
         return made, None
 
     def _lowered(
-        self, source: Source, program: Program, name: str, probes: Sequence[Probe],
+        self, source: Source, owed: Program, program: Program, name: str, probes: Sequence[Probe],
         bundle: tuple[Path, Bundle] | None,
     ) -> Finding | None:  # fmt: skip
-        """The lowered passes and the artifact."""
+        """The lowered passes and the artifact, which owes what ``owed`` computes."""
         order, trail = self.order, self.trail
         brief = replace(order.brief, name=name, labels=source.labels, preprocess=source.preprocess)
         wanted = lowered_passes_of(order.config, order.target, brief.options)
@@ -251,14 +290,14 @@ class _Walk:
                 )
             if inside:
                 return inside[0]
-            found = compare_artifact(order, source.program, program, artifact, Path(scratch), probes)
+            found = compare_artifact(order, owed, program, artifact, Path(scratch), probes)
         if found.differs:
             return self._from_artifact(found, "drift" if found.agrees_with_program else "lowering")
         (trail.notes if found.note else trail.agreed).append(found.note or found.words)
         if bundle is None or found.note:
             return None
         try:
-            built = compare_built(order, bundle, name, source.program, program, probes)
+            built = compare_built(order, bundle, name, owed, program, probes)
         except VlexportError as error:
             trail.notes.append(f"the bundle's artifact was not compared: {error.message}")
             return None

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import vlexport
-from vlexport.core.bundle import ARTIFACT_FOLDER, artifact_folder
+from vlexport.core.bundle import ARTIFACT_FOLDER
 from vlexport.core.bundle_schema import Bundle, Component, Golden, Report
 from vlexport.core.config import BuildConfig
 from vlexport.core.devices import available_cores, this_machine
@@ -30,27 +30,22 @@ from vlexport.passes.pipeline import TimingHook
 from vlexport.report.write import new_report, write_report
 from vlexport.stages.choices import (
     INTEGER_PRECISIONS,
-    lowered_passes_of,
-    options_of,
     output_of,
+    settled_of,
     tools_of,
     why_untimed,
 )
-from vlexport.stages.component import (
-    Optimized,
-    legalize_component,
-    lower_component,
-)
 from vlexport.stages.dims import dims_of
 from vlexport.stages.golden import check_bundle
+from vlexport.stages.make import make
 from vlexport.stages.naive import plain_export
 from vlexport.stages.order import Order, configs_of, order_of
-from vlexport.stages.prepare import Prepared, dump_of, pass_seconds, prepare, specialized
+from vlexport.stages.prepare import Prepared, pass_seconds, prepare
 from vlexport.stages.profile import QUICK, Measurable, measure_latency
-from vlexport.stages.quantized import PROBES, quantize_component, require_single
+from vlexport.stages.searches import Chosen, choose
 from vlexport.stages.tune import Subject, Tuned, autotune
-from vlexport.stages.validate import judge_gates, measure_accuracy, skipped_phrase
-from vlexport.stages.whole_model import first_samples, opt_inputs, whole_goldens
+from vlexport.stages.validate import Run, judge_gates, measure_accuracy, skipped_phrase
+from vlexport.stages.whole_model import opt_inputs, whole_goldens
 from vlexport.stages.write_bundle import golden_tolerance, require_free, staging, write_bundle
 
 
@@ -63,7 +58,8 @@ class BuildResult:
         bundle: Its ``bundle.json``.
         report: What was measured.
         seconds: Stage → seconds; passes as ``pass NAME`` (their part of the stage ``passes``).
-        tuned: The search behind it; ``finish`` forgets its trials, once the bundle stands.
+        tuned: The search over session options behind it; ``finish`` forgets its trials, once the bundle stands.
+        chosen: The searches that decided what the artifact is; likewise.
     """
 
     output: Path
@@ -71,11 +67,14 @@ class BuildResult:
     report: Report
     seconds: dict[str, float]
     tuned: Tuned | None = None
+    chosen: Chosen | None = None
 
     def standing(self, output: Path) -> BuildResult:
         """The same, now that the bundle stands at ``output``."""
         if self.tuned is not None:
             self.tuned.finish()
+        if self.chosen is not None:
+            self.chosen.finish()
         return replace(self, output=output)
 
 
@@ -115,37 +114,14 @@ def build_prepared(order: Order, prepared: Prepared, folder: Path, reporter: Rep
     config, target, brief = order.config, order.target, order.brief
     dims = dims_of(config, target, prepared.sources.signature)
     sources = prepared.sources.narrowed(dims)
-    optimized: dict[str, Optimized] = {}
-    with clock.stage(f"passes for {target.id}"):
-        for name in sources.components:
-            with sources.named(name):
-                dump = dump_of(config, sources, name, target.id)
-                shared = specialized(prepared, sources, name, dims, brief.precision, config, dump, timing)
-                if brief.precision in INTEGER_PRECISIONS:
-                    require_single(sources)
-                    assert prepared.calibration is not None
-                    probes = first_samples(prepared.calibration, sources, count=PROBES)[name]
-                    quantized = quantize_component(
-                        shared, sources.components[name], target=target, brief=brief, config=config,
-                        samples=prepared.calibration, probes=probes, dump=dump and dump / "quantized", hooks=[timing],
-                        cache=prepared.cache, reporter=reporter,
-                    )  # fmt: skip
-                    quantized.write(folder)
-                    shared = quantized.optimized
-                optimized[name] = legalize_component(
-                    shared, target.program_passes(brief), dump=dump and dump / "legalized", hooks=[timing]
-                )
-    components: dict[str, Component] = {}
-    lowered = lowered_passes_of(config, target, brief.options)
-    with clock.stage(f"lower to {target.id}"):
-        for name, source in sources.components.items():
-            with sources.named(name):
-                components[name] = lower_component(
-                    target, source, optimized[name], brief, bundle=folder, name=name, seed=config.seed,
-                    folder=folder / artifact_folder(sources.components, name), passes=lowered,
-                    dump=dump_of(config, sources, name, target.id, "lowered"), hooks=[timing], cache=prepared.cache,
-                    reporter=reporter,
-                )  # fmt: skip
+    chosen = choose(order, prepared, sources, clock)
+    order, prepared = chosen.order, chosen.prepared
+    config, brief = order.config, order.brief
+    made = make(order, prepared, sources, folder, clock, timing)
+    if made.quantized is not None:
+        with clock.stage("look at layers"):
+            made.quantized.write(folder)
+    optimized, components, lowered = made.optimized, made.components, made.lowered
     dataset = prepared.dataset
     tuned: Tuned | None = None
     if order.axes:
@@ -153,21 +129,26 @@ def build_prepared(order: Order, prepared: Prepared, folder: Path, reporter: Rep
             ((name, component),) = components.items()
             subject = Subject(
                 config=config, target=target, folder=folder, component=component, source_hash=sources.source_hash,
-                source=sources.run, inputs=opt_inputs(sources, config.seed), gates=order.gates,
+                source=chosen.reference, inputs=opt_inputs(sources, config.seed), gates=order.gates,
                 metrics=prepared.metrics, tools=tools_of(config, target, lowered),
                 threads=config.threads or available_cores(),
             )  # fmt: skip
             tuned = autotune(subject, order.axes, dataset, reporter=reporter)
         components[name], dataset = tuned.component, tuned.dataset
-        order = replace(order, config=tuned.config, brief=replace(brief, options=options_of(tuned.config, target)))
+        order = replace(
+            order, config=tuned.config, brief=replace(brief, options=settled_of(tuned.config, target, brief.precision))
+        )
+    elif chosen.confirming is not None:
+        dataset = chosen.confirming
     prepared = replace(prepared, dataset=dataset)
     owed = sources.with_sources({name: each.held_to(sources.components[name]) for name, each in optimized.items()})
     goldens = whole_goldens(folder, owed, config.seed, golden_tolerance(brief.precision))
     unwritten = _bundle(order, sources, components, lowered, goldens)
-    bundle, report = _measured(order, prepared, sources, unwritten, folder, clock)
-    report = report.model_copy(update={"tuning": tuned.tuning if tuned is not None else None})
+    bundle, report = _measured(order, prepared, sources, unwritten, folder, clock, chosen.reference)
+    tuning = tuned.tuning if tuned is not None else None
+    report = report.model_copy(update={"tuning": tuning, "searches": tuple(chosen.records)})
     notes = [note for name, each in optimized.items() for note in sources.said(name, each.notes)]
-    first = (*_narrowing(prepared.sources, sources, config), *order.notes, *_facts(sources, components))
+    first = (*_narrowing(prepared.sources, sources, config), *order.notes, *chosen.notes, *_facts(sources, components))
     report = report.model_copy(update={"notes": (*first, *report.notes, *notes)})
     if prepared.calibration is not None and prepared.calibration.skipped:
         report = _with_notes(report, skipped_phrase(prepared.calibration, "calibration samples"))
@@ -178,7 +159,7 @@ def build_prepared(order: Order, prepared: Prepared, folder: Path, reporter: Rep
     report = report.model_copy(update={"stage_seconds": {k: round(v, 2) for k, v in seconds.items()}})
     write_report(folder, bundle, report)
     reporter.note(f"precision of {target.id}: {order.brief.precision}, {order.reason}")
-    return BuildResult(folder, bundle, report, seconds, tuned)
+    return BuildResult(folder, bundle, report, seconds, tuned, chosen)
 
 
 def _measured(
@@ -188,6 +169,7 @@ def _measured(
     unwritten: Bundle,
     folder: Path,
     clock: StageClock,
+    reference: Run,
 ) -> tuple[Bundle, Report]:
     """Write the bundle, and measure what can be measured here."""
     config, target = order.config, order.target
@@ -208,7 +190,7 @@ def _measured(
         if prepared.dataset is not None:
             with clock.stage("validate"):
                 judged = measure_accuracy(
-                    session, prepared.dataset, bundle.main, reference=sources.run, reporter=clock.reporter,
+                    session, prepared.dataset, bundle.main, reference=reference, reporter=clock.reporter,
                     metrics=prepared.metrics,
                     calibrated_on=frozenset(sample.content_hash() for sample in prepared.calibration or ()),
                 )  # fmt: skip
@@ -258,9 +240,17 @@ def _bundle(
         golden_smallest=goldens[1],
         tools=tools_of(order.config, order.target, lowered),
         instruction_set=this_machine().instruction_set,
-        compatibility=order.target.compatibility(order.brief),
+        compatibility=_compatibility(order, components),
         files={},
     )
+
+
+def _compatibility(order: Order, components: Mapping[str, Component]) -> dict[str, str]:
+    """What a device is checked against; where an artifact's facts say it better than the brief, they do."""
+    found = order.target.compatibility(order.brief)
+    for each in components.values():
+        found |= {key: value for key, value in each.artifact.facts.items() if key in found}
+    return found
 
 
 def _facts(sources: Sources, components: Mapping[str, Component]) -> Iterator[str]:

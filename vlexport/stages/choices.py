@@ -20,7 +20,8 @@ from vlexport.core.config import BuildConfig
 from vlexport.core.device_profiles import DeviceProfile, device_profile
 from vlexport.core.errors import CapabilityError, InternalError, UsageError, nearest
 from vlexport.core.samples import Dataset, open_data
-from vlexport.core.tokens import TokensRequest, flag_of, tokens_from_text
+from vlexport.core.scheme import QUANTIZED
+from vlexport.core.tokens import AUTO, TokensRequest, flag_of, tokens_from_text
 from vlexport.core.user_metric import metric_names
 from vlexport.core.verdict import Gate, gate_from_text
 from vlexport.core.wrong_value import wrong_value
@@ -36,12 +37,16 @@ from vlexport.targets.base import Target
 
 if TYPE_CHECKING:
     from vlexport.passes.quantize import QuantizeOptions
+    from vlexport.passes.smooth_activations import SmoothActivationsOptions
 
 HALF_PRECISIONS = ("fp16", "bf16")
 """Precisions that a pass types the Program to."""
-INTEGER_PRECISIONS = ("int8",)
-"""Precisions for which values become integers."""
-PRECISION_PASSES = {"cast-floats": HALF_PRECISIONS, "quantize": INTEGER_PRECISIONS}
+INTEGER_PRECISIONS = QUANTIZED
+"""Precisions for which values are rounded to 8 bits."""
+PRECISION_PASSES = {
+    "cast-floats": HALF_PRECISIONS, "smooth-activations": INTEGER_PRECISIONS, "equalize-ranges": INTEGER_PRECISIONS,
+    "quantize": INTEGER_PRECISIONS, "fold-casts": INTEGER_PRECISIONS,
+}  # fmt: skip
 """Passes that run with a precision → with which."""
 
 
@@ -113,7 +118,7 @@ def passes_of(config: BuildConfig, *, samples: Iterable[tuple[Tensor, ...]] = ()
             raise UsageError("VLX0703", f"--pass {name}: {how}", where="--pass", hint="leave that --pass out")
         kind = pass_class(name)
         made.append(kind(_typed(kind.Options, config.scoped_options(name), name)))
-    if config.tokens is not None:
+    if config.tokens not in (None, AUTO):
         made.append(_tokens_pass(config, tokens_from_text(config.tokens), samples))
     made.sort(key=lambda each: STAGES.index(each.stage))  # stable: plugins stand behind ours of the same stage
     if config.passes:
@@ -180,6 +185,19 @@ def quantize_options_of(config: BuildConfig) -> QuantizeOptions:
     return found
 
 
+def smooth_options_of(config: BuildConfig) -> SmoothActivationsOptions:
+    """Options of smooth-activations.
+
+    Raises:
+        UsageError: VLX0703.
+    """
+    from vlexport.passes.smooth_activations import SmoothActivations, SmoothActivationsOptions
+
+    found = _typed(SmoothActivationsOptions, config.scoped_options(SmoothActivations.name), SmoothActivations.name)
+    assert isinstance(found, SmoothActivationsOptions)
+    return found
+
+
 def options_of(config: BuildConfig, target: Target) -> Frozen:
     """The target's options; every ``--set`` must name a target that exists, or a pass that runs.
 
@@ -205,6 +223,15 @@ def options_of(config: BuildConfig, target: Target) -> Frozen:
     return options
 
 
+def settled_of(config: BuildConfig, target: Target, precision: str) -> Frozen:
+    """The target's options, with what they leave open decided for the device and precision.
+
+    Raises:
+        UsageError: VLX0703.
+    """
+    return target.settled(options_of(config, target), precision=precision, device=profile_of(config, target))
+
+
 def scopes_of(config: BuildConfig, target: Target) -> list[str]:
     """What a ``--set`` can be about in a build for this target: passes that run, and every target.
 
@@ -216,8 +243,12 @@ def scopes_of(config: BuildConfig, target: Target) -> list[str]:
 
 def _scopes(config: BuildConfig, target: Target, options: Frozen) -> list[str]:
     wished = target.precisions[0] if config.precision in (None, "auto") else config.precision
-    requested = [name for name, precisions in PRECISION_PASSES.items() if wished in precisions]
-    if config.tokens is not None:
+    offered = target.precisions if config.precision == "auto" else (wished,)
+    wanted = {*offered, *(target.float_precision(each) for each in offered if each in INTEGER_PRECISIONS)}
+    requested = [name for name, precisions in PRECISION_PASSES.items() if wanted & {*precisions}]
+    if config.tokens == AUTO:
+        requested.append("reduce-tokens")
+    elif config.tokens is not None:
         requested.append(tokens_from_text(config.tokens).pass_name)
     running = [each.name for each in target.lowered if getattr(options, each.option)]
     return [*PASSES, *requested, *config.passes, *offered_targets(), *running]

@@ -33,6 +33,7 @@ from vlexport.passes.probes import Probe, as_array, make_probes
 from vlexport.stages.account import Refusals, accounts
 from vlexport.stages.choices import HALF_PRECISIONS, precision_passes_of
 from vlexport.stages.lowered import lower_and_rewrite
+from vlexport.stages.operators import operators_of
 from vlexport.stages.write_bundle import golden_tolerance, write_golden
 from vlexport.targets.base import Brief, Target
 
@@ -257,6 +258,7 @@ def lower_component(
         passes=(*optimized.records, *lowered),
         cost=cost_record(optimized.program),
         account=optimized.account,
+        operators=operators_of(source.program, optimized.program),
     )
 
 

@@ -38,9 +38,9 @@ def inspect_model(
         VlexportError: When the model cannot be opened, or a target or device is unknown.
     """
     reporter = reporter or Silent()
-    configs = configs_of(config) if targets else {}
     if config.device_profile and config.device_profile not in device_profiles():
-        device_profile(config.device_profile, target=next(iter(configs), config.target))
+        device_profile(config.device_profile, target=config.target)
+    configs = configs_of(config) if targets else {}
     with reporter.stage("open the model"):
         sources = open_sources(config)
     return ModelInspection(
@@ -49,6 +49,7 @@ def inspect_model(
         edges=sources.edges,
         support=tuple(_support(each, sources, reporter) for each in configs.values()),
         notes=sources.notes,
+        device=device_profiles().get(config.device_profile or ""),
     )
 
 

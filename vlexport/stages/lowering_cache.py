@@ -126,6 +126,7 @@ def _brief_key(brief: Brief) -> dict[str, Any]:
         "name": brief.name,
         "labels": list(brief.labels),
         "preprocess": {name: each.model_dump(mode="json") for name, each in brief.preprocess.items()},
+        "fallback": program_identity(brief.fallback) if brief.fallback is not None else None,
     }
 
 

@@ -7,17 +7,18 @@ from dataclasses import dataclass, replace
 
 from vlexport.core.config import BuildConfig
 from vlexport.core.device_profiles import device_profiles
+from vlexport.core.devices import this_machine
 from vlexport.core.errors import CapabilityError, UsageError, VlexportError
 from vlexport.core.verdict import Gate
 from vlexport.stages.choices import (
     INTEGER_PRECISIONS,
     gates_of,
     model_name_of,
-    options_of,
     precision_of,
     profile_of,
     quantize_options_of,
     scopes_of,
+    settled_of,
 )
 from vlexport.stages.quantized import require_calibrated
 from vlexport.stages.tune import axes_of
@@ -63,7 +64,7 @@ def order_of(config: BuildConfig) -> Order:
     config = _with_implied(config, target)
     precision, reason = precision_of(config, target)
     gates = gates_of(config)
-    brief = Brief(options_of(config, target), profile_of(config, target), precision, config.threads)
+    brief = Brief(settled_of(config, target, precision), profile_of(config, target), precision, config.threads)
     if precision in INTEGER_PRECISIONS:
         require_calibrated(config, brief, target)
         quantize_options_of(config)
@@ -71,6 +72,18 @@ def order_of(config: BuildConfig) -> Order:
     probe = target.probe_for(brief)
     require_judged(gates, target, probe)
     return Order(config, target, brief, reason, gates, probe, axes_of(config, target, brief.options))
+
+
+def why_unmeasured(order: Order) -> str:
+    """Why the latency of this order's artifacts cannot be told on this machine, or an empty string."""
+    device = order.brief.device
+    if not order.probe.available:
+        return f"{order.target.id} does not run here: {order.probe.reason}"
+    if order.probe.timing != "real":
+        return f"the target's timing is {order.probe.timing} here"
+    if not device.is_this(this_machine()):
+        return f"this machine is no {device.id}"
+    return "" if order.config.profile else "--no-profile forbids measuring"
 
 
 def _with_implied(config: BuildConfig, target: Target) -> BuildConfig:

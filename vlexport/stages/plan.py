@@ -5,6 +5,7 @@ All problems are found at once, where a build stops at the first.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,14 +16,18 @@ from vlexport.core.bundle_schema import CostRecord, PassRecord
 from vlexport.core.config import BuildConfig
 from vlexport.core.errors import CapabilityError, InputError, UsageError, VlexportError
 from vlexport.core.progress import Reporter, Silent
+from vlexport.core.tokens import AUTO, AUTO_GRID
 from vlexport.core.whole import summed_cost, whole_passes
 from vlexport.frontends.sources import Sources, open_sources
 from vlexport.ir import dialect, provenance
 from vlexport.ir.program import Program
 from vlexport.passes.base import Pass
 from vlexport.passes.pipeline import run_pipeline
+from vlexport.passes.quantization.named_calls import require_calls
+from vlexport.passes.quantization.placement import place
 from vlexport.stages.account import Refusals, accounts
 from vlexport.stages.choices import (
+    INTEGER_PRECISIONS,
     gates_of,
     lowered_passes_of,
     open_dataset,
@@ -31,17 +36,20 @@ from vlexport.stages.choices import (
     precision_of,
     precision_passes_of,
     profile_of,
+    quantize_options_of,
+    settled_of,
 )
 from vlexport.stages.component import clean_up, cost_record
 from vlexport.stages.dims import dims_of
 from vlexport.stages.folded import require_folded
 from vlexport.stages.order import require_judged
 from vlexport.stages.probe_memory import require_memory
+from vlexport.stages.quantized import require_calibrated
 from vlexport.stages.tokens import component_passes
 from vlexport.stages.tune import axes_of
 from vlexport.stages.write_bundle import require_free
 from vlexport.targets import open_target
-from vlexport.targets.base import Brief
+from vlexport.targets.base import Brief, Target
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,7 @@ def plan(
     reporter = reporter or Silent()
     target = open_target(config.target)
     problems: list[VlexportError] = []
+    notes: list[str] = []
 
     def collect(check: Callable[[], object]) -> None:
         try:
@@ -104,14 +113,18 @@ def plan(
         problems.append(error)
     brief = Brief(target.Options())
     try:
-        brief = Brief(options_of(config, target), profile_of(config, target), precision, config.threads)
+        brief = Brief(settled_of(config, target, precision), profile_of(config, target), precision, config.threads)
     except VlexportError as error:
         problems.append(error)
     collect(lambda: require_judged(gates_of(config), target, target.probe()))
     candidates: dict[str, tuple[str, ...]] = {}
     collect(lambda: candidates.update(axes_of(config, target, options_of(config, target))))
+    if config.precision == "auto":
+        candidates["precision"] = tuple(each for each in target.precisions if each != precision)
+    if config.tokens == AUTO:
+        candidates["tokens"] = AUTO_GRID
     lowered: list[Pass[Any]] = []
-    collect(lambda: lowered.extend(lowered_passes_of(config, target, options_of(config, target))))
+    collect(lambda: lowered.extend(lowered_passes_of(config, target, brief.options)))
     collect(lambda: require_free(output_of(config), force=config.force, several=several))
     collect(lambda: target.require_tools(brief))
     if sources is None:
@@ -146,6 +159,8 @@ def plan(
             account[name] = accounts(program, shared, refusals)
             collect(partial(require_folded, config, sources.components[name], shared, records))
             typed = precision_passes_of(config, precision, [program.example])
+            if precision in INTEGER_PRECISIONS:
+                collect(lambda: notes.append(_rounded(config, brief, target, shared)))  # noqa: B023  called at once
             ran[name] = (shared, records)
             try:
                 last, more = run_pipeline(shared, [*typed, *target.program_passes(brief)], gate=None)
@@ -168,10 +183,32 @@ def plan(
         calls_before=sum(len(program.calls()) for program in before.values()),
         calls_after=sum(len(program.calls()) for program in after.values()),
         problems=tuple({str(each): each for each in problems}.values()),
-        notes=sources.notes,
+        notes=(*sources.notes, *notes),
         candidates=candidates,
         account=whole_account(account),
     )
+
+
+def _rounded(config: BuildConfig, brief: Brief, target: Target, program: Program) -> str:
+    """What would be in integers; ranges are not measured by a plan, so that a constant value is not seen.
+
+    Raises:
+        UsageError: VLX0218 without calibration samples, VLX0703 for names of no module.
+        CapabilityError: VLX0502 where the target has no scheme for the device, or nothing can be quantized.
+    """
+    scheme, options = require_calibrated(config, brief, target), quantize_options_of(config)
+    require_calls(program, (*options.keep, *options.only), option="quantize.keep")
+    placed = place(program, scheme, keep=options.keep, only=options.only)
+    counts = Counter(dialect.plain_name(layer.node) for layer in placed.layers)
+    if not counts:
+        raise CapabilityError(
+            "VLX0502", f"nothing of the model can be quantized by scheme {scheme.id}", where="--precision",
+            hint="build it with --precision fp32",
+        )  # fmt: skip
+    what = ", ".join(f"{count} {op}" for op, count in counts.items())
+    reasons = Counter(placed.refused.values())
+    left = "; ".join(f"{count} stay in float: {why}" for why, count in reasons.items())
+    return f"in integers by scheme {scheme.id}: {what}" + (f"; {left}" if left else "")
 
 
 def _opaque(program: Program) -> list[VlexportError]:

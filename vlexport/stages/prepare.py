@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from vlexport.core.artifact import DimRange
+from vlexport.core.artifact import Array, DimRange
 from vlexport.core.cache import Cache, open_cache
 from vlexport.core.config import BuildConfig
 from vlexport.core.dataset import Dataset
@@ -89,18 +89,41 @@ def prepare(config: BuildConfig, orders: Sequence[Order], reporter: Reporter) ->
     samples = first_samples(calibration, sources, count=1)
     _require_dims(orders, sources)
     timing = TimingHook()
-    passes = {name: component_passes(config, sources, name, calibration) for name in sources.components}
-    optimized: dict[str, Optimized] = {}
     with clock.stage("passes"):
-        for name, source in sources.components.items():
-            with sources.named(name):
-                optimized[name] = optimize_component(
-                    source, passes[name], config=config, samples=samples.get(name, ()),
-                    dump=dump_of(config, sources, name), hooks=[timing],
-                )  # fmt: skip
-                require_folded(config, source, optimized[name].program, optimized[name].records)
+        passes, optimized = _optimized(config, sources, calibration, samples, timing)
     seconds = {**clock.seconds, **pass_seconds(timing)}
     return Prepared(sources, optimized, passes, dataset, calibration, metrics, open_cache(reporter), seconds)
+
+
+def prepared_again(prepared: Prepared, config: BuildConfig) -> Prepared:
+    """The same model and data behind other passes: those of another ``--tokens``.
+
+    Raises:
+        VlexportError: VLX04xx, VLX0703.
+    """
+    samples = first_samples(prepared.calibration, prepared.sources, count=1)
+    passes, optimized = _optimized(config, prepared.sources, prepared.calibration, samples, TimingHook())
+    return replace(prepared, passes=passes, optimized=optimized, specialized={})
+
+
+def _optimized(
+    config: BuildConfig,
+    sources: Sources,
+    calibration: Dataset | None,
+    samples: Mapping[str, Sequence[Mapping[str, Array]]],
+    timing: TimingHook,
+) -> tuple[dict[str, list[Pass[Program]]], dict[str, Optimized]]:
+    """Component → passes that no target owns, and what they made of it."""
+    passes = {name: component_passes(config, sources, name, calibration) for name in sources.components}
+    optimized: dict[str, Optimized] = {}
+    for name, source in sources.components.items():
+        with sources.named(name):
+            optimized[name] = optimize_component(
+                source, passes[name], config=config, samples=samples.get(name, ()),
+                dump=dump_of(config, sources, name), hooks=[timing],
+            )  # fmt: skip
+            require_folded(config, source, optimized[name].program, optimized[name].records)
+    return passes, optimized
 
 
 def _require_dims(orders: Sequence[Order], sources: Sources) -> None:

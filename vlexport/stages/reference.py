@@ -56,7 +56,7 @@ def open_reference(
         _require_same(path, wanted_names(bundle), wanted_names(other))
         with open_target(other.target).open(Path(path) / ARTIFACT_FOLDER, other.main.artifact) as session:
             notes = () if other.main.preprocess == bundle.main.preprocess else (_OTHER_PREPROCESSING,)
-            yield Reference("bundle", session.run, notes)
+            yield Reference(f"bundle {other.digest[:12]}", session.run, notes)
         return
     try:
         from vlexport.frontends.sources import open_sources

@@ -168,8 +168,13 @@ def search(
 
 
 def candidate(recipe: BuildConfig, options: Options) -> BuildConfig:
-    """The recipe of a candidate: a pure function, so that it can be built and measured anywhere."""
-    return recipe.model_copy(update={"options": {**recipe.options, **options}})
+    """The recipe of a candidate: a pure function, so that it can be built and measured anywhere.
+
+    A key with a dot is an option of a pass or target, one without is a field of the recipe (``precision``, ``tokens``).
+    """
+    fields = {key: value for key, value in options.items() if "." not in key}
+    scoped = {key: value for key, value in options.items() if "." in key}
+    return recipe.model_copy(update={**fields, "options": {**recipe.options, **scoped}})
 
 
 def open_journal(key: Mapping[str, object], *, resume: bool) -> Journal:

@@ -10,7 +10,7 @@ from torch import Tensor
 from vlexport.core.config import BuildConfig
 from vlexport.core.dataset import Dataset
 from vlexport.core.errors import UsageError, nearest
-from vlexport.core.tokens import tokens_from_text
+from vlexport.core.tokens import AUTO, tokens_from_text
 from vlexport.frontends.sources import Sources
 from vlexport.ir.program import Program
 from vlexport.passes.base import Pass
@@ -54,7 +54,7 @@ def component_passes(
     Raises:
         UsageError: VLX0703, also where ``--tokens`` does not say which of several components is meant.
     """
-    if config.tokens is None:
+    if config.tokens is None or config.tokens == AUTO:
         return passes_of(config)
     if name != _component(config.tokens, sources):
         return passes_of(config.model_copy(update={"tokens": None}))

@@ -24,6 +24,7 @@ from vlexport.core.devices import this_machine
 from vlexport.core.errors import CODES, CapabilityError, GateError, UsageError
 from vlexport.core.isolate import IsolatedSession
 from vlexport.core.progress import Reporter, Silent
+from vlexport.core.tokens import AUTO
 from vlexport.core.user_metric import UserMetric
 from vlexport.core.verdict import Gate, judge
 from vlexport.stages.golden import check_component
@@ -111,7 +112,7 @@ def axes_of(config: BuildConfig, target: Target, options: Frozen) -> dict[str, t
     """
     if not config.autotune:
         flag = "--resume" if config.resume else "--budget-minutes" if config.budget_minutes is not None else ""
-        if flag:
+        if flag and not searches_otherwise(config):
             raise UsageError("VLX0805", f"{flag} without a search", where=flag, hint="add --autotune, or leave it out")
         return {}
     if not config.profile:
@@ -132,6 +133,11 @@ def axes_of(config: BuildConfig, target: Target, options: Frozen) -> dict[str, t
             "leave out a --set, or the recipe's line",
         )
     return free
+
+
+def searches_otherwise(config: BuildConfig) -> bool:
+    """Whether a config asks for a search that is none of session options."""
+    return config.precision == "auto" or config.tokens == AUTO or config.max_drop is not None
 
 
 def require_searchable(config: BuildConfig, components: Collection[str]) -> None:

@@ -423,7 +423,8 @@ def _lacks(metric: str, *, labelled: bool, referenced: bool) -> tuple[str, str] 
     if metric.endswith(CHANGE) and not referenced:
         return "a reference to compare with", "add --reference MODEL"
     if metric in ("drop", "top1", "top5") and not labelled:
-        return "labelled samples", "give class folders, or .npz with `label`"
+        without = '; without labels, --gate "agreement>=99" compares answers' if metric == "drop" else ""
+        return "labelled samples", f"give class folders, or .npz with `label`{without}"
     if metric in ("drop", "agreement", "cosine", "sqnr") and not referenced:
         return "a reference to compare with", "add --reference MODEL"
     return None

@@ -37,6 +37,22 @@ def first_samples(dataset: Dataset | None, sources: Sources, *, count: int) -> d
     return found
 
 
+def spread_samples(dataset: Dataset, sources: Sources, *, count: int) -> dict[str, list[dict[str, Array]]]:
+    """As :func:`first_samples`, evenly spread: data often come in an order, one class behind the other.
+
+    Raises:
+        DataError: VLX0202, VLX0205.
+    """
+    found: dict[str, list[dict[str, Array]]] = {name: [] for name in sources.components}
+    step = max(len(dataset) // count, 1)
+    for given in islice(samples_of(dataset, sources), 0, step * count, step):
+        for name, inputs in given.items():
+            found[name].append(inputs)
+    if not any(found.values()):
+        raise DataError("VLX0202", "the calibration data is empty", where="--calib")
+    return found
+
+
 def samples_of(dataset: Dataset, sources: Sources) -> Iterator[dict[str, dict[str, Array]]]:
     """What each component is given on every calibration sample, with batch dim, read one by one.
 

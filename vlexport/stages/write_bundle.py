@@ -24,7 +24,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 GOLDEN_TOLERANCE = 1e-4
 """Bound of max|a−b| / max|b| between artifact and source Program, fp32: other kernels sum in another order."""
 
-_HALF_TOLERANCE = {"fp16": 2e-2, "bf16": 1e-1, "int8": 1e-1}
+_HALF_TOLERANCE = {"fp16": 2e-2, "bf16": 1e-1, "int8": 1e-1, "fp8": 1e-1}
 """The same for artifacts in a half type: a unit in the last place is 1e-3 (fp16) and 8e-3 (bf16) of a value, and a deep
 net loses a few bits more; the signal to noise ratio is what the pass was judged by. int8 is held to the Program in
 integers: where a kernel rounds another way at a tie, a value is off by a step of 1/255 of its range."""
