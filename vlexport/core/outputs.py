@@ -15,12 +15,14 @@ from vlexport.core.artifact import Frozen
 from vlexport.core.bundle_schema import Bundle, CostRecord, PassRecord, Report
 from vlexport.core.comparison import Comparison
 from vlexport.core.device_profiles import Fact
+from vlexport.core.difference import Difference
 from vlexport.core.errors import UsageError, nearest
 from vlexport.core.explanations import Explanation
 from vlexport.core.finding import Finding
 from vlexport.core.health import Health
 from vlexport.core.inspection import BundleInspection, ModelInspection
 from vlexport.core.json_schema import json_schema_of
+from vlexport.core.layer_record import Layers
 from vlexport.core.option_records import OptionRecord
 from vlexport.core.preprocess_diagnosis import Diagnosis
 
@@ -173,6 +175,19 @@ class ExplainedBundle(Printed):
     components: dict[str, tuple[PassRecord, ...]]
 
 
+class ExplainedLayers(Printed):
+    """``explain BUNDLE --layers``."""
+
+    layers: Layers
+    suggestions: tuple[str, ...]
+
+
+class ComparedBundles(Printed):
+    """``compare``: one entry a pair."""
+
+    differences: tuple[Difference, ...]
+
+
 class Bisected(Printed, Finding):
     """``bisect``."""
 
@@ -284,7 +299,8 @@ COMMANDS: dict[str, tuple[type[Printed], ...]] = {
     "verify": (VerifiedBundle,),
     "run": (Ran, Wrote),
     "inspect": (InspectedModel, InspectedBundle),
-    "explain": (ExplainedCode, ExplainedBundle),
+    "explain": (ExplainedCode, ExplainedBundle, ExplainedLayers),
+    "compare": (ComparedBundles,),
     "bisect": (Bisected,),
     "passes": (ListedPasses, DescribedPass),
     "targets": (ListedTargets, DescribedTarget),
