@@ -155,7 +155,7 @@ def quantize_component(
     rows = [in_order(source.program, each) for each in probes]
     gate = None
     if optimized.probes is not None:
-        gate = NumericGate(program, _stacked(source, rows) if rows else optimized.probes, sighted=True)
+        gate = NumericGate(program, _stacked(source, rows) if rows else optimized.probes, sighted=True, together=True)
     seen = rows or [each.values for each in optimized.probes or ()]
     typing = _typing(config, target.float_precision(brief.precision), options, seen)
     ending = target.quantized_passes(scheme, min_sqnr_db=options.min_sqnr_db)
