@@ -16,11 +16,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from vlexport.core.artifact import Array
 from vlexport.core.bundle_schema import Change, GateRecord
 from vlexport.core.errors import CapabilityError, GateError, InternalError
 from vlexport.core.numerics import relative_error
@@ -50,15 +51,24 @@ class NumericGate:
         probes: Inputs to run on.
         level: What kind of graph it is.
         sighted: Another gate has seen outputs vary on these probes: nothing is run until a pass changes something.
+        together: An approximate pass is judged on all probes as on one batch: of a single sample whose true answer lies
+            near 0, a ratio says little.
 
     Raises:
         CapabilityError: VLX0402 when no output varies over the probes.
     """
 
     def __init__(
-        self, source: Any, probes: Sequence[Probe], *, level: Level[Any] = PROGRAM, sighted: bool = False
+        self,
+        source: Any,
+        probes: Sequence[Probe],
+        *,
+        level: Level[Any] = PROGRAM,
+        sighted: bool = False,
+        together: bool = False,
     ) -> None:
         self.probes = probes
+        self.together = together
         self.level = level
         self.kept: list[Outputs] = []
         self.blind: tuple[int, ...] = ()
@@ -111,6 +121,7 @@ class NumericGate:
         seen = [Probe(f"sample {i}", tuple(values)) for i, values in enumerate(applied.witnesses, 1)]
         probes, known = [*self.probes, *seen], [*self.kept, *self._sound(before, seen)]
         judged = 0
+        held: list[_Held] = []
         for probe, kept, found in zip(probes, known, self.level.run(after, probes), strict=True):
             outputs.append(_required(applied, probe, found))
             ours, reference = (tuple(map(as_array, each)) for each in (outputs[-1][: len(kept)], kept))
@@ -123,11 +134,13 @@ class NumericGate:
             elif verdict.broken_by(ours, reference) and self._few_undecided(probe):
                 ours, reference = (_without(each, probe, _batch(probe)) for each in (ours, reference))
                 aside = len(probe.undecided)
-            if broken := verdict.add(ours, reference, aside=aside):
+            held.append(_Held(probe, probe.name, ours, reference, aside))
+        for each in _as_one_batch(held) if self.together else held:
+            if broken := verdict.add(each.ours, each.reference, aside=each.aside):
                 raise GateError(
                     "VLX0401",
-                    f"pass {applied.name} costs more than it may: {broken} on the {probe.name}",
-                    where=self.level.first_difference(before, after, probe, statistic.broken),
+                    f"pass {applied.name} costs more than it may: {broken} on the {each.name}",
+                    where=self.level.first_difference(before, after, each.probe, statistic.broken),
                     hint=statistic.hint,
                 )
         if not judged:
@@ -244,6 +257,29 @@ class NumericGate:
             where=self.level.first_difference(before, after, probe, lambda a, b: not relative_error(a, b) <= bound),
             hint=_HINT,
         )
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Outputs on a probe, and those that they are held to; ``aside`` rows do not count."""
+
+    probe: Probe
+    name: str
+    ours: tuple[Array, ...]
+    reference: tuple[Array, ...]
+    aside: int
+
+
+def _as_one_batch(held: Sequence[_Held]) -> Sequence[_Held]:
+    """Outputs of all probes joined along dim 0, where each has one; else as they are."""
+    shapes = {tuple(value.shape[1:] for value in (*each.ours, *each.reference)) for each in held}
+    if len(held) < 2 or len(shapes) != 1 or not all(v.ndim for v in (*held[0].ours, *held[0].reference)):
+        return held
+    ours, reference = (
+        tuple(np.concatenate(values) for values in zip(*sides, strict=True))
+        for sides in ([each.ours for each in held], [each.reference for each in held])
+    )
+    return [_Held(held[0].probe, f"{len(held)} probes", ours, reference, sum(each.aside for each in held))]
 
 
 def _deed(change: Change) -> tuple[str, tuple[str, ...]]:

@@ -20,8 +20,8 @@ on samples (``passes/quantization/migration``).
 
 Does not apply when: no quantized linear or convolution reads the value; something else reads it too; a weight is
 computed, stored in half precision, or shared; channels have no measured range; nothing tried leaves less than nine
-tenths of the error (half of it, where a product is needed). There is no shift behind an RMS norm, in front of a convolution that pads, or of a reader without
-a bias.
+tenths of the error (half of it, where a product is needed). There is no shift behind an RMS norm, in front of a
+convolution that pads, or of a reader without a bias.
 
 Numerical effect: exact up to rounding of the weights.
 Source: Xiao et al. 2023, arXiv 2211.10438 (SmoothQuant); Li et al. 2023, arXiv 2212.08254 (RepQ-ViT).

@@ -32,7 +32,7 @@ def with_tensors(ir: Program, node: Node, places: dict[int, Tensor], *, names: d
 
 
 def with_weights(ir: Program, projection: Projection, weight: Tensor, bias: Tensor | None, *, suffix: str) -> None:
-    """Let a projection read another weight and, where one is given, another bias; named like ``qkv_smoothed.weight``."""
+    """Let a projection read another weight and, where one is given, another bias; names end in ``_SUFFIX.weight``."""
     name = str(projection.operand(projection.weight).target)
     stem = (name.rpartition(".")[0] or name).removesuffix(f"_{suffix}")
     places, names = {projection.weight: weight}, {projection.weight: f"{stem}_{suffix}.weight"}

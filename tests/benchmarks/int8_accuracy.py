@@ -211,8 +211,8 @@ def line(found: Row) -> str:
     """A row for the terminal."""
     drop = measured_drop(found.lost, found.gained, found.samples)
     return (
-        f"{found.name}: {100 * found.equal / found.samples:.2f} % equal top-1 of {found.samples}, drop {drop.value:.2f} "
-        f"({drop.low:.2f} to {drop.high:.2f}), {found.sqnr_db:.1f} dB, {found.size_share:.3f} of the size"
+        f"{found.name}: {100 * found.equal / found.samples:.2f} % equal of {found.samples}, "
+        f"{drop.value:+.2f} ({drop.low:.2f} to {drop.high:.2f}), {found.sqnr_db:.1f} dB, {found.size_share:.3f} size"
     )
 
 

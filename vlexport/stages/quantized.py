@@ -157,7 +157,9 @@ def quantize_component(
     found = quantizing(program, ready.table, rows, target=target, brief=brief, config=config)
     gate = None
     if optimized.probes is not None:
-        gate = NumericGate(program, stacked(source.program, rows) if rows else optimized.probes, sighted=True)
+        gate = NumericGate(
+            program, stacked(source.program, rows) if rows else optimized.probes, sighted=True, together=True
+        )
     watching = [*hooks, *([DumpHook(dump)] if dump is not None else [])]
     after, records = run_pipeline(program, found.passes, gate=gate, hooks=watching)
     notes = (*optimized.notes, *_notes(found.decisions, ready.table, found.scheme, len(records[0].near_misses)))
