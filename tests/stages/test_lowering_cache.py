@@ -32,7 +32,7 @@ from vlexport.targets.onnxruntime import OnnxRuntimeOptions, OnnxRuntimeTarget
 
 ROOT = Path(__file__).resolve().parents[2]
 HIT = "the artifact is from the cache"
-OPTIMIZED = {"onnxruntime.optimize": "true"}
+OPTIMIZED = {"onnxruntime.optimize": "true", "onnxruntime.fuse_attention": "false"}
 
 
 class Listener(Silent):
