@@ -46,6 +46,7 @@ zoo: $(STAMP)
 	$(BIN)/python tests/zoo_models.py --record docs/measured/zoo.json
 	$(BIN)/python -m tests.zoo_targets --record docs/measured/zoo_targets.json --docs docs/zoo.md
 	$(BIN)/python -m tests.zoo_raising --record docs/measured/zoo_raising.json --docs docs/raising.md
+	$(BIN)/python -m tests.zoo_tokens --record docs/measured/zoo_tokens.json
 	$(BIN)/python -m tests.zoo_reparameterize --record docs/measured/zoo_reparameterize.json --docs docs/reparameterize.md
 	$(BIN)/python -m pytest -m zoo -k "not test_gate_is_silent"
 
@@ -54,6 +55,7 @@ bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/build_scaling.py
 	$(BIN)/python tests/benchmarks/large_model.py
 	$(BIN)/python -m tests.benchmarks.reparameterize --record docs/measured/reparameterize.json
+	$(BIN)/python -m tests.benchmarks.preprocess_doctor --scratch $(OUT)/doctor --record docs/measured/preprocess_doctor.json
 
 clean:
 	rm -rf .venv $(OUT) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

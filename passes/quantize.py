@@ -28,7 +28,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 from torch.fx import Node
 
@@ -68,6 +68,8 @@ class QuantizeOptions(Frozen):
         weights_only: Round nothing but stored weights, to int8, or int4 in blocks; calibration samples are not needed.
             The artifact is smaller; whether it is faster depends on the target. off rounds what weights are
             multiplied with, too.
+        activations: Where the ranges of what weights are multiplied with come from: static has one of each value, from
+            calibration; dynamic finds one at every run, needs no calibration samples, and is for linears alone.
         smooth: Unlike channels behind norms and activations are made alike first (pass smooth-activations).
         equalize: Unlike channels between two linears or convolutions are made alike first (pass equalize-ranges).
         correct_bias: What rounding adds to a result on average is taken off the bias.
@@ -86,11 +88,18 @@ class QuantizeOptions(Frozen):
     correct_bias: bool = True
     table: str = ""
     weights_only: Literal["off", "int8", "int4"] = "off"
+    activations: Literal["static", "dynamic"] = "static"
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> QuantizeOptions:
+        if self.activations == "dynamic" and self.weights_only != "off":
+            raise ValueError("weights_only leaves activations in float: it goes with no activations=dynamic")
+        return self
 
     @property
     def kind(self) -> Kind:
         """The kind of scheme that is asked for."""
-        return "static" if self.weights_only == "off" else "weights"
+        return self.activations if self.weights_only == "off" else "weights"
 
     @property
     def weight_type(self) -> str:

@@ -9,13 +9,13 @@ Before → after (evit:keep=0.7 in a block of a ViT with 196 patches)::
                                                %5 = add(%4, mlp(norm(%4)))                    [b,140,c]
 
 Methods (``--tokens METHOD:key=value,…``): ``evit`` keeps the patches that the class token attends to most and fuses the
-rest into one; ``tome`` merges the r tokens most alike in every block; ``mctf`` merges by similarity, information and
+rest into one, or into the kept ones most like it; ``tome`` merges the r tokens most alike in every block; ``mctf`` merges by similarity, information and
 size, and attends one step ahead; ``cls`` gives out fewer patches behind the encoder, for what reads them; ``random``
 keeps a seeded choice, the same for every sample: what any method must beat.
 
 Equation: see ``passes/tokens/evit`` and its neighbours. Blocks are attentions over one residual stream; which tokens
 are protected (class, distillation, registers) is read off where the stream begins. Counts are constants: no sort,
-scatter or nonzero, and attention stays one operator.
+scatter or nonzero. Attention stays one operator, but for mctf: it merges the matrix itself, which is written out.
 
 Does not apply when: there is no such stream (windows, grids, causal attention); an attention has a mask or a bias for
 each pair of tokens; positions enter in every block (rotary embeddings); tokens are needed on their grid between blocks;
@@ -25,7 +25,8 @@ back: each former token is the one that it went into (``unmerge``).
 Numerical effect: approximate. Accuracy is for the gates to judge, on the user's data (``--max-drop``); the pass itself
 promises no more than finite outputs whose cosine with the former ones is at least ``min_cosine``.
 
-Source: Liang et al. (EViT), ICLR 2022; Bolya et al. (ToMe), ICLR 2023; Lee et al. (MCTF), CVPR 2024; VTC-CLS, 2024.
+Source: Liang et al. (EViT), ICLR 2022; Bolya et al. (ToMe), ICLR 2023; Lee et al. (MCTF), CVPR 2024; Wei et al. (TPS:
+squeezing), CVPR 2023; VTC-CLS, 2024.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ class LoweredPass(Frozen):
     Attributes:
         name: Its id.
         value: ``module:class``, imported when it is used.
-        option: The target's option that turns it on, true or false.
+        option: The target's option that turns it on, true or false; None where :meth:`Target.settled` decides.
     """
 
     name: str
@@ -233,6 +233,16 @@ class Target(abc.ABC):
             InternalError: VLX0901 for a target that has no lowered passes.
         """
         raise InternalError("VLX0901", f"{self.id} has no lowered passes")
+
+    def settled(self, options: Frozen, *, precision: str, device: DeviceProfile) -> Frozen:
+        """The options with what they leave open decided, by what was measured on devices like the given one.
+
+        Args:
+            options: As given.
+            precision: As chosen.
+            device: Where the artifact will run.
+        """
+        return options
 
     def implied_options(self, model_name: str) -> Mapping[str, str]:
         """Option → value that follows from the model's name where the user gives none; the recipe records it."""

@@ -18,7 +18,7 @@ from vlexport.cli.main import app, main
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "howto"
 PAGES = {
     "cpu_service.md": ("Gate     top1>=90: pass", "\ngreen 0."),
-    "iphone.md": ("nothing is known to stop it", "classLabel_probs", "\nphotos: red"),
+    "iphone.md": ("nothing is known to stop it", "classLabel_probs", "\n0.png: red 0."),
     "jetson.md": ("No problem found; nothing was written.", "emulated: computed by ONNX Runtime"),
     "ci.md": ("<testsuites>", "::notice title=vlexport verify", "### vlexport validate: passed"),
     "pruning_vit.md": ("freeze-tokens", "same top-1", "Built    jetson.bundle"),

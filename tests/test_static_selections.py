@@ -139,6 +139,16 @@ def test_training_only_weights_are_left_behind_when_self_slimmed_is_captured(pro
     assert [tuple(tokens.shape) for tokens in recovered] == [(2, 36, 16), (2, 36, 16)]
 
 
+def test_mctf_is_a_package_without_scatter_when_the_target_is_core_ml(tmp_path: Path) -> None:
+    with one_thread():
+        program = captured(weighted("mctf", "concentrated"), images("concentrated", 1, 24, 4), dynamic=False)
+    for name in PASSES:
+        pass_class(name)().run(program)
+    operators = packaged(program, tmp_path)
+    assert operators["topk"] == 3
+    assert operators["matmul"] == 11, "merges are products"
+
+
 class Merging(nn.Module):
     """What each target finds hardest: a full order, its rest in order of place, and values that meet."""
 
@@ -150,6 +160,17 @@ class Merging(nn.Module):
         return kept.scatter_reduce(1, wide(gone % 9), x.gather(1, wide(gone)), "mean").softmax(-1)
 
 
+def packaged(program: Program, folder: Path) -> Counter[str]:
+    """What a package of the Program holds, and that it holds no scatter."""
+    target, brief = CoreMLTarget(), Brief(CoreMLOptions(), precision="fp32")
+    program = program.copy()
+    for each in target.program_passes(brief):
+        each.run(program)
+    operators = Counter(read_package(folder / target.lower(program, folder, brief).path).histogram())
+    assert not [name for name in operators if "scatter" in name or "sort" in name or "non_zero" in name]
+    return operators
+
+
 @pytest.fixture(scope="module")
 def merging() -> Program:
     program = captured(Merging(), torch.randn(1, 12, 8, generator=torch.Generator().manual_seed(0)), dynamic=False)
@@ -159,13 +180,7 @@ def merging() -> Program:
 
 
 def test_merging_is_a_package_when_the_target_is_core_ml(merging: Program, tmp_path: Path) -> None:
-    target, brief = CoreMLTarget(), Brief(CoreMLOptions(), precision="fp32")
-    program = merging.copy()
-    for each in target.program_passes(brief):
-        each.run(program)
-    operators = read_package(tmp_path / target.lower(program, tmp_path, brief).path).histogram()
-    assert operators["topk"] == 2
-    assert not [name for name in operators if "scatter" in name or "sort" in name or "non_zero" in name]
+    assert packaged(merging, tmp_path)["topk"] == 2
 
 
 def test_merging_is_an_engine_when_the_target_is_tensorrt(merging: Program, tmp_path: Path) -> None:

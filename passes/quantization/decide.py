@@ -72,6 +72,7 @@ def decide(
                 weight=weight.type if weight is not None else "",
                 block=weight.block if weight is not None else 0, bias=layer.rule.bias,
                 output=keys[layer.output] if layer.output is not None else "",
+                dynamic=layer.rule.activation is not None and layer.rule.activation.dynamic,
             )
         )  # fmt: skip
     for node in placed.integers:

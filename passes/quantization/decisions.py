@@ -50,6 +50,7 @@ class LayerDecision(Frozen):
         block: Input features of the stored operand that share a scale; 0 where a channel has one.
         bias: ``int32`` at the product of both scales, or ``float``.
         output: Key of the value that is rounded again behind the call; empty where it stays in float.
+        dynamic: What is computed is rounded by the range that it has at that run; ``operands`` is empty then.
     """
 
     call: str
@@ -60,6 +61,7 @@ class LayerDecision(Frozen):
     block: int = 0
     bias: str = "float"
     output: str = ""
+    dynamic: bool = False
 
 
 class Decisions(Frozen):
@@ -87,7 +89,7 @@ class Decisions(Frozen):
         for layer in self.layers:
             weight = f" x {layer.weight}, bias {layer.bias}" if layer.weight else ""
             output = f" -> {layer.output}" if layer.output else ""
-            read = ", ".join(layer.operands) or "its operands in float"
+            read = ", ".join(layer.operands) or ("ranges at run time" if layer.dynamic else "its operands in float")
             lines.append(f"{layer.op} {layer.call} in {layer.module}: {read}{weight}{output}")
         lines += [
             f"{value.value}: {value.low:.4g}…{value.high:.4g} {value.type} scale {value.scale:.4g} "

@@ -34,7 +34,7 @@ class Layer:
     Attributes:
         node: The call.
         rule: How.
-        operands: Its computed operands.
+        operands: Its computed operands that need a range.
         output: The value that is rounded behind it; None for none.
     """
 
@@ -122,6 +122,8 @@ def _layer(program: Program, node: Node, rule: LayerRule) -> tuple[Layer | None,
         computed = (given["input"],)
         if program.tensor_of(given["input"]) is not None:
             return None, "its input is stored, not computed"
+        if rule.activation.dynamic:
+            return Layer(node, rule, (), None), ""
     if any(each.target is torch.ops.vlexport.dequantize.default for each in computed):
         return None, "it is quantized already"
     return Layer(node, rule, computed, _clipped(node) if rule.output == "quantized" else None), ""

@@ -49,7 +49,8 @@ def spell(program: Program, decisions: Decisions, node: Node, layer: LayerDecisi
 def said(layer: LayerDecision, values: dict[str, ValueDecision]) -> str:
     """``linear in int8 x int8``, or ``linear with int4 weights`` where nothing else is rounded."""
     if not layer.operands:
-        return f"{layer.op} with {layer.weight} weights"
+        dynamic = f" in uint8, by the range of each run, x {layer.weight}"
+        return layer.op + (dynamic if layer.dynamic else f" with {layer.weight} weights")
     return f"{layer.op} in {values[layer.operands[0]].type} x {layer.weight or values[layer.operands[-1]].type}"
 
 

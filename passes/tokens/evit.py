@@ -22,6 +22,7 @@ from vlexport.passes.tokens.bipartite import ones
 from vlexport.passes.tokens.blocks import Block
 from vlexport.passes.tokens.class_attention import class_row
 from vlexport.passes.tokens.emit import Emit, aten, size
+from vlexport.passes.tokens.squeeze import squeezed
 from vlexport.passes.tokens.sweep import Reduced, Reduction, State, refused
 
 
@@ -34,12 +35,14 @@ class Evit(Reduction):
         keep: How many patch tokens stay.
         fuse: The rest becomes one token.
         count: That token is the mean of the rest, and counts as many.
+        squeeze: The rest joins those that stay instead: see ``passes/tokens/squeeze``.
     """
 
     block: Block
     keep: int
     fuse: bool
     count: bool
+    squeeze: bool
 
     def apply(self, state: State) -> Reduced:
         """See the module."""
@@ -54,6 +57,8 @@ class Evit(Reduction):
         best = emit.item(emit(aten.topk.default, scores, self.keep, 1, True, True), 1)
         parts = [emit.cut(state.stream, 1, 0, front), emit.rows(rest, best)]
         what = f"evit: {self.keep} of {patches} patch tokens stay"
+        if self.squeeze:
+            return squeezed(state, best, what)
         made = Chosen(parts[0], what, attention=self.block.attention)
         if not self.fuse:
             return replace(made, stream=emit.joined(parts, 1))

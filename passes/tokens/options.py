@@ -28,6 +28,8 @@ class ReduceTokensOptions(Frozen):
         fuse: The tokens that do not stay become one (evit); the authors' code leaves that out, their paper does not.
         count: That one token is their mean and counts as many in every attention behind it, as merged tokens do (evit);
             with it a model that was never trained to lose tokens loses less. The paper has a sum that counts as one.
+        squeeze: Each token that does not stay joins the one that stays which it is most like, and there is no token for
+            the rest (evit); it counts as merged tokens do. What was never trained to lose tokens loses least so.
         seed: Of the choice (random).
         unmerge: What needs all tokens gets them back; else such a model is refused.
         min_cosine: Least cosine of every output with what it was before. Untrained weights are far off at any rate, so
@@ -40,6 +42,7 @@ class ReduceTokensOptions(Frozen):
     layers: Annotated[tuple[int, ...], BeforeValidator(_plus)] = ()
     fuse: bool = True
     count: bool = False
+    squeeze: bool = False
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
     unmerge: bool = True
     min_cosine: float = Field(default=0.0, ge=-1.0, le=1.0)

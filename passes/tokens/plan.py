@@ -41,6 +41,12 @@ def plan(encoder: Encoder, options: ReduceTokensOptions) -> Plan:
 
 def _keeping(encoder: Encoder, options: ReduceTokensOptions) -> Plan:
     """A share of the patches stays."""
+    if options.squeeze and not options.fuse:
+        raise UsageError(
+            "VLX0703", "--tokens evit: squeeze=true and fuse=false say two things of the tokens that do not stay",
+            where="--tokens", hint="squeeze=true joins them to those that stay; fuse=false drops them",
+        )  # fmt: skip
+    fused = options.method == "evit" and options.fuse and not options.squeeze
     total = len(encoder.blocks)
     made: list[Reduction] = []
     misses: list[NearMiss] = []
@@ -50,11 +56,11 @@ def _keeping(encoder: Encoder, options: ReduceTokensOptions) -> Plan:
         keep = math.ceil(options.keep * patches)
         if keep >= patches:
             misses.append(_nothing(block, options, f"all {patches} patch tokens stay"))
-        elif options.method == "evit" and options.fuse and keep + 1 == patches:
+        elif fused and keep + 1 == patches:
             misses.append(_nothing(block, options, f"one of {patches} patch tokens would go, and come back as fused"))
         elif options.method == "evit":
-            made.append(Evit(block, keep, options.fuse, options.count))
-            count = encoder.protected + keep + options.fuse
+            made.append(Evit(block, keep, options.fuse, options.count, options.squeeze))
+            count = encoder.protected + keep + fused
         else:
             made.append(Pick(block, keep, options.seed + block.number))
             count = encoder.protected + keep

@@ -1,7 +1,7 @@
 """Recorded values of calls on tokens, known without running operators on symbolic sizes.
 
-Such a run takes milliseconds a call; merging in every block writes thousands of calls. What is written here has the
-batch on axis 0 and constants on all others, so an operator's shape is that of one run on ``meta`` with some batch.
+Such a run takes milliseconds a call; merging in every block writes thousands of calls. Of what is written here only the
+batch is symbolic, so an operator's shape is that of one run on ``meta`` with a batch that no other size can be.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from vlexport.core.errors import InternalError
 from vlexport.ir import compat
 from vlexport.ir.program import Program
 
-_BATCH = 3
-"""A batch that broadcasts with nothing."""
+_BATCH = 2**20 + 7
+"""Broadcasts with nothing, and what an operator makes of it is told from any other size: that is below its half."""
 
 
 class Recorded:
@@ -44,34 +44,34 @@ class Recorded:
         return self.empty([count if i == axis else s for i, s in enumerate(value.shape)], value.dtype)
 
     def called(self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The value of a call; None where its operands are not shaped as said above."""
-        batches: list[Any] = []
-        plain = True
+        """The value of a call; None where another size than one batch is symbolic, or it is no tensor."""
+        batches: dict[str, Any] = {}
+        known = True
 
         def concrete(node: Node) -> Any:
-            nonlocal plain
+            nonlocal known
             value = node.meta["val"]
-            if not isinstance(value, Tensor):
-                plain = plain and all(isinstance(each, Tensor) for each in value)
-                return tuple(map(shaped, value)) if plain else None
-            return shaped(value)
+            if isinstance(value, Tensor):
+                return shaped(value)
+            known = known and isinstance(value, (tuple, list)) and all(isinstance(each, Tensor) for each in value)
+            return tuple(map(shaped, value)) if known else None
 
         def shaped(value: Tensor) -> Tensor:
-            nonlocal plain
-            sizes = list(value.shape)
-            if sizes and isinstance(sizes[0], torch.SymInt):
-                batches.append(sizes[0])
-                sizes[0] = _BATCH
-            plain = plain and not any(isinstance(size, torch.SymInt) for size in sizes)
-            return torch.empty([int(s) for s in sizes] if plain else [], dtype=value.dtype, device="meta")
+            symbols = [size for size in value.shape if isinstance(size, torch.SymInt)]
+            batches.update((str(symbol), symbol) for symbol in symbols)
+            sizes = [_BATCH if isinstance(size, torch.SymInt) else size for size in value.shape]
+            return torch.empty(sizes, dtype=value.dtype, device="meta")
 
         given, named = map_arg((args, kwargs), concrete)
-        if not plain or len({str(each) for each in batches}) > 1:
+        if not known or len(batches) > 1:
             return None
         result = target(*given, **named)
-
-        def recorded(value: Tensor) -> Tensor:
-            sizes = [*value.shape]
-            return self.empty([batches[0], *sizes[1:]] if batches and sizes else sizes, value.dtype)
-
-        return recorded(result) if isinstance(result, Tensor) else tuple(map(recorded, result))
+        batch = next(iter(batches.values()), None)
+        values = [result] if isinstance(result, Tensor) else result
+        if not isinstance(values, (tuple, list)):
+            return None
+        sizes = [[batch if size == _BATCH else int(size) for size in each.shape] for each in values]
+        if any(isinstance(size, int) and size >= _BATCH // 2 for each in sizes for size in each):
+            return None
+        made = tuple(self.empty(each, value.dtype) for each, value in zip(sizes, values, strict=True))
+        return made[0] if isinstance(result, Tensor) else made

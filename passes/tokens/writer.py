@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from vlexport.ir.program import Program
+from vlexport.passes.tokens.recorded import Recorded
 
 aten = torch.ops.aten
 
@@ -32,7 +34,14 @@ class Writer:
 
     def __call__(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """One call."""
-        return self.ir.add_call(target, args, kwargs, before=self.at, value_of=self.at, merges=self.merges)
+        value = self._recorded.called(target, args, kwargs)
+        return self.ir.add_call(
+            target, args, kwargs, before=self.at, value_of=self.at, merges=self.merges, value=value
+        )  # fmt: skip
+
+    @cached_property
+    def _recorded(self) -> Recorded:
+        return Recorded(self.ir)
 
     def stored(self, name: str, tensor: Tensor) -> Node:
         """A constant."""

@@ -26,6 +26,8 @@ from vlexport.targets.onnx.text import tensor_digest, text
 _SESSION = "vlexport.targets.onnx.session:open_session"
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _QUANTIZING = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
+STANDS_FOR = "vlexport.stands_for"
+"""Metadata of a node that quantizes on its own: how many quantize and dequantize nodes it took the place of."""
 _FLOATS = (onnx_ir.DataType.FLOAT, onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16)
 _DTYPE_ATTRIBUTES = ("to", "dtype")
 
@@ -68,8 +70,9 @@ class OnnxModel:
 
     @property
     def quantizing(self) -> int:
-        """Number of quantize and dequantize nodes."""
-        return len(self.nodes(*_QUANTIZING))
+        """Number of quantize and dequantize nodes, those included that an operator stands for."""
+        stood_for = (int(node.metadata_props.get(STANDS_FOR, "0")) for node in self.nodes())
+        return len(self.nodes(*_QUANTIZING)) + sum(stood_for)
 
     def text(self) -> str:
         """One line a node, as golden files and diffs use it."""

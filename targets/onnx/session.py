@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import onnxruntime
 from vlexport.core.artifact import Array, Artifact, Session, Timing, artifact_file
 from vlexport.core.errors import CapabilityError
 from vlexport.targets.onnx.guard import require_contained
+from vlexport.targets.onnx.operator_times import operator_times
 from vlexport.targets.onnx.providers import CPU, PROVIDERS, missing_provider, wanted_providers
 
 _LEVELS = {
@@ -41,18 +43,9 @@ class OnnxRuntimeSession(Session):
     def __init__(self, folder: Path, artifact: Artifact, threads: int) -> None:
         super().__init__(artifact.inputs, artifact.outputs)
         require_contained(folder, artifact.path)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = _ERRORS_ONLY
-        options.add_session_config_entry("session.load_model_format", "ONNX")  # also of a file that ends in .ort
+        self._file, self._recorded = artifact_file(folder, artifact), (artifact, threads)
+        options = _options(artifact, threads)
         recorded = artifact.session_options
-        _require_known(artifact)
-        options.intra_op_num_threads = threads or int(recorded.get("threads", 0))
-        options.graph_optimization_level = _LEVELS[str(recorded.get("graph_optimization", "all"))]
-        options.enable_cpu_mem_arena = bool(recorded.get("memory_arena", True))
-        options.enable_mem_pattern = bool(recorded.get("memory_pattern", True))
-        spinning = "1" if recorded.get("allow_spinning", True) else "0"
-        options.add_session_config_entry("session.intra_op.allow_spinning", spinning)
-        options.add_session_config_entry("session.dynamic_block_base", str(recorded.get("dynamic_block_base", 0)))
         provider = str(recorded.get("provider", CPU))
         stand_in = bool(recorded.get("provider_fallback", False))
         missing = missing_provider(provider, onnxruntime.get_available_providers())
@@ -60,7 +53,7 @@ class OnnxRuntimeSession(Session):
             raise missing
         try:
             self._session = onnxruntime.InferenceSession(
-                str(artifact_file(folder, artifact)), options, providers=wanted_providers(CPU if missing else provider)
+                str(self._file), options, providers=wanted_providers(CPU if missing else provider)
             )
         except Exception as error:  # onnxruntime's exceptions share no public base class
             raise CapabilityError(
@@ -80,6 +73,19 @@ class OnnxRuntimeSession(Session):
             raise CapabilityError("VLX0506", "the session is closed")
         return dict(zip(self._names, self._session.run(None, self.checked(inputs)), strict=True))
 
+    def operator_times(self, inputs: Mapping[str, Array], *, runs: int) -> dict[str, tuple[int, float]]:
+        """By a second session that is opened with the profiler on, on the same provider."""
+        if self._session is None:
+            raise CapabilityError("VLX0506", "the session is closed")
+        values = self.checked(inputs)
+        with tempfile.TemporaryDirectory(prefix="vlexport-") as scratch:
+            options = _options(*self._recorded)
+            options.enable_profiling, options.profile_file_prefix = True, str(Path(scratch) / "trace")
+            watched = onnxruntime.InferenceSession(str(self._file), options, providers=self._session.get_providers())
+            for _ in range(runs):
+                watched.run(None, values)
+            return operator_times(Path(watched.end_profiling()), runs=runs)
+
     def close(self) -> None:
         """Drop the session; ONNX Runtime frees its memory with it."""
         self._session = None
@@ -88,6 +94,23 @@ class OnnxRuntimeSession(Session):
 def open_session(folder: Path, artifact: Artifact, threads: int) -> Session:
     """Open an artifact in this process."""
     return OnnxRuntimeSession(folder, artifact, threads)
+
+
+def _options(artifact: Artifact, threads: int) -> onnxruntime.SessionOptions:
+    """Session options as the artifact records them."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    options.add_session_config_entry("session.load_model_format", "ONNX")  # also of a file that ends in .ort
+    recorded = artifact.session_options
+    _require_known(artifact)
+    options.intra_op_num_threads = threads or int(recorded.get("threads", 0))
+    options.graph_optimization_level = _LEVELS[str(recorded.get("graph_optimization", "all"))]
+    options.enable_cpu_mem_arena = bool(recorded.get("memory_arena", True))
+    options.enable_mem_pattern = bool(recorded.get("memory_pattern", True))
+    spinning = "1" if recorded.get("allow_spinning", True) else "0"
+    options.add_session_config_entry("session.intra_op.allow_spinning", spinning)
+    options.add_session_config_entry("session.dynamic_block_base", str(recorded.get("dynamic_block_base", 0)))
+    return options
 
 
 def _require_known(artifact: Artifact) -> None:

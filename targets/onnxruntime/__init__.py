@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from pydantic import Field
 
 from vlexport.core.artifact import Artifact, Frozen
+from vlexport.core.device_profiles import THIS, DeviceProfile
 from vlexport.core.devices import this_machine
 from vlexport.core.errors import CapabilityError, VlexportError
 from vlexport.core.scheme import QuantScheme, read_schemes
 from vlexport.targets.base import Brief, LoweredPass, Probe, Target
 from vlexport.targets.onnx.providers import CPU, PROVIDERS, missing_provider
+from vlexport.targets.onnxruntime.fusions import is_worth_it
+from vlexport.targets.onnxruntime.minimum import oldest_release
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -45,6 +48,11 @@ class OnnxRuntimeOptions(Frozen):
         provider: Execution provider that opens the artifact, beside the CPU's for operators that it lacks. Where it is
             missing, opening is an error. Only cpu has been run by us.
         provider_fallback: The CPU may stand in for a missing provider; its times are then not measured.
+        fuse_attention: Write attention as one operator of ONNX Runtime's own (com.microsoft.Attention), which no other
+            runtime opens. Left out, it is done where that was measured to be faster on such a processor.
+        fuse_qattention: The same where projections are in integers (com.microsoft.QAttention).
+        fuse_dynamic_linear: Write linears that are rounded by the range of each run as one operator of ONNX Runtime's
+            own (com.microsoft.DynamicQuantizeMatMul). Left out, it is done: without, they are slower than in float.
     """
 
     opset: int = Field(default=20, ge=18, le=24)
@@ -57,6 +65,9 @@ class OnnxRuntimeOptions(Frozen):
     simplify: bool = False
     provider: str = Field(default=CPU, pattern=f"^({'|'.join(PROVIDERS)})$")
     provider_fallback: bool = False
+    fuse_attention: bool | None = None
+    fuse_qattention: bool | None = None
+    fuse_dynamic_linear: bool | None = None
 
 
 _WORTH_TRYING: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -93,7 +104,19 @@ class OnnxRuntimeTarget(Target):
     lowered: ClassVar[tuple[LoweredPass, ...]] = (
         LoweredPass(name="simplify-onnx", value="vlexport.targets.onnx.simplify_onnx:SimplifyOnnx", option="simplify"),
         LoweredPass(name="optimize-onnx", value="vlexport.targets.onnx.optimize_onnx:OptimizeOnnx", option="optimize"),
-    )
+        LoweredPass(
+            name="fuse-qattention", value="vlexport.targets.onnxruntime.fuse_qattention:FuseQattention",
+            option="fuse_qattention",
+        ),
+        LoweredPass(
+            name="fuse-attention", value="vlexport.targets.onnxruntime.fuse_attention:FuseAttention",
+            option="fuse_attention",
+        ),
+        LoweredPass(
+            name="fuse-dynamic-linear", value="vlexport.targets.onnxruntime.fuse_dynamic_linear:FuseDynamicLinear",
+            option="fuse_dynamic_linear",
+        ),
+    )  # fmt: skip
 
     def schemes(self) -> tuple[QuantScheme, ...]:
         """Those of ``schemes.json``."""
@@ -137,6 +160,18 @@ class OnnxRuntimeTarget(Target):
         precision, reason = super().choose_precision(wished)
         return precision, _FP16_NOTE if precision == "fp16" else reason
 
+    def settled(self, options: Frozen, *, precision: str, device: DeviceProfile) -> Frozen:
+        """Fusions that the options leave open, on the CPU by what was measured, elsewhere off."""
+        chosen = cast("OnnxRuntimeOptions", options)
+        flags = this_machine().instruction_set if device.id == THIS else device.instruction_set
+        own = chosen.provider == CPU and precision in ("fp32", "int8")
+        worth = {
+            "fuse_attention": own and is_worth_it("fuse-attention", "fp32", flags),
+            "fuse_qattention": own and precision == "int8" and is_worth_it("fuse-qattention", "int8", flags),
+            "fuse_dynamic_linear": own and precision == "int8",
+        }
+        return chosen.model_copy(update={k: v for k, v in worth.items() if getattr(chosen, k) is None})
+
     def emit_quant(
         self, program: Program, decisions: Decisions, nodes: Mapping[str, Node], layer: LayerDecision
     ) -> Change:
@@ -156,6 +191,7 @@ class OnnxRuntimeTarget(Target):
         """Write ``main.onnx``."""
         from vlexport.targets.onnx.lower import MAIN_FILE, onnx_from_program, write_onnx
         from vlexport.targets.onnx.model import OnnxModel
+        from vlexport.targets.onnx.rewriting import domains
 
         chosen = cast("OnnxRuntimeOptions", brief.options)
         lowered = OnnxModel(onnx_from_program(program, opset=chosen.opset), program.signature)
@@ -166,6 +202,7 @@ class OnnxRuntimeTarget(Target):
             path=MAIN_FILE,
             inputs=program.signature.inputs,
             outputs=program.signature.outputs,
+            facts=domains(lowered),
             session_options={**_session_options(chosen), "threads": brief.threads},
         )
 
@@ -197,7 +234,9 @@ class OnnxRuntimeTarget(Target):
 
     def compatibility(self, brief: Brief) -> dict[str, str]:
         """The opset decides which ONNX Runtime is new enough."""
+        oldest = oldest_release(cast("OnnxRuntimeOptions", brief.options).opset)
         return {
+            **({"onnxruntime": f"{oldest} or later"} if oldest else {}),
             "opset": str(cast("OnnxRuntimeOptions", brief.options).opset),
             "domains": "ai.onnx",
             "provider": PROVIDERS[cast("OnnxRuntimeOptions", brief.options).provider],

@@ -8,6 +8,7 @@ shaped like their scales. Measured; tests/targets/test_emit_quant.py counts the 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,9 +21,9 @@ from vlexport.core.grids import GRIDS, INT32, quantize
 from vlexport.ir import dialect, provenance
 from vlexport.ir.cost import parameters_stored
 from vlexport.ir.program import Program
-from vlexport.ir.quant_ops import DEQUANTIZE
+from vlexport.ir.quant_ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE
 from vlexport.passes.quantization.decisions import Decisions, LayerDecision, ValueDecision
-from vlexport.passes.quantization.spell import feed, rounded, said, stored
+from vlexport.passes.quantization.spell import feed, rounded, said, spell, stored
 from vlexport.passes.quantization.weights import weight_integers
 from vlexport.targets.onnxruntime.small_weights import store_small
 
@@ -40,6 +41,9 @@ def emit_quant(program: Program, decisions: Decisions, nodes: Mapping[str, Node]
     """
     values = decisions.by_value()
     node = nodes[layer.call]
+    if layer.dynamic:
+        _round_by_range(program, node)
+        return spell(program, decisions, node, layer)
     if not layer.operands:
         return store_small(program, node, layer)
     calls, stored_before = len(program.calls()), parameters_stored(program)
@@ -58,6 +62,23 @@ def emit_quant(program: Program, decisions: Decisions, nodes: Mapping[str, Node]
         what=said(layer, values), where=(provenance.module_path(node),), saved_nodes=calls - len(program.calls()),
         saved_parameters=stored_before - parameters_stored(program),
     )  # fmt: skip
+
+
+def _round_by_range(program: Program, node: Node) -> None:
+    """Round what a linear reads by its range of this run; once for all linears that read it."""
+    value = dialect.operands(node)[0]
+    ranged = next((user for user in value.users if user.target is CHOOSE_QPARAMS), None)
+    if ranged is None:
+        before = value.next
+        while before.op == "placeholder":
+            before = before.next
+        ranged = program.add_call(CHOOSE_QPARAMS, (value,), before=before, value_of=node)
+        scale, point = (program.add_call(operator.getitem, (ranged, i), before=before, value_of=node) for i in (0, 1))
+        steps = program.add_call(QUANTIZE, (value, scale, point), before=before, value_of=node)
+        made = program.add_call(DEQUANTIZE, (steps, scale, point), before=before, value_of=node)
+    else:
+        made = next(user for steps in value.users if steps.target is QUANTIZE for user in steps.users)
+    node.replace_input_with(value, made)
 
 
 def _as_rows(program: Program, node: Node, decision: ValueDecision) -> Node:

@@ -30,8 +30,9 @@ VARIANTS = (
     Variant("tome-8", "tome:r=8"),
     Variant("tome-10", "tome:r=10"),
     Variant("tome-12", "tome:r=12"),
-    Variant("evit-count-0.7", "evit:keep=0.7,layers=4+7+10,count=true"),
-    Variant("random-0.7", "random:keep=0.7,layers=4+7+10"),
+    Variant("tome-late", "tome:r=20,layers=4+5+6+7+8+9+10+11"),
+    Variant("evit-squeezed", "evit:keep=0.85,layers=4+5+6+7+8+9+10,squeeze=true"),
+    Variant("random-late", "random:keep=0.85,layers=4+5+6+7+8+9+10"),
 )
 
 

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlexport.cli.console import inert
 from vlexport.cli.formats import OutputFormat, format_of, formatted
 from vlexport.cli.outcome import Check, Outcome
 from vlexport.core.bundle import read_bundle
 from vlexport.core.errors import VlexportError
+from vlexport.core.inert import inert
 from vlexport.report.write import new_report
 from vlexport.stages.build import BuildResult
 

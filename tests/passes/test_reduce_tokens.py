@@ -81,6 +81,10 @@ REFERENCES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
         lambda: Counted(layers=(1, 3)),
         {"method": "evit", "keep": 0.7, "layers": "1+3", "count": True},
     ),
+    "evit-squeezed": (
+        lambda: Squeezed(layers=(1, 3)),
+        {"method": "evit", "keep": 0.7, "layers": "1+3", "squeeze": True},
+    ),
     "tome": (token_models.ToMe, {"method": "tome", "r": "8"}),
     "tome-schedule": (lambda: token_models.ToMe(merged=(16, 4, 0, 2)), {"method": "tome", "r": "16+4+0+2"}),
     "tome-clamped": (lambda: token_models.ToMe(merged=(30, 30, 30, 30)), {"method": "tome", "r": "30"}),
@@ -122,6 +126,7 @@ def test_output_is_finite_and_the_same_each_time_when_tokens_tie_exactly(name: s
     [
         ({"method": "evit", "layers": "2+3"}, 2),
         ({"method": "evit", "layers": "1+4", "fuse": False}, 2),
+        ({"method": "evit", "layers": "2", "squeeze": True}, 1),
         ({"method": "tome", "r": "3"}, 4),
         ({"method": "mctf", "r": "2"}, 3),
         ({"method": "random", "layers": "2", "keep": 0.5}, 1),
@@ -178,6 +183,34 @@ class Counted(token_models.EViT):
         return self.classify(x)
 
 
+class Squeezed(token_models.EViT):
+    """EViT whose patches that do not stay join, one after the other, the kept one that they are most like."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.embed(image)
+        size = torch.ones_like(x[..., :1])
+        for layer, block in enumerate(self.blocks, 1):
+            q, k, v = block.attn.parts(block.norm1(x))
+            weights = block.attn.weights(q, k, size)
+            x = x + block.attn.mix(weights, v)
+            if layer in self.layers:
+                pairs = [self.joined(*each) for each in zip(x, size, weights[:, :, 0].mean(1), strict=True)]
+                x, size = (torch.stack(each) for each in zip(*pairs, strict=True))
+            x = block.feed(x)
+        return self.classify(x)
+
+    def joined(self, x: Tensor, size: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Of one sample: tokens ``[N, C]``, how many each stands for ``[N, 1]``, how much each is attended to."""
+        order = (seen / size[:, 0])[1:].argsort(descending=True) + 1
+        kept = order[: math.ceil(self.keep * len(order))].tolist()
+        sums = {place: (x[place] * size[place], size[place]) for place in (0, *kept)}
+        for place in order[len(kept) :].tolist():
+            into = max(kept, key=lambda stays: float(torch.cosine_similarity(x[place], x[stays], 0)))
+            sums[into] = sums[into][0] + x[place] * size[place], sums[into][1] + size[place]
+        rows = [total / count for total, count in sums.values()]
+        return torch.stack(rows), torch.stack([count for _, count in sums.values()])
+
+
 HOSTILE = ("scatter", "nonzero", "sort", "index_put", "masked_select")
 
 
@@ -204,8 +237,8 @@ def dense() -> Program:
 
 @pytest.mark.parametrize(
     "options",
-    [{"method": "evit", "layers": "2+3"}, {"method": "tome", "r": "2"}, {"method": "mctf", "r": "2"},
-     {"method": "random", "layers": "2"}],
+    [{"method": "evit", "layers": "2+3"}, {"method": "evit", "layers": "2+3", "squeeze": True},
+     {"method": "tome", "r": "2"}, {"method": "mctf", "r": "2"}, {"method": "random", "layers": "2"}],
 )  # fmt: skip
 def test_every_patch_is_given_back_where_it_was_when_the_head_is_dense(options: dict[str, Any], dense: Program) -> None:
     after = reduced(dense, **options)
@@ -313,6 +346,7 @@ def test_model_is_refused_with_the_reason_when_it_has_no_tokens_to_reduce(
         ({"method": "tome", "r": "9"}, "r=9 tokens cannot merge, there are 17"),
         ({"method": "mctf", "r": "8"}, "r=8 tokens cannot merge, there are 17"),
         ({"method": "tome", "r": "1+1+1+1+1"}, "r names 5 layers"),
+        ({"method": "evit", "squeeze": True, "fuse": False}, "say two things"),
     ],
 )
 def test_rate_is_refused_in_words_when_the_model_does_not_have_it(
@@ -353,7 +387,7 @@ def expected_refusal(tokens: int, stored: int, method: str, rate: int) -> str:
     st.sampled_from([(10, 0), (11, 1), (10, 3)]),
     st.sampled_from(["evit", "evit", "random", "random", "tome", "mctf"]),  # merging takes several times as long
     st.sampled_from([0, 1, 3, 4, 5, 7]),
-    st.sampled_from(["", "fuse", "count"]),
+    st.sampled_from(["", "fuse", "count", "squeeze"]),
 )
 def test_shapes_and_savings_hold_when_encoders_and_rates_are_any(
     shape: tuple[int, int], method: str, rate: int, how: str
@@ -367,6 +401,7 @@ def judge(tokens: int, stored: int, method: str, rate: int, how: str) -> None:
     """What was found right is not looked at again."""
     program = program_of(tokens, stored)
     options: dict[str, Any] = {"method": method, "fuse": bool(how), "count": how == "count"}
+    options["squeeze"] = how == "squeeze"
     options |= {"r": str(rate)} if method in ("tome", "mctf") else {"keep": 0.1 + rate / 8, "layers": "1+2"}
     said = expected_refusal(tokens, stored, method, rate)
     if said:

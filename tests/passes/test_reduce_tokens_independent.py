@@ -330,13 +330,21 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], int]] = {
 """What merging must not change, with the tokens in front of its patches."""
 
 
+@cache
+def family(name: str) -> tuple[Program, Program]:
+    """As captured, and prepared."""
+    make, front = FAMILIES[name]
+    program = captured(make(), paired(3, front)[:2])
+    return program, prepared(program)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_nothing_is_lost_when_equal_tokens_are_merged(name: str) -> None:
-    make, front = FAMILIES[name]
-    net, image = make(), paired(3, front)
+    front = FAMILIES[name][1]
+    image = paired(3, front)
     pairs = (PATCHES - front % 2) // 2
-    program = captured(net, image[:2])
-    after = reduced(prepared(program), f"tome:r={pairs},layers=1")
+    program, ready = family(name)
+    after = reduced(ready, f"tome:r={pairs},layers=1")
     assert cost(after).macs < 0.8 * cost(program).macs
     with torch.inference_mode(), one_thread():
         (expected,) = program.run(image)
@@ -348,9 +356,27 @@ def test_nothing_is_lost_when_equal_tokens_are_merged(name: str) -> None:
     assert error(after, other, dense) > 1e-4
 
 
+@pytest.mark.parametrize("name", [name for name, (_, front) in FAMILIES.items() if front])
+def test_nothing_is_lost_when_patches_of_one_colour_are_squeezed(name: str) -> None:
+    """All patches are equal: whatever stays stands for all of them. The spelling is that of each family."""
+    program, ready = family(name)
+    after = reduced(ready, "evit:keep=0.4,layers=1,squeeze=true")
+    assert cost(after).macs < 0.85 * cost(program).macs
+    image = torch.tensor([0.5, -1.0, 2.0])[:, None, None, None].expand(3, 3, GRID * PATCH, GRID * PATCH)
+    with torch.inference_mode(), one_thread():
+        (expected,) = program.run(image)
+    assert error(after, image, expected) <= TOLERANCE
+    other = pictures(3)
+    with torch.inference_mode(), one_thread():
+        (dense,) = program.run(other)
+    assert error(after, other, dense) > 1e-4, "and something is where they differ"
+
+
 @pytest.mark.parametrize(
-    "tokens", ["evit:keep=0.6,layers=2+3", "evit:keep=0.6,layers=2+3,count=true", "tome:r=5", "mctf:r=5"]
-)
+    "tokens",
+    ["evit:keep=0.6,layers=2+3", "evit:keep=0.6,layers=2+3,count=true", "evit:keep=0.6,layers=2+3,squeeze=true",
+     "tome:r=5", "mctf:r=5"],
+)  # fmt: skip
 def test_output_is_that_of_any_order_when_all_tokens_tie(tokens: str) -> None:
     """Every patch is the same, so every score ties: which of them stay cannot matter, and nothing may be NaN."""
     net, program = without_places()
@@ -361,7 +387,7 @@ def test_output_is_that_of_any_order_when_all_tokens_tie(tokens: str) -> None:
         alone = torch.cat([after.run(each[None])[0] for each in image])
     assert torch.isfinite(found).all()
     assert relative_error(found.numpy(), alone.numpy()) <= TOLERANCE
-    if tokens.startswith("tome") or "count" in tokens:  # tokens are counted, so nothing at all is lost
+    if tokens.startswith("tome") or "true" in tokens:  # tokens are counted, so nothing at all is lost
         with torch.inference_mode():
             assert relative_error(found.numpy(), net(image).numpy()) <= TOLERANCE
 

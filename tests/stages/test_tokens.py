@@ -17,6 +17,7 @@ from vlexport.core.errors import VlexportError
 from vlexport.frontends.sources import open_sources
 from vlexport.passes import ON_REQUEST
 from vlexport.passes.reduce_tokens import ReduceTokens
+from vlexport.stages.bisect import bisect
 from vlexport.stages.choices import open_dataset, options_of, passes_of
 from vlexport.stages.plan import plan
 from vlexport.stages.tokens import component_passes
@@ -38,17 +39,35 @@ def config(model: Path, output: Path, **given: Any) -> BuildConfig:
     return BuildConfig(**{"model": str(model), "output": str(output), "profile": False, "threads": 1, **given})
 
 
-def test_bundle_holds_the_reduced_program_and_verifies_when_built_with_tokens(vit_file: Path, tmp_path: Path) -> None:
-    result = vlexport.build(config(vit_file, tmp_path / "out", tokens=EVIT))
-    bundle = read_bundle(tmp_path / "out")
+@pytest.fixture(scope="module")
+def built(vit_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The result of a build with tokens."""
+    return vlexport.build(config(vit_file, tmp_path_factory.mktemp("built") / "out", tokens=EVIT))
+
+
+def test_bundle_holds_the_reduced_program_and_verifies_when_built_with_tokens(built: Any) -> None:
+    bundle = read_bundle(built.output)
     assert bundle.state == "verified", "golden vectors are those of the reduced program"
     (record,) = [each for each in bundle.main.passes if each.name == "reduce-tokens"]
     assert (record.effect, record.options["keep"], record.options["layers"]) == ("approximate", 0.5, [2])
     assert [each.what for each in record.changes] == ["evit: 8 of 16 patch tokens stay, the others become one"]
     assert record.gate.statistic == "cosine"
-    assert any("behind reduce-tokens" in note for note in result.report.notes)
-    assert f'tokens = "{EVIT}"' in (tmp_path / "out" / "recipe.toml").read_text(encoding="utf-8")
-    assert config_from({"model": "x"}, recipe=tmp_path / "out" / "recipe.toml").tokens == EVIT
+    assert any("behind reduce-tokens" in note for note in built.report.notes)
+    assert f'tokens = "{EVIT}"' in (built.output / "recipe.toml").read_text(encoding="utf-8")
+    assert config_from({"model": "x"}, recipe=built.output / "recipe.toml").tokens == EVIT
+
+
+def test_bisect_finds_nothing_when_the_bundle_was_built_with_tokens(built: Any, vit_file: Path) -> None:
+    """The reduced Program is not the source's equal, and need not be: the artifact is that of the reduced one."""
+    given = config(vit_file, built.output, tokens=EVIT)
+    found = bisect(given, bundle=(built.output, read_bundle(built.output)))
+    assert found.kind == "nothing", found
+    assert any("reduce-tokens" in each for each in found.agreed)
+
+
+def test_bisect_names_the_pass_when_more_is_asked_of_it_than_it_promises(vit_file: Path, tmp_path: Path) -> None:
+    found = bisect(config(vit_file, tmp_path / "out", tokens=EVIT), bound=0.9999999)
+    assert (found.kind, found.culprit, found.match, found.matches) == ("pass", "reduce-tokens", 1, 1)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import typer
 from vlexport.cli.console import make_reporter
 from vlexport.cli.formats import FormatOption, OutputFormat
 from vlexport.cli.outcome import Check, Outcome, checks_of
-from vlexport.core.bundle_schema import Report, plain_json
+from vlexport.core.bundle_schema import LatencyResult, OperatorTime, Report, plain_json
 from vlexport.core.errors import UsageError
 from vlexport.core.verdict import exit_code, gate_from_text
 
@@ -131,6 +131,7 @@ def profile(
         load_phrase,
         macs_phrase,
         memory_phrase,
+        operators_phrase,
         size_phrase,
         tail_phrase,
         throughput_phrase,
@@ -158,6 +159,7 @@ def profile(
             f"{found.baseline}: p50 {found.baseline_p50_ms:.2f} ms, load {found.baseline_load_ms:.0f} ms, "
             f"size {size_phrase(found.baseline_size_bytes or 0)}"
         )
+    lines += [f"{whose} spends {operators_phrase(times)}" for whose, times in _told(found) if times]
     lines.append(
         f"{report.machine.cpu}, {', '.join(report.machine.instruction_set)}; "
         f"{found.rounds} rounds, {found.repeated} repeated"
@@ -166,6 +168,10 @@ def profile(
     if outcome.exit_code == 0 and found.verdict == "too noisy to tell":
         return Outcome(outcome.lines, outcome.payload, EXIT_INCONCLUSIVE, outcome.checks)
     return outcome
+
+
+def _told(found: LatencyResult) -> tuple[tuple[str, tuple[OperatorTime, ...]], ...]:
+    return ("the artifact", found.operators), (found.baseline, found.baseline_operators)
 
 
 def _diagnosed(

@@ -305,6 +305,20 @@ class BadSample(Frozen):
     reason: str
 
 
+class OperatorTime(Frozen):
+    """What the runtime's own profiler says of one kind of operator, as it runs them.
+
+    Attributes:
+        operator: As the runtime calls it, behind its own fusions.
+        count: How many there are in one run.
+        ms: Milliseconds of all of them together in one run, measured apart from the latency.
+    """
+
+    operator: str
+    count: int
+    ms: float
+
+
 class LatencyResult(Frozen):
     """Latency of one artifact, and against a baseline where one was given.
 
@@ -329,6 +343,8 @@ class LatencyResult(Frozen):
         repeated: Rounds thrown away because the baseline drifted by more than 5 %.
         verdict: ``faster``, ``slower``, ``no difference shown``, ``too noisy to tell``, ``quick`` (too few rounds for
             an interval) or ``alone`` (nothing to compare with).
+        operators: Where the time goes, the longest first; empty where the runtime does not tell, or nobody asked.
+        baseline_operators: The same of the baseline.
     """
 
     p50_ms: float
@@ -355,6 +371,8 @@ class LatencyResult(Frozen):
     large_batch: int | None = None
     large_batch_p50_ms: float | None = None
     large_batch_throughput: float | None = None
+    operators: tuple[OperatorTime, ...] = ()
+    baseline_operators: tuple[OperatorTime, ...] = ()
 
 
 class Report(Frozen):

@@ -112,6 +112,14 @@ class IsolatedSession(Session):
         reply, _ = self._ask({"do": "time", "warmup": warmup, "runs": runs}, inputs)
         return [float(v) for v in reply["times_ms"]]
 
+    def operator_times(self, inputs: Mapping[str, Array], *, runs: int) -> dict[str, tuple[int, float]]:
+        """What the runtime's profiler says of the artifact, in the child; empty where times mean nothing."""
+        if self.timing != "real":
+            return {}
+        _require_plain(inputs)
+        reply, _ = self._ask({"do": "operators", "runs": runs}, inputs)
+        return {name: (int(count), float(ms)) for name, (count, ms) in reply["operators"].items()}
+
     def reload_ms(self) -> float:
         """Milliseconds of opening the artifact a second time, beside the first, in the same and now warm process."""
         reply, _ = self._ask({"do": "reload"})
@@ -282,6 +290,8 @@ def serve() -> None:
                 reply = {"load_ms": load_ms}
             elif session is not None and request["do"] == "run":
                 found = session.run(arrays)
+            elif session is not None and request["do"] == "operators":
+                reply = {"operators": session.operator_times(arrays, runs=request["runs"])}
             elif session is not None:
                 reply = {"times_ms": _timed(session, arrays, request["warmup"], request["runs"])}
         except VlexportError as error:

@@ -176,14 +176,14 @@ class ExplainedBundle(Printed):
 
 
 class ExplainedLayers(Printed):
-    """``explain BUNDLE --layers``."""
+    """``explain BUNDLE --layers``: what each layer in integers loses, and what to try."""
 
     layers: Layers
     suggestions: tuple[str, ...]
 
 
-class ComparedBundles(Printed):
-    """``compare``: one entry a pair."""
+class Compared(Printed):
+    """``compare``: one difference a target."""
 
     differences: tuple[Difference, ...]
 
@@ -299,8 +299,8 @@ COMMANDS: dict[str, tuple[type[Printed], ...]] = {
     "verify": (VerifiedBundle,),
     "run": (Ran, Wrote),
     "inspect": (InspectedModel, InspectedBundle),
+    "compare": (Compared,),
     "explain": (ExplainedCode, ExplainedBundle, ExplainedLayers),
-    "compare": (ComparedBundles,),
     "bisect": (Bisected,),
     "passes": (ListedPasses, DescribedPass),
     "targets": (ListedTargets, DescribedTarget),

@@ -43,7 +43,7 @@ def _reduce(name: str, keys: str, example: str) -> Method:
 
 METHODS: dict[str, Method] = {
     "freeze": Method("freeze-tokens", None, "freeze"),
-    "evit": _reduce("evit", "keep layers fuse count", "keep=0.7,layers=4+7+10"),
+    "evit": _reduce("evit", "keep layers fuse count squeeze", "keep=0.7,layers=4+7+10"),
     "tome": _reduce("tome", "r layers", "r=8"),
     "mctf": _reduce("mctf", "r layers", "r=16"),
     "cls": _reduce("cls", "keep layers", "keep=0.5,layers=9+10+11+12"),

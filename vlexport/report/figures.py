@@ -10,11 +10,14 @@ from vlexport.core.bundle_schema import (
     AccuracyResult,
     LatencyResult,
     MetricResult,
+    OperatorTime,
     PassRecord,
     Report,
     Trial,
     Tuning,
 )
+
+_OPERATORS_SHOWN = 6
 
 
 def size_phrase(size_bytes: int) -> str:
@@ -111,6 +114,14 @@ def memory_phrase(found: LatencyResult) -> str:
     if found.peak_memory_bytes is None:
         return "peak memory not measured here"
     return f"peak memory {size_phrase(found.peak_memory_bytes)} with interpreter and runtime"
+
+
+def operators_phrase(times: Sequence[OperatorTime]) -> str:
+    """Where a runtime's profiler sees the time go: the operators that take the most, with how many there are."""
+    whole = sum(each.ms for each in times) or 1.0
+    shown = [f"{each.ms / whole:.0%} in {each.count} {each.operator}" for each in times[:_OPERATORS_SHOWN]]
+    rest = f", {sum(each.ms for each in times[_OPERATORS_SHOWN:]) / whole:.0%} in others"
+    return ", ".join(shown) + (rest if len(times) > _OPERATORS_SHOWN else "")
 
 
 def latency_phrase(report: Report) -> str:

@@ -30,8 +30,8 @@ from vlexport.passes.pipeline import TimingHook
 from vlexport.report.write import new_report, write_report
 from vlexport.stages.choices import (
     INTEGER_PRECISIONS,
-    options_of,
     output_of,
+    settled_of,
     tools_of,
     why_untimed,
 )
@@ -135,7 +135,9 @@ def build_prepared(order: Order, prepared: Prepared, folder: Path, reporter: Rep
             )  # fmt: skip
             tuned = autotune(subject, order.axes, dataset, reporter=reporter)
         components[name], dataset = tuned.component, tuned.dataset
-        order = replace(order, config=tuned.config, brief=replace(brief, options=options_of(tuned.config, target)))
+        order = replace(
+            order, config=tuned.config, brief=replace(brief, options=settled_of(tuned.config, target, brief.precision))
+        )
     elif chosen.confirming is not None:
         dataset = chosen.confirming
     prepared = replace(prepared, dataset=dataset)
@@ -238,9 +240,17 @@ def _bundle(
         golden_smallest=goldens[1],
         tools=tools_of(order.config, order.target, lowered),
         instruction_set=this_machine().instruction_set,
-        compatibility=order.target.compatibility(order.brief),
+        compatibility=_compatibility(order, components),
         files={},
     )
+
+
+def _compatibility(order: Order, components: Mapping[str, Component]) -> dict[str, str]:
+    """What a device is checked against; where an artifact's facts say it better than the brief, they do."""
+    found = order.target.compatibility(order.brief)
+    for each in components.values():
+        found |= {key: value for key, value in each.artifact.facts.items() if key in found}
+    return found
 
 
 def _facts(sources: Sources, components: Mapping[str, Component]) -> Iterator[str]:

@@ -223,6 +223,15 @@ def options_of(config: BuildConfig, target: Target) -> Frozen:
     return options
 
 
+def settled_of(config: BuildConfig, target: Target, precision: str) -> Frozen:
+    """The target's options, with what they leave open decided for the device and precision.
+
+    Raises:
+        UsageError: VLX0703.
+    """
+    return target.settled(options_of(config, target), precision=precision, device=profile_of(config, target))
+
+
 def scopes_of(config: BuildConfig, target: Target) -> list[str]:
     """What a ``--set`` can be about in a build for this target: passes that run, and every target.
 

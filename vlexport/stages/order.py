@@ -14,11 +14,11 @@ from vlexport.stages.choices import (
     INTEGER_PRECISIONS,
     gates_of,
     model_name_of,
-    options_of,
     precision_of,
     profile_of,
     quantize_options_of,
     scopes_of,
+    settled_of,
 )
 from vlexport.stages.quantized import require_calibrated
 from vlexport.stages.tune import axes_of
@@ -64,7 +64,7 @@ def order_of(config: BuildConfig) -> Order:
     config = _with_implied(config, target)
     precision, reason = precision_of(config, target)
     gates = gates_of(config)
-    brief = Brief(options_of(config, target), profile_of(config, target), precision, config.threads)
+    brief = Brief(settled_of(config, target, precision), profile_of(config, target), precision, config.threads)
     if precision in INTEGER_PRECISIONS:
         require_calibrated(config, brief, target)
         quantize_options_of(config)

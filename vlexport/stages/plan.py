@@ -37,6 +37,7 @@ from vlexport.stages.choices import (
     precision_passes_of,
     profile_of,
     quantize_options_of,
+    settled_of,
 )
 from vlexport.stages.component import clean_up, cost_record
 from vlexport.stages.dims import dims_of
@@ -112,7 +113,7 @@ def plan(
         problems.append(error)
     brief = Brief(target.Options())
     try:
-        brief = Brief(options_of(config, target), profile_of(config, target), precision, config.threads)
+        brief = Brief(settled_of(config, target, precision), profile_of(config, target), precision, config.threads)
     except VlexportError as error:
         problems.append(error)
     collect(lambda: require_judged(gates_of(config), target, target.probe()))
@@ -123,7 +124,7 @@ def plan(
     if config.tokens == AUTO:
         candidates["tokens"] = AUTO_GRID
     lowered: list[Pass[Any]] = []
-    collect(lambda: lowered.extend(lowered_passes_of(config, target, options_of(config, target))))
+    collect(lambda: lowered.extend(lowered_passes_of(config, target, brief.options)))
     collect(lambda: require_free(output_of(config), force=config.force, several=several))
     collect(lambda: target.require_tools(brief))
     if sources is None:

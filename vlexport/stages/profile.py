@@ -17,13 +17,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from vlexport.core.artifact import Array, Artifact
 from vlexport.core.bundle import ARTIFACT_FOLDER, check_files, file_record, read_bundle
-from vlexport.core.bundle_schema import Component, LatencyResult, Report
+from vlexport.core.bundle_schema import Component, LatencyResult, OperatorTime, Report
 from vlexport.core.devices import available_cores
 from vlexport.core.errors import CapabilityError, UsageError
 from vlexport.core.isolate import IsolatedSession
@@ -44,6 +44,7 @@ REST_SECONDS = 0.1
 _FOR_P90 = 20
 _FOR_P99 = 200
 _WARMUP = 3
+_PROFILED_RUNS = 10
 _MIN_RUNS = 5
 _MAX_RUNS = 200
 
@@ -66,6 +67,22 @@ class Plan:
 QUICK = Plan(rounds=3, block_seconds=0.7, limit_seconds=20.0)
 """About 20 s, or one round of a model that takes longer; too few rounds for an interval, and marked so."""
 FULL = Plan(rounds=7, block_seconds=1.5)
+
+
+class Timeable(Protocol):
+    """What rounds are measured on: something open in a process of its own.
+
+    Attributes:
+        load_ms: Milliseconds of opening it, the runtime being imported already.
+        cold_load_ms: The same with the import of the runtime.
+    """
+
+    load_ms: float
+    cold_load_ms: float
+
+    def time_ms(self, inputs: Mapping[str, Array], *, warmup: int, runs: int) -> list[float]:
+        """Milliseconds of ``runs`` runs, measured inside that process after ``warmup`` runs."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -137,6 +154,7 @@ def profile(config: ProfileConfig, *, reporter: Reporter | None = None) -> Repor
             ours, inputs, baseline=baseline, plan=QUICK if config.quick else FULL,
             threads=config.threads or available_cores(), reporter=reporter,
             large=_sized(golden, bundle.main, {**opt, **large}) if large else None, timeout_s=config.timeout_s,
+            operators=True,
         )  # fmt: skip
     report = judge_gates(new_report(bundle).model_copy(update={"latency": latency}), config.gates)
     write_report(config.bundle, bundle, report)
@@ -153,6 +171,7 @@ def measure_latency(
     reporter: Reporter,
     large: Mapping[str, Array] | None = None,
     timeout_s: float | None = None,
+    operators: bool = False,
 ) -> LatencyResult:
     """Measure ``ours``, interleaved with ``baseline`` where there is one.
 
@@ -165,6 +184,7 @@ def measure_latency(
         reporter: Progress.
         large: Inputs of a larger batch, to be measured on ``ours`` after the rounds.
         timeout_s: Seconds that one answer of a runtime may take.
+        operators: Ask the runtimes, too, where the time goes.
     """
     with ours.target.open(ours.folder, ours.artifact, threads=threads, timeout_s=timeout_s) as session:
         if baseline is None:
@@ -173,14 +193,22 @@ def measure_latency(
             with baseline.target.open(
                 baseline.folder, baseline.artifact, threads=threads, timeout_s=timeout_s
             ) as other:
-                result = _interleaved(session, other, inputs, plan, threads, reporter)
+                result = interleaved(session, other, inputs, plan, threads, reporter)
+                theirs = _by_operator(other, inputs) if operators else ()
             named = {"baseline": baseline.name, "baseline_size_bytes": baseline.size_bytes()}
-            result = result.model_copy(update=named)
+            result = result.model_copy(update={**named, "baseline_operators": theirs})
         result = result.model_copy(update={"peak_memory_bytes": session.peak_memory_bytes()})
         if large is not None:
             result = result.model_copy(update=_at_large(session, large, plan))
+        if operators:
+            result = result.model_copy(update={"operators": _by_operator(session, inputs)})
         # Last, because a second copy of the artifact is in memory then.
         return result.model_copy(update={"warm_load_ms": session.reload_ms()})
+
+
+def _by_operator(session: IsolatedSession, inputs: Mapping[str, Array]) -> tuple[OperatorTime, ...]:
+    found = session.operator_times(inputs, runs=_PROFILED_RUNS)
+    return tuple(OperatorTime(operator=name, count=count, ms=round(ms, 4)) for name, (count, ms) in found.items())
 
 
 def _at_large(session: IsolatedSession, inputs: Mapping[str, Array], plan: Plan) -> dict[str, float]:
@@ -193,7 +221,7 @@ def _at_large(session: IsolatedSession, inputs: Mapping[str, Array], plan: Plan)
     }
 
 
-def _ours(session: IsolatedSession, inputs: Mapping[str, Array], times: Sequence[float]) -> dict[str, Any]:
+def _ours(session: Timeable, inputs: Mapping[str, Array], times: Sequence[float]) -> dict[str, Any]:
     """The figures of a result that concern our own runs alone."""
     batch = _batch_of(inputs)
     return {
@@ -208,7 +236,7 @@ def _ours(session: IsolatedSession, inputs: Mapping[str, Array], times: Sequence
     }
 
 
-def _block(session: IsolatedSession, inputs: Mapping[str, Array], runs: int) -> list[float]:
+def _block(session: Timeable, inputs: Mapping[str, Array], runs: int) -> list[float]:
     time.sleep(REST_SECONDS)
     return session.time_ms(inputs, warmup=1, runs=runs)
 
@@ -252,14 +280,24 @@ def _alone(
     return LatencyResult(threads=threads, rounds=plan.rounds, **_ours(session, inputs, times))
 
 
-def _interleaved(
-    ours: IsolatedSession,
-    baseline: IsolatedSession,
+def interleaved(
+    ours: Timeable,
+    baseline: Timeable,
     inputs: Mapping[str, Array],
     plan: Plan,
     threads: int,
     reporter: Reporter,
 ) -> LatencyResult:
+    """Rounds of the baseline, ours and the baseline again, until enough of them held.
+
+    Args:
+        ours: What is measured.
+        baseline: What it is compared with.
+        inputs: What both run on.
+        plan: How long.
+        threads: Of both, recorded only.
+        reporter: Progress.
+    """
     our_runs, baseline_runs = _runs(ours, inputs, plan), _runs(baseline, inputs, plan)
     ratios: list[float] = []
     our_times: list[float] = []
@@ -322,7 +360,7 @@ def _verdict(steady: bool, rounds: int, low: float, high: float) -> str:
     return "slower" if high < 1 else "no difference shown"
 
 
-def _runs(session: IsolatedSession, inputs: Mapping[str, Array], plan: Plan) -> int:
+def _runs(session: Timeable, inputs: Mapping[str, Array], plan: Plan) -> int:
     once = statistics.median(session.time_ms(inputs, warmup=_WARMUP, runs=3)) / 1e3
     return max(_MIN_RUNS, min(_MAX_RUNS, round(plan.block_seconds / max(once, 1e-6))))
 

@@ -213,7 +213,7 @@ def calibrated(
         GateError: VLX0401.
     """
     scheme, options = require_calibrated(config, brief, target), quantize_options_of(config)
-    if options.kind == "weights":
+    if options.kind != "static":
         return Calibrated(optimized, None)
     assert samples is not None
     optimized = smooth_component(
@@ -330,8 +330,13 @@ def _notes(decisions: Decisions, table: CalibrationTable | None, scheme: QuantSc
     for each in decisions.layers:
         counts[each.op] = counts.get(each.op, 0) + 1
     what = ", ".join(f"{count} {op}" for op, count in counts.items())
-    how = f"ranges by {table.method.name} of {table.samples} samples" if table is not None else "weights alone"
-    edits = tuple(f"range {edit}" for edit in table.edits()) if table is not None else ()
+    edits: tuple[str, ...] = ()
+    if table is None:
+        dynamic = any(each.dynamic for each in decisions.layers)
+        how = "ranges found at each run" if dynamic else "weights alone"
+    else:
+        how = f"ranges by {table.method.name} of {table.samples} samples"
+        edits = tuple(f"range {edit}" for edit in table.edits())
     kind = "in float8" if scheme.precision == "fp8" else "in integers"
     said = f"{kind}: {what} (scheme {scheme.id}, {how})"
     kept = f"; {left} more stay in float" if left else ""

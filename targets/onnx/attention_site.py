@@ -1,0 +1,177 @@
+"""attention_site: a softmax between two products, read as attention over packed projections.
+
+::
+
+    softmax((q · kᵀ) · scale) · v  →  heads joined     q, k, v: (batch, heads, length, width), moved about from one root
+                                                       or several, each (batch · length, columns)
+
+Where q, k and v come from is told by :mod:`layout`, whatever the spelling: for every head and each of its values the
+column of the root that holds it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir
+
+from vlexport.targets.onnx.layout import Numbers, Sizes, Untraceable, all_between, moved, numbered, origin
+from vlexport.targets.onnx.model import OnnxModel
+from vlexport.targets.onnx.rewriting import CONTRIB, put
+
+_RANK = 4
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of query, key and value.
+
+    Attributes:
+        root: What it is moved from.
+        columns: (heads · width,) of the root's last dim, in the order of heads.
+    """
+
+    root: onnx_ir.Value
+    columns: Numbers
+
+
+@dataclass(frozen=True)
+class Site:
+    """Attention that can be one operator.
+
+    Attributes:
+        softmax: Names it.
+        parts: Query, key, value.
+        heads: Their number.
+        scale: What products of query and key are multiplied by.
+        made: The result with heads joined: (batch, length, heads · width), or the same as rows.
+    """
+
+    softmax: onnx_ir.Node
+    parts: tuple[Part, Part, Part]
+    heads: int
+    scale: float
+    made: onnx_ir.Value
+
+    def attributes(self) -> dict[str, int | float]:
+        """As com.microsoft spells it; the usual scale is left out, which older releases do not know."""
+        width = len(self.parts[0].columns) // self.heads
+        usual = math.isclose(self.scale, width**-0.5, rel_tol=1e-6)
+        return {"num_heads": self.heads, **({} if usual else {"scale": self.scale})}
+
+
+class NoSite(Exception):  # noqa: N818  a near miss: its text is the reason
+    """A softmax that nearly is one."""
+
+
+def looks_like_one(softmax: onnx_ir.Node) -> bool:
+    """Whether a product reads a softmax, as nothing but attention has it."""
+    readers = [user for user, position in softmax.outputs[0].uses() if position == 0]
+    return any(user.op_type == "MatMul" for user in readers)
+
+
+def site(model: OnnxModel, softmax: onnx_ir.Node) -> Site:
+    """Read attention around a softmax.
+
+    Raises:
+        NoSite: With the reason.
+    """
+    try:
+        return _site(model, softmax)
+    except Untraceable as error:
+        raise NoSite(str(error)) from error
+
+
+def become(model: OnnxModel, found: Site, kind: str, operands: Sequence[onnx_ir.Value | None]) -> onnx_ir.Node:
+    """Put one operator of ONNX Runtime's own in the place of all of a site."""
+    rows = found.made.shape is not None and len(found.made.shape) == 2
+    return put(
+        model, found.made, kind, operands, domain=CONTRIB, attributes=found.attributes(), origin=found.softmax,
+        rows=rows,
+    )  # fmt: skip
+
+
+def _site(model: OnnxModel, softmax: onnx_ir.Node) -> Site:
+    scores = softmax.inputs[0]
+    assert scores is not None
+    if _axis(softmax) not in (-1, _RANK - 1):
+        raise NoSite("the softmax is not over the last dim")
+    weighed = origin(scores)
+    product = weighed.root.producer()
+    if product is None or product.op_type != "MatMul" or any(n.op_type not in ("Mul", "Div") for n in weighed.between):
+        what = product.op_type if product is not None else "an input"
+        masked = product is not None and product.op_type in ("Add", "Where")
+        raise NoSite("a mask or bias is added to the scores" if masked else f"its scores come from {what}")
+    context = _only_reader(softmax.outputs[0])
+    query, key, value = product.inputs[0], product.inputs[1], context.inputs[1]
+    assert query is not None
+    assert key is not None
+    assert value is not None
+    sizes = Sizes()
+    origins = [origin(each) for each in (query, key, value)]
+    if origins[2].factor != 1.0:
+        raise NoSite("the values are scaled")
+    found = [moved(each, from_.root, sizes) for each, from_ in zip((query, key, value), origins, strict=True)]
+    if any(each.ndim != _RANK for each in found):
+        raise NoSite("its products are not over batch, heads, length and width")
+    found[1] = found[1].swapaxes(-1, -2)
+    parts = [_part(from_.root, each, sizes) for from_, each in zip(origins, found, strict=True)]
+    if len({each.shape[:3] for each in found}) > 1 or found[0].shape[-1] != found[1].shape[-1]:
+        raise NoSite("query, key and value have other heads or lengths")
+    made = _joined(context.outputs[0], found[2].shape, sizes)
+    for part in parts:
+        if not all_between(model, made, part.root):
+            raise NoSite("what it is projected from is read by others, too")
+    scale = weighed.factor * origins[0].factor * origins[1].factor
+    return Site(softmax, (parts[0], parts[1], parts[2]), found[0].shape[1], scale, made)
+
+
+def _part(root: onnx_ir.Value, found: Numbers, sizes: Sizes) -> Part:
+    """Columns of a part, once every row of the root is found to be one position, in order."""
+    width = sizes.of(root)[-1]
+    rows, columns = np.divmod(found, width)
+    same_row = rows[:, :1, :, :1]
+    same_column = columns[:1, :, :1, :]
+    batch, _, length, _ = found.shape
+    in_order = np.arange(batch * length).reshape(batch, 1, length, 1)
+    if not ((rows == same_row).all() and (columns == same_column).all()):
+        raise NoSite("heads are no columns of what it is projected from")
+    if numbered(root, sizes).size != batch * length * width or not (same_row == in_order).all():
+        raise NoSite("the query, or another part, is not of all positions in their order")
+    return Part(root, same_column.reshape(-1))
+
+
+def _joined(context: onnx_ir.Value, shape: tuple[int, ...], sizes: Sizes) -> onnx_ir.Value:
+    """The value below the second product in which heads are joined."""
+    batch, heads, length, width = shape
+    own = np.arange(batch * heads * length * width).reshape(shape)
+    wanted = own.transpose(0, 2, 1, 3).reshape(-1)
+    value = context
+    while True:
+        users = list(value.uses())
+        if len(users) != 1 or value.is_graph_output():
+            break
+        made = users[0][0].outputs[0]
+        try:
+            found = moved(made, context, sizes, numbers=own)
+        except Untraceable:
+            break
+        if found.shape[-1] == heads * width and np.array_equal(found.reshape(-1), wanted):
+            return made
+        value = made
+    raise NoSite("the heads of its result are not joined in their order")
+
+
+def _only_reader(weights: onnx_ir.Value) -> onnx_ir.Node:
+    readers = list(weights.uses())
+    if len(readers) != 1 or readers[0][0].op_type != "MatMul" or readers[0][1] != 0:
+        raise NoSite("the softmax is read by others, too")
+    return readers[0][0]
+
+
+def _axis(node: onnx_ir.Node) -> int:
+    found = node.attributes.get("axis")
+    return -1 if found is None else found.as_int()

@@ -1,0 +1,89 @@
+"""fuse-qattention: as fuse-attention, where the projections compute with integers.
+
+Before → after::
+
+    %q = QuantizeLinear(x, scale, zero)            %q = QuantizeLinear(x, scale, zero)
+    %0 = Gemm(dequantized %q, dequantized @w, @b)  %0 = com.microsoft.QAttention(%q, @w', @b', scale, @scales', …)
+    … reshape, transpose, slice, squeeze …   →     return %0
+    %9 = Softmax(scale · %q · %kᵀ)
+    … %9 · %v, transpose, reshape …
+
+Equation: that of fuse-attention; the projections are added up in 32-bit integers, the rest in float.
+
+Does not apply when: what fuse-attention tells, or a projection is not of one value in uint8 with a stored int8 weight.
+Numerical effect: rounding. The same integers from the same values; where an integer further on is computed from them,
+rounding may tip it over, and it is then one step off. Judged by the signal to noise ratio.
+Source: ONNX Runtime, contributed operators, com.microsoft.QAttention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir
+
+from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
+from vlexport.passes.statistic import Statistic
+from vlexport.targets.onnx.attention_site import NoSite, Site, become, looks_like_one, site
+from vlexport.targets.onnx.model import OnnxModel, module_path
+from vlexport.targets.onnx.rewriting import stored
+from vlexport.targets.onnxruntime.integer_linear import TIPPED, IntegerLinear, NoLinear, integer_linear
+
+_PATTERN = "integer projections → attention"
+
+
+class FuseQattention(Pass[OnnxModel]):
+    """As fuse-attention, where the projections compute with integers."""
+
+    name: ClassVar[str] = "fuse-qattention"
+    stage: ClassVar[Stage] = "legalize"
+    effect: ClassVar[Effect] = "approximate"
+
+    @property
+    def statistic(self) -> Statistic:
+        """A rounding of float that tips an integer over is a whole step further on: noise like quantization's."""
+        return TIPPED
+
+    def find(self, ir: OnnxModel) -> Iterator[Match[onnx_ir.Node] | NearMiss[onnx_ir.Node]]:
+        """Every softmax that a product reads."""
+        for softmax in filter(looks_like_one, ir.nodes("Softmax")):
+            try:
+                found = site(ir, softmax)
+                linears = [integer_linear(part.root) for part in found.parts]
+                if len({each.integers for each in linears}) > 1:
+                    raise NoSite("query, key and value are projected from several values")
+                if linears[0].integers.shape is None or len(linears[0].integers.shape) != 3:
+                    raise NoSite("what is projected is not over batch, length and depth")
+            except (NoSite, NoLinear) as miss:
+                yield NearMiss(_PATTERN, softmax, str(miss))
+                continue
+            yield Match(softmax, (softmax,), (found, linears))
+
+    def apply(self, ir: OnnxModel, match: Match[onnx_ir.Node]) -> Change:
+        """One node in the place of all."""
+        found: Site = match.data[0]
+        linears: list[IntegerLinear] = match.data[1]
+        before, first = len(ir.nodes()), linears[0]
+        pairs = list(zip(linears, found.parts, strict=True))
+        where = module_path(match.node)
+        name = f"{where or 'main'}.qkv"
+        biases = [_bias(linear)[part.columns] for linear, part in pairs]
+        operands = [
+            first.integers,
+            stored(ir, f"{name}_int", np.concatenate([each.weight[:, part.columns] for each, part in pairs], 1)),
+            stored(ir, f"{name}_bias", np.concatenate(biases)),
+            first.scale,
+            stored(ir, f"{name}_scale", np.concatenate([each.weight_scale[part.columns] for each, part in pairs])),
+            None,
+            first.zero,
+            stored(ir, f"{name}_zero", np.concatenate([each.weight_zero[part.columns] for each, part in pairs])),
+        ]
+        become(ir, found, "QAttention", operands)
+        change = "attention with integer projections as one operator"
+        return Change(what=change, where=(where,), saved_nodes=before - len(ir.nodes()))
+
+
+def _bias(linear: IntegerLinear) -> np.ndarray:
+    return np.zeros(linear.weight.shape[1], np.float32) if linear.bias is None else linear.bias

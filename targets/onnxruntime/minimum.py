@@ -1,0 +1,22 @@
+"""minimum: the oldest ONNX Runtime that opens what is written.
+
+The exporter writes version 10 of ONNX's file format, which began to be read with 1.18, whatever the opset. That release
+has the operators of com.microsoft that we write, so that an artifact of theirs asks for no newer one; a fusion may
+write no other (tested).
+
+Source: tried with 1.15.1 (refuses version 10) and 1.18.0 (opens models of opset 18 to 21 with each of the operators,
+and computes the same); ONNX Runtime's documentation, Compatibility.
+"""
+
+from __future__ import annotations
+
+RELEASES = {18: "1.18", 19: "1.18", 20: "1.18", 21: "1.18"}
+"""Opset of the standard domain → the oldest release that opens our files of it."""
+
+CONTRIBUTED = ("Attention", "QAttention", "DynamicQuantizeMatMul", "MatMulIntegerToFloat")
+"""Operators of com.microsoft that may be written, each as 1.18 has it."""
+
+
+def oldest_release(opset: int) -> str:
+    """The oldest release for artifacts of an opset; empty where we know none."""
+    return RELEASES.get(opset, "")

@@ -1,0 +1,75 @@
+"""The rows of the comparison: who builds, and how. A new flag of ours, or a new recipe of a peer, is one line here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+OURS = "vlexport_here"
+PLAIN = "plain"
+_CALIBRATED = "--calib {source}/calibration.npz"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to build.
+
+    Attributes:
+        name: Short, and a folder's name.
+        shown: In tables.
+        environment: Of ``peer_scripts``.
+        recipe: Of that script; ours is a line of flags.
+        precision: What most of its arithmetic is, in words.
+    """
+
+    name: str
+    shown: str
+    environment: str
+    recipe: str
+    precision: str
+
+    @property
+    def ours(self) -> bool:
+        """Whether vlexport builds it."""
+        return self.environment == OURS
+
+
+ROWS = (
+    Row(PLAIN, "plain export, ONNX Runtime", "onnx_runtime", "plain", "fp32"),
+    Row("vlexport-fp32", "vlexport", OURS, "", "fp32"),
+    Row("vlexport-int8", "vlexport --precision int8", OURS, f"--precision int8 {_CALIBRATED}", "int8"),
+    Row("ort-transformers", "onnxruntime.transformers optimizer", "onnx_runtime", "transformers-optimizer", "fp32"),
+    Row("ort-onnxscript", "onnxscript optimize_for_ort", "onnx_runtime", "optimize-for-ort", "fp32"),
+    Row("ort-static-minmax", "ONNX Runtime static, min-max", "onnx_runtime", "static-minmax", "int8"),
+    Row("ort-static-entropy", "ONNX Runtime static, entropy", "onnx_runtime", "static-entropy", "int8"),
+    Row("ort-static-percentile", "ONNX Runtime static, percentile", "onnx_runtime", "static-percentile", "int8"),
+    Row("ort-dynamic", "ONNX Runtime dynamic", "onnx_runtime", "dynamic", "int8"),
+    Row("optimum-dynamic", "optimum-onnx dynamic", "optimum_tool", "int8", "int8"),
+    Row("olive-fp32", "Olive, transformer optimization", "olive_tool", "fp32", "fp32"),
+    Row("olive-int8", "Olive, the same and dynamic", "olive_tool", "int8", "int8"),
+    Row("ort-openvino-fp32", "ONNX Runtime's OpenVINO provider", "openvino_provider", "fp32", "fp32"),
+    Row("openvino-fp32", "OpenVINO", "open_vino", "fp32", "fp32"),
+    Row("openvino-default", "OpenVINO as it is by default", "open_vino", "default", "its choice"),
+    Row("openvino-nncf", "NNCF (transformer), OpenVINO", "open_vino", "nncf-int8", "int8"),
+    Row("torch-eager", "PyTorch, eager", "torch_native", "eager", "fp32"),
+    Row("torch-compiled", "PyTorch, torch.compile", "torch_native", "compiled", "fp32"),
+    Row("torchao-int8", "torchao PT2E for x86, torch.compile", "torch_native", "torchao-int8", "int8"),
+    Row("executorch-fp32", "ExecuTorch, XNNPACK", "execu_torch", "fp32", "fp32"),
+    Row("executorch-int8", "ExecuTorch, XNNPACK quantizer", "execu_torch", "int8", "int8"),
+    Row("litert-fp32", "LiteRT", "lite_rt", "fp32", "fp32"),
+)
+"""The first is what every other is compared with."""
+FOR_ALL_MODELS = (PLAIN, "vlexport-fp32")
+"""Rows of models that not everyone builds."""
+
+
+def rows_of(everyone: bool, wanted: tuple[str, ...] = ()) -> tuple[Row, ...]:
+    """The rows of a model, the plain export first.
+
+    Args:
+        everyone: Whether all peers build it.
+        wanted: Names, or parts of names; none takes all. The plain export is always there.
+    """
+    found = [row for row in ROWS if everyone or row.name in FOR_ALL_MODELS]
+    if wanted:
+        found = [row for row in found if row.name == PLAIN or any(each in row.name for each in wanted)]
+    return tuple(found)

@@ -1,0 +1,126 @@
+"""The comparison's record, as a Markdown table, as CSV, and as the points of a figure."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from tests.benchmarks.compare_rows import OURS, PLAIN, ROWS
+from vlexport.core.intervals import wilson
+from vlexport.core.verdict import measured_drop
+
+Record = Mapping[str, Any]
+_BY_NAME = {row.name: row for row in ROWS}
+_ABSENT = "–"
+_BUSY = ("", "† Built while the machine did other things: the seconds are too many.")
+_COLUMNS = (
+    "model", "row", "precision", "failed", "p50_ms", "ratio", "low", "high", "rounds", "samples", "right",
+    "agreements", "sqnr_db", "cosine", "size_bytes", "seconds", "build_peak_bytes", "run_peak_bytes", "load_ms",
+)  # fmt: skip
+
+
+def table(record: Record, model: str) -> str:
+    """The Markdown table of one model: a line a row, failures at the end."""
+    cells = [cell for cell in record["cells"] if cell["model"] == model]
+    labelled = any(cell["judged"] and cell["judged"]["right"] is not None for cell in cells)
+    timed = any(cell["timed"] for cell in cells)
+    heads = ["built by", "precision", *(["median", "ratio (95 %)"] if timed else [])]
+    heads += [*(["right", "points lost (95 %)"] if labelled else []), "same answer", "SQNR", "size", "build", "memory"]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for cell in cells:
+        if cell["built"] is None or cell["judged"] is None:
+            continue
+        row = _BY_NAME[cell["row"]]
+        name = f"**{row.shown}**" if row.ours else row.shown
+        found = [name, row.precision, *(_latency(cell["timed"]) if timed else [])]
+        found += [
+            *(_accuracy(cell["judged"]) if labelled else []),
+            *_fidelity(cell),
+            *_costs(cell, _busy(record, cell)),
+        ]
+        lines.append(f"| {' | '.join(found)} |")
+    slow = [*_BUSY] if any(_busy(record, cell) for cell in cells) else []
+    failed = [f"- {_BY_NAME[cell['row']].shown}: `{cell['failed']}`" for cell in cells if cell["failed"]]
+    return "\n".join(lines + slow + (["", "Not there:", "", *failed] if failed else []))
+
+
+def _latency(timed: Mapping[str, Any] | None) -> list[str]:
+    if timed is None:
+        return [_ABSENT, _ABSENT]
+    ratio = "too noisy to tell" if timed["ratio"] is None else _ratio(timed)
+    return [f"{timed['p50_ms']:.1f} ms", ratio]
+
+
+def _ratio(timed: Mapping[str, Any]) -> str:
+    return f"{timed['ratio']:.2f}× ({timed['low']:.2f} to {timed['high']:.2f})"
+
+
+def _accuracy(judged: Mapping[str, Any]) -> list[str]:
+    drop = measured_drop(judged["plain_only"], judged["this_only"], judged["samples"])
+    low, high = drop.interval or (math.nan, math.nan)
+    return [f"{100 * judged['right'] / judged['samples']:.1f} %", f"{drop.value:.1f} ({low:.1f} to {high:.1f})"]
+
+
+def _fidelity(cell: Mapping[str, Any]) -> list[str]:
+    judged = cell["judged"]
+    if cell["row"] == PLAIN:
+        return ["reference", "reference"]
+    low, _ = wilson(judged["agreements"], judged["samples"])
+    same = f"{100 * judged['agreements'] / judged['samples']:.1f} % (≥ {100 * low:.1f})"
+    return [same, "∞" if judged["sqnr_db"] is None else f"{judged['sqnr_db']:.1f} dB"]
+
+
+def machine(record: Record) -> str:
+    """The sentence before the tables."""
+    about = record["machine"]
+    return (
+        f"Measured {record['date']} on {about['cpu']} ({', '.join(about['instruction_set'])}), {record['threads']} "
+        f"threads, {record['calibration']} calibration samples ([measured/compare.json](measured/compare.json))."
+    )
+
+
+def _busy(record: Record, cell: Mapping[str, Any]) -> bool:
+    """Whether other programs ran while the artifact was built, so that its seconds are too many."""
+    built = cell["built"]
+    return built is not None and (built["load"] is None or built["load"] > record["machine"]["cores"] + 1)
+
+
+def _costs(cell: Mapping[str, Any], busy: bool) -> list[str]:
+    built, timed = cell["built"], cell["timed"]
+    peak = timed["peak_bytes"] if timed else None
+    memory = _ABSENT if peak is None else f"{peak / 1e6:.0f} MB"
+    return [f"{built['size_bytes'] / 1e6:.1f} MB", f"{built['seconds']:.1f} s{' †' if busy else ''}", memory]
+
+
+def comma_separated(record: Record) -> str:
+    """Every cell, a line each."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for cell in record["cells"]:
+        built, judged, timed = (cell[each] or {} for each in ("built", "judged", "timed"))
+        found = {**judged, **timed, **built, **{name: cell[name] for name in ("model", "row", "failed")}}
+        found |= {"precision": _BY_NAME[cell["row"]].precision}
+        found |= {"build_peak_bytes": built.get("peak_bytes"), "run_peak_bytes": timed.get("peak_bytes")}
+        writer.writerow({name: found.get(name) for name in _COLUMNS})
+    return text.getvalue()
+
+
+def points(record: Record) -> dict[str, list[dict[str, Any]]]:
+    """Model → what the figure shows of it: right answers in percent, or SQNR where there are no labels."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for cell in record["cells"]:
+        if cell["timed"] is None or cell["judged"] is None:
+            continue
+        judged, row = cell["judged"], _BY_NAME[cell["row"]]
+        labelled = judged["right"] is not None
+        value = 100 * judged["right"] / judged["samples"] if labelled else judged["sqnr_db"]
+        if value is None:
+            continue
+        label = "right answers, %" if labelled else "SQNR against the plain export, dB"
+        point = {"name": row.name, "ms": cell["timed"]["p50_ms"], "value": value, "label": label}
+        found.setdefault(cell["model"], []).append({**point, "ours": row.environment == OURS})
+    return found

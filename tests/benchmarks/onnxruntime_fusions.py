@@ -1,0 +1,241 @@
+"""What ONNX Runtime's own operators gain on deit_small: every way to build it against the plain export, and each fusion
+against the same artifact without it.
+
+    python -m tests.benchmarks.onnxruntime_fusions --scratch DIR --record docs/measured/onnxruntime_fusions.json --costs
+    python -m tests.benchmarks.onnxruntime_fusions --scratch DIR --quick
+
+Latency is measured as ``vlexport profile --against`` does it: interleaved rounds, each session alone in its own
+process, rounds in which the baseline drifts by more than 5 % repeated, 95 % interval of the ratio. Bundles are built
+once a scratch folder, and figures that the record holds already are not measured again: a run that is stopped goes on.
+``--costs`` writes what was found for this kind of processor into the table that builds choose by. Weights are random,
+which decides no latency. Run it on a machine that does nothing else: about 8 minutes, after 10 for the builds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import vlexport
+from tests.zoo_record import write_record
+from vlexport.core.devices import available_cores, this_machine
+from vlexport.core.errors import InternalError
+from vlexport.frontends.architecture import factory_from_text
+from vlexport.stages.profile import ProfileConfig, profile
+from vlexport.targets.onnxruntime.fusions import FusionCost, fusion_costs
+
+MODEL = "deit_small_patch16_224"
+COSTS = Path("targets/onnxruntime/fusion_costs.json")
+KINDS = ("avx512_vnni", "avx2", "asimddp", "asimd")
+"""Flags that figures speak for: a processor is of the first kind that it has."""
+PLAIN = "naive"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to build the model.
+
+    Attributes:
+        name: Of the bundle.
+        precision: Of the build.
+        options: ``--set``.
+        fusion: What it has that ``without`` has not; empty for none.
+        without: The variant that it is measured against beside the plain export.
+    """
+
+    name: str
+    precision: str
+    options: dict[str, str] = field(default_factory=dict)
+    fusion: str = ""
+    without: str = ""
+
+
+_NO_BOUND = {"quantize.min_sqnr_db": "0"}
+_DYNAMIC = {**_NO_BOUND, "quantize.activations": "dynamic"}
+VARIANTS = (
+    Variant("fp32", "fp32", {"onnxruntime.fuse_attention": "false"}),
+    Variant("fp32-attention", "fp32", {"onnxruntime.fuse_attention": "true"}, "fuse-attention", "fp32"),
+    Variant("static", "int8", {**_NO_BOUND, "onnxruntime.fuse_qattention": "false"}),
+    Variant(
+        "static-qattention", "int8", {**_NO_BOUND, "onnxruntime.fuse_qattention": "true"}, "fuse-qattention", "static"
+    ),
+    Variant("dynamic", "int8", {**_DYNAMIC, "onnxruntime.fuse_qattention": "false"}),
+    Variant("dynamic-qattention", "int8", {**_DYNAMIC, "onnxruntime.fuse_qattention": "true"}),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """A variant against another, or against the plain export.
+
+    Attributes:
+        variant: Its name.
+        against: The other's, or ``naive``.
+        p50_ms: Median of one image.
+        against_p50_ms: The other's, in the same rounds.
+        ratio: Other / variant, with its 95 % interval from ``low`` to ``high``; None where the machine was too noisy.
+        rounds: Whose control held; ``repeated`` were thrown away.
+        verdict: As ``vlexport profile`` says it.
+        size_bytes: Of the artifact's folder.
+    """
+
+    variant: str
+    against: str
+    p50_ms: float
+    against_p50_ms: float | None
+    ratio: float | None
+    low: float | None
+    high: float | None
+    rounds: int
+    repeated: int
+    verdict: str
+    size_bytes: int
+
+
+def saved(scratch: Path) -> tuple[Path, Path]:
+    """The model's file and its calibration samples, written once."""
+    file, calib = scratch / f"{MODEL}.pt", scratch / "calib.npz"
+    if not file.is_file():
+        torch.manual_seed(0)
+        made = factory_from_text(f"timm:{MODEL}")
+        vlexport.save(made.module.eval(), file, inputs={"x": torch.zeros(2, 3, 224, 224)})
+    if not calib.is_file():
+        np.savez(calib, x=np.random.default_rng(1).standard_normal((16, 3, 224, 224), np.float32))
+    return file, calib
+
+
+def built(variant: Variant, scratch: Path) -> Path:
+    """The variant's bundle, made once."""
+    output = scratch / f"{variant.name}.bundle"
+    if output.is_dir():
+        return output
+    file, calib = saved(scratch)
+    config = vlexport.BuildConfig(
+        model=str(file), output=str(output), precision=variant.precision, options=variant.options, profile=False,
+        calib=str(calib) if variant.precision == "int8" else None,
+    )  # fmt: skip
+    return vlexport.build(config).output
+
+
+def row(variant: Variant, against: str, scratch: Path, *, threads: int, quick: bool) -> Row:
+    """Measure a variant."""
+    bundle, reference = built(variant, scratch), str(saved(scratch)[0])
+    other = PLAIN if against == PLAIN else str(scratch / f"{against}.bundle")
+    report = profile(
+        ProfileConfig(
+            bundle=bundle, against=other, reference=reference if against == PLAIN else "", threads=threads, quick=quick
+        )
+    )
+    found = report.latency
+    if found is None:
+        raise InternalError("VLX0901", "profile measured nothing")
+    size = sum(each.stat().st_size for each in (bundle / "artifact").iterdir())
+    return Row(
+        variant=variant.name, against=against, p50_ms=found.p50_ms, against_p50_ms=found.baseline_p50_ms,
+        ratio=found.ratio, low=found.ratio_low, high=found.ratio_high, rounds=found.rounds, repeated=found.repeated,
+        verdict=found.verdict, size_bytes=size,
+    )  # fmt: skip
+
+
+def costs_of(rows: list[Row], source: str, flags: tuple[str, ...]) -> list[FusionCost]:
+    """What the rows say of fusions, for the kind of processor that they were measured on."""
+    kind = next(each for each in KINDS if each in flags)
+    fused = {(each.name, each.without): each for each in VARIANTS if each.fusion}
+    made = []
+    for each in rows:
+        variant = fused.get((each.variant, each.against))
+        if variant is None or each.ratio is None or each.low is None or each.high is None:
+            continue
+        figures = {"ratio": round(each.ratio, 3), "low": round(each.low, 3), "high": round(each.high, 3)}
+        about = {"fusion": variant.fusion, "precision": variant.precision, "instruction_set": kind}
+        made.append(FusionCost.model_validate({**about, "model": MODEL, **figures, "source": source}))
+    return made
+
+
+def write_costs(file: Path, fresh: list[FusionCost]) -> None:
+    """Put figures into the table in the place of older ones for the same kind of processor, the newest kind first."""
+    kinds = {each.instruction_set for each in fresh}
+    kept = [each for each in fusion_costs() if each.instruction_set not in kinds]
+    whole = sorted([*kept, *fresh], key=lambda each: KINDS.index(each.instruction_set))
+    file.write_text(json.dumps([each.model_dump(mode="json") for each in whole], indent=1) + "\n", encoding="utf-8")
+
+
+def line(found: Row) -> str:
+    """A row for the terminal."""
+    ratio = "no ratio" if found.ratio is None else f"{found.ratio:.3f}x ({found.low:.3f} to {found.high:.3f})"
+    rounds = f"{found.rounds} rounds, {found.repeated} repeated, {found.verdict}"
+    return f"{found.variant:20} against {found.against:20} {ratio}, {found.p50_ms:.1f} ms, {rounds}"
+
+
+def table(record: dict[str, Any]) -> str:
+    """The Markdown table of a record: a line a variant."""
+    lines = [
+        "| built as | median | against the plain export (95 %) | against the same without the fusion | size |",
+        "|---|---|---|---|---|",
+    ]
+    rows = [Row(**each) for each in record["rows"]]
+    for each in rows:
+        if each.against != PLAIN:
+            continue
+        pair = next((r for r in rows if r.variant == each.variant and r.against != PLAIN), None)
+        cells = (each.variant, f"{each.p50_ms:.1f} ms", _ratio(each), _ratio(pair), f"{each.size_bytes / 1e6:.1f} MB")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _ratio(found: Row | None) -> str:
+    if found is None:
+        return ""
+    return "too noisy" if found.ratio is None else f"{found.ratio:.2f}× ({found.low:.2f} to {found.high:.2f})"
+
+
+def main() -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scratch", type=Path, default=Path("out"), help="folder for the model and the bundles")
+    parser.add_argument(
+        "--record", type=Path, help="JSON file for the rows; those that it holds are not measured again"
+    )
+    parser.add_argument("--costs", action="store_true", help=f"write what was found into {COSTS}")
+    parser.add_argument("--only", action="append", default=[], help="a variant; repeatable")
+    parser.add_argument("--threads", type=int, default=0, help="of ONNX Runtime; 0 takes all cores")
+    parser.add_argument("--quick", action="store_true", help="three rounds, which give no interval")
+    parser.add_argument("--build-only", action="store_true", help="make the bundles and measure nothing")
+    given = parser.parse_args()
+    machine, threads = this_machine(), given.threads or available_cores()
+    print(f"{machine.cpu} ({', '.join(machine.instruction_set)}), {machine.cores} cores, {threads} threads", flush=True)
+    given.scratch.mkdir(parents=True, exist_ok=True)
+    wanted = [each for each in VARIANTS if not given.only or each.name in given.only]
+    for number, variant in enumerate(wanted, 1):
+        print(f"bundle {number} of {len(wanted)}: {built(variant, given.scratch).name}", flush=True)
+    if given.build_only:
+        return 0
+    rows: list[Row] = []
+    if given.record is not None and given.record.is_file():
+        rows = [Row(**each) for each in json.loads(given.record.read_text(encoding="utf-8"))["rows"]]
+    command = f"python -m tests.benchmarks.onnxruntime_fusions --record {given.record}{' --quick' * given.quick}"
+    versions = ", ".join(f"{name} {version(name).split('+')[0]}" for name in ("onnxruntime", "torch", "timm"))
+    for variant in wanted:
+        for against in filter(None, (PLAIN, variant.without)):
+            if any((each.variant, each.against) == (variant.name, against) for each in rows):
+                continue
+            rows.append(row(variant, against, given.scratch, threads=threads, quick=given.quick))
+            print(line(rows[-1]), flush=True)
+            if given.record is not None:
+                write_record(given.record, command, versions, rows)
+    if given.costs:
+        source = f"{machine.cpu}, {threads} threads, {versions}; {command}"
+        write_costs(COSTS, costs_of(rows, source, machine.instruction_set))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

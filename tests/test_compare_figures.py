@@ -1,0 +1,89 @@
+"""The comparison's page, its tables and its figure are those of the record."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.compare_rows import ROWS
+from tests.benchmarks.compare_tables import comma_separated, machine, points, table
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORD = json.loads((ROOT / "docs/measured/compare.json").read_text(encoding="utf-8"))
+BUILT = {"seconds": 12.34, "peak_bytes": 2_000_000_000, "size_bytes": 23_000_000, "versions": {}, "load": 1.0}
+MACHINE = {"cpu": "a processor", "instruction_set": ["avx2"], "cores": 2}
+TIMED = {
+    "p50_ms": 20.0, "plain_ms": 40.0, "ratio": 2.0, "low": 1.9, "high": 2.1, "rounds": 7, "repeated": 1,
+    "load_ms": 90.0, "peak_bytes": 300_000_000,
+}  # fmt: skip
+
+
+def cell(row: str, **more: Any) -> dict[str, Any]:
+    judged = {
+        "samples": 200, "sqnr_db": 25.04, "cosine": 0.999, "agreements": 196, "right": 170, "plain_only": 3,
+        "this_only": 1,
+    }  # fmt: skip
+    return {"model": "net", "row": row, "built": BUILT, "judged": judged, "timed": TIMED, "failed": "", **more}
+
+
+def test_page_holds_every_table_when_rendered_from_the_record() -> None:
+    page = (ROOT / "docs/compare.md").read_text(encoding="utf-8")
+    models = list(dict.fromkeys(each["model"] for each in RECORD["cells"]))
+    assert models
+    assert f"<!-- machine -->\n{machine(RECORD)}\n<!-- /machine -->" in page
+    for model in models:
+        held = page.partition(f"<!-- {model} -->\n")[2].partition(f"\n<!-- /{model} -->")[0]
+        assert held == table(RECORD, model), model
+
+
+def test_record_holds_no_path_and_every_row_by_its_name() -> None:
+    assert "/tmp" not in json.dumps(RECORD)
+    assert {each["row"] for each in RECORD["cells"]} <= {row.name for row in ROWS}
+
+
+def test_table_says_ratio_drop_and_interval_when_all_is_known() -> None:
+    lines = table({"machine": MACHINE, "cells": [cell("vlexport-int8")]}, "net").splitlines()
+    assert len(lines) == 3
+    assert lines[2].startswith(
+        "| **vlexport --precision int8** | int8 | 20.0 ms | 2.00× (1.90 to 2.10) | 85.0 % | 1.0 ("
+    )
+    assert lines[2].endswith("| 98.0 % (≥ 95.0) | 25.0 dB | 23.0 MB | 12.3 s | 300 MB |")
+
+
+def test_table_leaves_columns_out_when_nothing_has_them() -> None:
+    judged = {**cell("x")["judged"], "right": None, "plain_only": None, "this_only": None}
+    text = table({"machine": MACHINE, "cells": [cell("plain", judged=judged, timed=None)]}, "net")
+    assert text.splitlines()[0] == "| built by | precision | same answer | SQNR | size | build | memory |"
+    assert "| reference | reference |" in text
+
+
+def test_table_says_why_when_a_peer_failed_or_was_too_noisy() -> None:
+    noisy = cell("openvino-fp32", timed={**TIMED, "ratio": None, "low": None, "high": None})
+    broken = cell("litert-fp32", built=None, judged=None, timed=None, failed="RuntimeError: no such operator")
+    text = table({"machine": MACHINE, "cells": [noisy, broken]}, "net")
+    assert "too noisy to tell" in text
+    assert text.endswith("Not there:\n\n- LiteRT: `RuntimeError: no such operator`")
+
+
+def test_table_marks_builds_that_others_disturbed() -> None:
+    disturbed = cell("ort-dynamic", built={**BUILT, "load": 9.0})
+    text = table({"machine": MACHINE, "cells": [cell("plain"), disturbed]}, "net")
+    assert text.count("12.3 s †") == 1
+    assert text.endswith("the seconds are too many.")
+
+
+def test_csv_and_figure_hold_every_timed_cell() -> None:
+    record = {
+        "machine": MACHINE,
+        "cells": [cell("plain"), cell("vlexport-fp32"), cell("litert-fp32", timed=None, failed="x")],
+    }
+    read = list(csv.DictReader(io.StringIO(comma_separated(record))))
+    assert [each["row"] for each in read] == ["plain", "vlexport-fp32", "litert-fp32"]
+    assert (read[1]["ratio"], read[1]["run_peak_bytes"], read[2]["failed"]) == ("2.0", "300000000", "x")
+    assert [(each["name"], each["ours"], each["value"]) for each in points(record)["net"]] == [
+        ("plain", False, 85.0),
+        ("vlexport-fp32", True, 85.0),
+    ]
