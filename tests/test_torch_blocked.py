@@ -29,6 +29,9 @@ NEEDS_TORCH = (
     "stages/prepare.py", "stages/probe_memory.py", "stages/quantized.py", "stages/searches.py", "stages/smoothed.py",
     "stages/tokens.py",
     "stages/whole_model.py", "targets/onnxruntime/emit_quant.py",
+    *(f"targets/onnxruntime/{name}.py" for name in (
+        "fuse_attention", "fuse_dynamic_linear", "fuse_qattention", "integer_linear",
+    )),
     "targets/onnxruntime/small_weights.py", "targets/tensorrt/emit_quant.py", "targets/tensorrt/quantize_softmax.py",
     "targets/onnx/",
     "targets/tensorrt/lower.py", "targets/tensorrt/op_limits.py", "targets/tensorrt/op_support.py",
