@@ -30,6 +30,9 @@ NEEDS_TORCH = (
     "stages/tokens.py",
     "stages/whole_model.py", "targets/onnxruntime/emit_quant.py",
     "targets/onnxruntime/fuse_", "targets/onnxruntime/integer_linear.py",
+    *(f"targets/onnxruntime/{name}.py" for name in (
+        "fuse_attention", "fuse_dynamic_linear", "fuse_qattention", "integer_linear",
+    )),
     "targets/onnxruntime/small_weights.py", "targets/tensorrt/emit_quant.py", "targets/tensorrt/quantize_softmax.py",
     "stages/plan.py", "stages/prepare.py", "stages/probe_memory.py", "stages/quantized.py", "stages/smoothed.py",
     "stages/tokens.py", "stages/whole_model.py", "targets/onnxruntime/emit_quant.py",
