@@ -9,9 +9,9 @@ Before → after (evit:keep=0.7 in a block of a ViT with 196 patches)::
                                                %5 = add(%4, mlp(norm(%4)))                    [b,140,c]
 
 Methods (``--tokens METHOD:key=value,…``): ``evit`` keeps the patches that the class token attends to most and fuses the
-rest into one, or into the kept ones most like it; ``tome`` merges the r tokens most alike in every block; ``mctf`` merges by similarity, information and
-size, and attends one step ahead; ``cls`` gives out fewer patches behind the encoder, for what reads them; ``random``
-keeps a seeded choice, the same for every sample: what any method must beat.
+rest into one, or into the kept ones most like it; ``tome`` merges the r tokens most alike in every block; ``mctf``
+merges by similarity, information and size, and attends one step ahead; ``cls`` gives out fewer patches behind the
+encoder, for what reads them; ``random`` keeps a seeded choice, the same for every sample: what any method must beat.
 
 Equation: see ``passes/tokens/evit`` and its neighbours. Blocks are attentions over one residual stream; which tokens
 are protected (class, distillation, registers) is read off where the stream begins. Counts are constants: no sort,

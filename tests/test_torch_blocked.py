@@ -20,24 +20,20 @@ from vlexport.core.config import BuildConfig
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKED = ("torch", "torchvision", "onnx", "onnx_ir", "onnxscript", "timm", "transformers", "safetensors", "sympy")
 NEEDS_TORCH = (
-    "calibration/calibrate.py", "calibration/collect.py", "calibration/keys.py",
-    "ir", "frontends", "passes", "stages/account.py", "stages/bisect.py", "stages/bisect_artifact.py",
-    "stages/blame.py", "stages/build.py", "stages/build_each.py", "stages/choices.py", "stages/component.py",
-    "stages/candidates.py", "stages/fastest.py", "stages/folded.py", "stages/inspect_model.py",
-    "stages/layer_figures.py", "stages/layer_search.py", "stages/lowered.py", "stages/lowering_cache.py",
-    "stages/make.py", "stages/naive.py", "stages/operators.py", "stages/order.py", "stages/plan.py",
-    "stages/prepare.py", "stages/probe_memory.py", "stages/quantized.py", "stages/searches.py", "stages/smoothed.py",
-    "stages/tokens.py",
-    "stages/whole_model.py", "targets/onnxruntime/emit_quant.py",
-    "targets/onnxruntime/fuse_", "targets/onnxruntime/integer_linear.py",
-    *(f"targets/onnxruntime/{name}.py" for name in (
-        "fuse_attention", "fuse_dynamic_linear", "fuse_qattention", "integer_linear",
+    "calibration/calibrate.py", "calibration/collect.py", "calibration/keys.py", "ir", "frontends", "passes",
+    *(f"stages/{name}.py" for name in (
+        "account", "bisect", "bisect_artifact", "blame", "build", "build_each", "candidates", "choices", "component",
+        "fastest", "folded", "inspect_model", "layer_figures", "layer_search", "lowered", "lowering_cache", "make",
+        "naive", "operators", "order", "plan", "prepare", "probe_memory", "quantized", "searches", "smoothed", "tokens",
+        "whole_model",
     )),
-    "targets/onnxruntime/small_weights.py", "targets/tensorrt/emit_quant.py", "targets/tensorrt/quantize_softmax.py",
-    "stages/plan.py", "stages/prepare.py", "stages/probe_memory.py", "stages/quantized.py", "stages/smoothed.py",
-    "stages/tokens.py", "stages/whole_model.py", "targets/onnxruntime/emit_quant.py",
     "targets/onnx/",
-    "targets/tensorrt/lower.py", "targets/tensorrt/op_limits.py", "targets/tensorrt/op_support.py",
+    *(f"targets/onnxruntime/{name}.py" for name in (
+        "emit_quant", "fuse_attention", "fuse_dynamic_linear", "fuse_qattention", "integer_linear", "small_weights",
+    )),
+    *(f"targets/tensorrt/{name}.py" for name in (
+        "emit_quant", "lower", "op_limits", "op_support", "quantize_softmax",
+    )),
     *(f"targets/coreml/{name}.py" for name in (
         "classify", "convert", "emit_quant", "legalize_resize", "legalize_spelling", "open_attention", "op_support",
         "outputs", "pixels", "plan", "quantized",
