@@ -87,7 +87,10 @@ class ProgramLevel(Level[Program]):
             reached: list[Node] = []
             found: Outputs | Failure
             try:
-                found = ir.run(*probe.values, observe=lambda node, _: reached.append(node))  # noqa: B023
+                values, batch = _as_taken(ir, probe.values)
+                found = ir.run(*values, observe=lambda node, _: reached.append(node))  # noqa: B023
+                if batch:
+                    found = tuple(each[:1] if each.ndim and len(each) == batch else each for each in found)
             except (RuntimeError, TypeError, IndexError, ValueError) as error:
                 done = set(reached)
                 node = next((n for n in ir.calls() if n not in done), None)
@@ -132,6 +135,18 @@ class ProgramLevel(Level[Program]):
             if provenance.origins(old)[-1:] != provenance.origins(new)[-1:]
         ]
         return f"the order of outputs ({', '.join(names)})" if names else "an output"
+
+
+def _as_taken(ir: Program, values: tuple[torch.Tensor, ...]) -> tuple[tuple[torch.Tensor, ...], int]:
+    """A probe of one sample, as often as the Program takes at once, and that number; 0 where nothing is repeated.
+
+    A pass may give a Program saved at batch 1 a larger one: the first sample's outputs are compared then.
+    """
+    sizes = {spec.shape[0] for spec in ir.signature.inputs if spec.shape}
+    batch = sizes.pop() if len(sizes) == 1 else 0
+    if not isinstance(batch, int) or batch < 2 or any(not each.ndim or len(each) != 1 for each in values):
+        return values, 0
+    return tuple(torch.cat([each] * batch) for each in values), batch
 
 
 def _known(ir: Program, found: Node) -> Node:

@@ -278,6 +278,16 @@ def test_gate_sets_aside_samples_beyond_the_places_and_judges_the_others() -> No
     assert record.gate.value <= TOLERANCE
 
 
+def test_gate_judges_a_freeze_to_a_larger_batch_by_its_first_sample() -> None:
+    program = program_of("mask of a row")
+    probes = make_probes(program, calibration=SAMPLES[1], seed=0)
+    applied = FreezeTokens(FreezeTokensOptions(percentile=100, batch=4), samples=SAMPLES)
+    after, record = run_pass(applied, program, gate=NumericGate(program, probes))
+    assert after.signature.inputs[0].shape[0] == 4
+    assert record.gate.value is not None
+    assert record.gate.value <= TOLERANCE
+
+
 def test_gate_refuses_a_freeze_that_computes_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
     program = program_of("mask of a row")
     applied = FreezeTokens(FreezeTokensOptions(percentile=100), samples=SAMPLES)
