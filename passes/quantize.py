@@ -169,9 +169,10 @@ class Quantize(Pass[Program]):
     @property
     def statistic(self) -> Statistic:
         """Signal to noise ratio."""
+        method = f"try another method (--set {self.name}.method=percentile), " if self.options.kind == "static" else ""
         hint = (
-            f"keep that module in float (--set {self.name}.keep=MODULE), try another method "
-            f"(--set {self.name}.method=percentile), or accept more noise (--set {self.name}.min_sqnr_db=…)"
+            f"keep that module in float (--set {self.name}.keep=MODULE), {method}or accept more noise "
+            f"(--set {self.name}.min_sqnr_db=…)"
         )
         return Statistic("sqnr_db", self.options.min_sqnr_db, hint=hint)
 

@@ -154,7 +154,7 @@ def test_scheme_follows_the_system_that_an_option_names(
         (
             {"options": {"quantize.activations": "dynamic", "quantize.weights_only": "int8"}},
             "VLX0703",
-            "it goes with no activations=dynamic",
+            "--set quantize: weights_only leaves activations in float: it goes with no activations=dynamic",
         ),
         (
             {"options": {"quantize.activations": "dynamic", "quantize.table": "mine.json"}},
