@@ -37,7 +37,8 @@ def as_steps(weight: Tensor, kind: str, *, block: int = 0, scales: str = "float3
 def rounded_weight(weight: Tensor, kind: str, *, scales: str = "float32") -> Tensor:
     """A weight after rounding, a scale an output channel, as float32 of its shape; arguments as of :func:`as_steps`."""
     steps, scale, point = as_steps(weight, kind, scales=scales)
-    return quant_ops.DEQUANTIZE(steps, scale, point, 0)
+    found: Tensor = quant_ops.DEQUANTIZE(steps, scale, point, 0)
+    return found
 
 
 def dtype_of(kind: str) -> torch.dtype:

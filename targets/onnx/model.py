@@ -123,16 +123,16 @@ class OnnxModel:
         for node in watched.graph:
             values = [value for value in node.outputs if names is None or value.name in names]
             outputs.extend(value for value in values if value.name and value not in returned)
-        names = tuple(TensorSpec(name=str(value.name), dtype="", shape=()) for value in outputs)
-        with _opened(watched, self.signature.inputs, names) as session:
+        specs = tuple(TensorSpec(name=str(value.name), dtype="", shape=()) for value in outputs)
+        with _opened(watched, self.signature.inputs, specs) as session:
             return session.run(inputs)
 
     def forced(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run a graph with other inputs than the signature's behind those; its outputs, keyed by their own names."""
         behind = [str(each.name) for each in self.model.graph.inputs[len(self.signature.inputs) :]]
         given = [TensorSpec(name=n, dtype=inputs[n].dtype.name, shape=inputs[n].shape) for n in behind]
-        made = tuple(TensorSpec(name=str(each.name), dtype="", shape=()) for each in self.model.graph.outputs)
-        with _opened(self.model, (*self.signature.inputs, *given), made) as session:
+        returned = tuple(TensorSpec(name=str(v.name), dtype="", shape=()) for v in self.model.graph.outputs)
+        with _opened(self.model, (*self.signature.inputs, *given), returned) as session:
             return session.run(inputs)
 
     # -- copying -------------------------------------------------------------------------------------------------
