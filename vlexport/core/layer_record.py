@@ -112,7 +112,7 @@ class Layers(_Part):
         """What is rounded of the layers, by which scheme, and where ranges come from."""
         if any(each.dynamic for each in self.layers):
             return f"compute with integers (scheme {self.scheme}, ranges found at each run)"
-        if not any(each.operands for each in self.layers):
+        if all(each.weight and not each.operands for each in self.layers):
             return f"have rounded weights and compute in float (scheme {self.scheme})"
         kind = "float8" if any(each.weight == E4M3 for each in self.layers) else "integers"
         return f"compute with {kind} (scheme {self.scheme}, ranges by {self.method or 'none'})"
