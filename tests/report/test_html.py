@@ -266,9 +266,14 @@ def layers(name: str, count: int = 3) -> Layers:
         scheme=name,
         layers=tuple(
             LayerRecord(
-                call=str(i), op="linear", module=f"{name}{i}", weight="s8", output="1" if i else "", operands=("0",),
+                call=str(i),
+                op="linear",
+                module=f"{name}{i}",
+                weight="s8",
+                output="1" if i else "",
+                operands=("0",),
                 sqnr_db=i,
-            )  # fmt: skip
+            )
             for i in range(count)
         ),
         ranges=(
