@@ -41,7 +41,7 @@ from vlexport.core.errors import GateError
 from vlexport.ir import dialect, provenance
 from vlexport.ir.program import Program
 from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
-from vlexport.passes.half.choice import candidates, choose, comparisons, fixed, parts, singles
+from vlexport.passes.half.choice import STAYS, candidates, choose, comparisons, fixed, parts, singles
 from vlexport.passes.half.ranges import measure
 from vlexport.passes.kept_modules import require_modules
 from vlexport.passes.statistic import Statistic
@@ -183,7 +183,7 @@ class CastFloats(Pass[Program]):
         misses = [each for each in found if isinstance(each, NearMiss)]
         matches = [each for each in found if isinstance(each, Match)]
         for miss in misses:
-            provenance.remember(miss.node, f"fp32: {miss.reason}")
+            provenance.remember(miss.node, f"{STAYS}{miss.reason}")
         return [self.apply(ir, match) for match in matches[:limit]], misses
 
     def _half_of(self, ir: Program, operand: Node, reader: Node) -> tuple[Node, int, int]:

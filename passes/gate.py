@@ -29,7 +29,7 @@ from vlexport.passes.base import Pass
 from vlexport.passes.level import Failure, Level, Outputs
 from vlexport.passes.probes import Probe, as_array, require_sight
 from vlexport.passes.program_level import PROGRAM
-from vlexport.passes.statistic import Tally, one_digit
+from vlexport.passes.statistic import Statistic, Tally, one_digit
 
 FLOAT32_BOUND = 1e-5
 """Above this an exact pass must be proven in float64. Rounding of a fold on a deep net is about 1e-6."""
@@ -149,9 +149,26 @@ class NumericGate:
                 where="numeric gate",
                 hint="give other samples with --calib DATA, or switch the gate off with --no-gate",
             )  # fmt: skip
+        self._require_places(applied, statistic, before, after)
         self.kept = outputs[: len(self.probes)]
         self._digests = self._digested(after)
         return verdict.record(len(probes))
+
+    def _require_places(self, applied: Pass[Any], statistic: Statistic, before: Any, after: Any) -> None:
+        """Hold every place of a pass that promises something of each to what was made there before.
+
+        Raises:
+            GateError: VLX0401.
+        """
+        if statistic.place is None:
+            return
+        alone = replace(statistic, bound=statistic.place)
+        for where, ours, reference in self.level.places(before, after, self.probes[0]):
+            if alone.broken(ours, reference):
+                found = f"{alone.name} {alone.of(ours, reference):.3g} of one place, {alone.bound:g} is promised"
+                raise GateError(
+                    "VLX0401", f"pass {applied.name} costs more than it may: {found}", where=where, hint=statistic.hint
+                )
 
     def _few_undecided(self, probe: Probe) -> bool:
         """Whether a probe has undecided rows, and no more than half of all rows are."""

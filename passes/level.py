@@ -95,6 +95,12 @@ class Level(abc.ABC, Generic[IR]):
     def run(self, ir: IR, probes: Sequence[Probe]) -> Iterator[Outputs | Failure]:
         """Outputs, or why there are none, probe by probe."""
 
+    def places(self, before: IR, after: IR, probe: Probe) -> Iterator[tuple[str, Array, Array]]:
+        """Every value that is made in another way than before: the node described, what it makes of the values before
+        the pass, and what was made there. Nothing at a level that cannot tell.
+        """
+        return iter(())
+
     @abc.abstractmethod
     def first_difference(self, before: IR, after: IR, probe: Probe, differs: Differs) -> str:
         """The first node of ``after`` whose value differs from that in ``before``, described."""

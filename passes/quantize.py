@@ -53,6 +53,10 @@ Emit = Callable[[Program, Decisions, Mapping[str, Node], LayerDecision], Change]
 """Spells one decision in a Program: the target's. Nodes are those of the Program before any was spelled, by key."""
 
 
+_OF_RANGES = ("method", "percentile", "smooth", "equalize", "tighten", "correct_bias", "table")
+"""Options that only calibrated ranges have a use for."""
+
+
 def _split(value: object) -> object:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
@@ -99,6 +103,12 @@ class QuantizeOptions(Frozen):
     def _one_kind(self) -> QuantizeOptions:
         if self.activations == "dynamic" and self.weights_only != "off":
             raise ValueError("weights_only leaves activations in float: it goes with no activations=dynamic")
+        asked = [name for name in _OF_RANGES if name in self.model_fields_set and getattr(self, name)]
+        if asked and self.kind != "static":
+            how = "activations=dynamic" if self.kind == "dynamic" else f"weights_only={self.weights_only}"
+            raise ValueError(f"{asked[0]} is about ranges from calibration: it does nothing with {how}")
+        if "percentile" in self.model_fields_set and self.method != "percentile":
+            raise ValueError(f"percentile is of method=percentile: it does nothing with method={self.method}")
         return self
 
     @property
@@ -159,9 +169,10 @@ class Quantize(Pass[Program]):
     @property
     def statistic(self) -> Statistic:
         """Signal to noise ratio."""
+        method = f"try another method (--set {self.name}.method=percentile), " if self.options.kind == "static" else ""
         hint = (
-            f"keep that module in float (--set {self.name}.keep=MODULE), try another method "
-            f"(--set {self.name}.method=percentile), or accept more noise (--set {self.name}.min_sqnr_db=…)"
+            f"keep that module in float (--set {self.name}.keep=MODULE), {method}or accept more noise "
+            f"(--set {self.name}.min_sqnr_db=…)"
         )
         return Statistic("sqnr_db", self.options.min_sqnr_db, hint=hint)
 

@@ -32,6 +32,7 @@ class Statistic:
         bound: In the statistic's unit.
         agreement: Least share of equal elements of an integer or boolean output, 0 to 1.
         hint: What a user can do when the promise is broken.
+        place: What each place keeps alone, given what stood before it, in the same unit; None promises nothing of it.
         fewer_rows: Outputs may hold fewer rows along one axis; then the means along it are compared.
     """
 
@@ -40,6 +41,7 @@ class Statistic:
     agreement: float = 0.9
     hint: str = "leave that pass out"
     fewer_rows: bool = False
+    place: float | None = None
 
     def of(self, ours: Array, reference: Array) -> float:
         """The statistic of a floating output, the share of equal elements of any other."""

@@ -202,6 +202,10 @@ class Target(abc.ABC):
             hint=f"it runs: {', '.join(self.precisions)}",
         )  # fmt: skip
 
+    def quantized_for(self, brief: Brief) -> DeviceProfile:
+        """The device that a scheme has to fit: where an option says better than the profile what it is, so it does."""
+        return brief.device
+
     def float_precision(self, precision: str) -> str:
         """What a quantized artifact computes in where it is not quantized."""
         return "fp32"

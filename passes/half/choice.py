@@ -28,6 +28,8 @@ LOST_DB = {torch.float16: 40.0, torch.bfloat16: 25.0}
 smallest normal number, or is a difference of near equals."""
 SCALAR_LOSS = 0.01
 """Relative error of a written number (1e-12, 1e9) that counts as losing it."""
+STAYS = "fp32: "
+"""What is noted on a call that was left in float32 starts so; its reason follows."""
 FEEDS = 4.0
 """A value that is so many times smaller than the sum it becomes part of rounds so much finer, and may be rounded."""
 
@@ -130,7 +132,8 @@ def parts(node: Node) -> list[Node]:
 
 
 def _is_candidate(node: Node) -> bool:
-    return _computes(node) and bool(singles(node.meta["val"])) and not provenance.decision(node)
+    stays = provenance.decision(node).startswith(STAYS)  # what other passes noted there is none of ours
+    return _computes(node) and bool(singles(node.meta["val"])) and not stays
 
 
 def _computes(node: Node) -> bool:

@@ -19,9 +19,9 @@ from torch.fx import Node
 from vlexport.calibration.keys import value_keys
 from vlexport.calibration.ranges import ValueRange
 from vlexport.core.artifact import Frozen
-from vlexport.core.grids import GRIDS
 from vlexport.ir import dialect, provenance
 from vlexport.ir.program import Program
+from vlexport.ir.quant_ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE
 from vlexport.passes.quantization.decisions import Decisions, LayerDecision, ValueDecision
 from vlexport.passes.quantization.weights import rounded_weight
 
@@ -122,7 +122,7 @@ def watch_layers(program: Program, decisions: Decisions, sample: tuple[Tensor, .
         if node in wanted:
             kept[node] = value
         if node in layers:
-            look(node, value, *_again(program, node, layers[node], values, kept.__getitem__))
+            look(node, value, *_again(program, node, layers[node], values, kept.__getitem__, decisions.scales))
 
     program.run(*sample, observe=seen)
 
@@ -131,18 +131,24 @@ def rounded(value: Tensor, decision: ValueDecision) -> Tensor:
     """A value after rounding by a decision."""
     scale = torch.tensor(decision.scale, dtype=torch.float32)
     point = torch.tensor(decision.zero_point, dtype=getattr(torch, decision.grid.dtype))
-    stored = torch.ops.vlexport.quantize.default(value, scale, point)
-    found: Tensor = torch.ops.vlexport.dequantize.default(stored, scale, point)
+    found: Tensor = DEQUANTIZE(QUANTIZE(value, scale, point), scale, point)
     return found
 
 
-def _weight(program: Program, node: Node, decision: LayerDecision) -> Tensor | None:
+def _rounded_by_range(value: Tensor) -> Tensor:
+    """A value after rounding by its range of this run."""
+    scale, point = CHOOSE_QPARAMS(value)
+    found: Tensor = DEQUANTIZE(QUANTIZE(value, scale, point), scale, point)
+    return found
+
+
+def _weight(program: Program, node: Node, decision: LayerDecision, scales: str) -> Tensor | None:
     if not decision.weight:
         return None
     given = dict(zip(dialect.operand_names(node), dialect.operands(node), strict=True))
     stored = program.tensor_of(given["weight"])
     assert stored is not None
-    return rounded_weight(stored, GRIDS[decision.weight])
+    return rounded_weight(stored, decision.weight, scales=scales)
 
 
 def _again(
@@ -151,17 +157,20 @@ def _again(
     decision: LayerDecision,
     values: Mapping[str, ValueDecision],
     kept: Callable[[Node], Any],
+    scales: str,
 ) -> tuple[Tensor, Tensor]:
     """The layer with its weight rounded, and with its computed operands rounded too."""
     given = list(dialect.operands(node))
     plain = [_value(program, each, kept) for each in given]
-    weight = _weight(program, node, decision)
+    weight = _weight(program, node, decision, scales)
     if weight is not None:
         plain[dialect.operand_names(node).index("weight")] = weight
     every = list(plain)
     positions = [i for i, each in enumerate(given) if isinstance(each, Node) and program.tensor_of(each) is None]
     for place, key in zip(positions, decision.operands, strict=False):
         every[place] = rounded(plain[place], values[key])
+    if decision.dynamic:
+        every[positions[0]] = _rounded_by_range(plain[positions[0]])
     assert isinstance(node.target, torch._ops.OpOverload)
     made = []
     for operands in (plain, every):

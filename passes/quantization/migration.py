@@ -161,7 +161,7 @@ class _Score:
         for each in (Migration(one, None, 0.0), *candidates):
             scaled = (self.weight.double() * for_inputs(each.factor, reader, self.weight)).float()
             if reader.out_axis == 0:
-                scaled = rounded_weight(scaled, GRIDS[rule.weight.type])
+                scaled = rounded_weight(scaled, rule.weight.type)
             self.tried.append((each, scaled, _range(site, each, rule.activation)))
 
     def errors(self, value: Tensor) -> Iterator[float]:

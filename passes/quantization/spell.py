@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from vlexport.calibration.scales import float8, half_scale, symmetric
 from vlexport.core.bundle_schema import Change
-from vlexport.core.grids import GRIDS, INT4, quantize
-from vlexport.core.scheme import E4M3
-from vlexport.ir import dialect, provenance, quant_ops
+from vlexport.core.grids import INT4
+from vlexport.ir import dialect, provenance
 from vlexport.ir.cost import parameters_stored
 from vlexport.ir.program import Program
 from vlexport.ir.quant_ops import DEQUANTIZE, QUANTIZE
 from vlexport.passes.quantization.decisions import Decisions, LayerDecision, ValueDecision
+from vlexport.passes.quantization.weights import as_steps, dtype_of
 
 
 def spell(program: Program, decisions: Decisions, node: Node, layer: LayerDecision) -> Change:
@@ -96,29 +95,6 @@ def store_weight(program: Program, node: Node, layer: LayerDecision, *, scales: 
     program.erase_dead(weight)
 
 
-def as_steps(weight: Tensor, kind: str, *, block: int = 0, scales: str = "float32") -> tuple[Tensor, Tensor, Tensor]:
-    """A weight as steps, scales and zero points, which are 0.
-
-    Args:
-        weight: Floating, channels first.
-        kind: Name of a grid, or ``e4m3``.
-        block: So many neighbours on dim 1 share a scale; 0 gives every entry of dim 0 one.
-        scales: Type whose numbers the scales shall be.
-    """
-    array = weight.detach().double().numpy()
-    shape = (array.shape[0], array.shape[1] // block, block) if block else (array.shape[0], -1)
-    groups = array.reshape(shape)
-    low, high = groups.min(-1), groups.max(-1)
-    scale = float8(low, high) if kind == E4M3 else symmetric(low, high, GRIDS[kind]).scale
-    scale = half_scale(scale) if scales == "float16" else scale
-    made = torch.from_numpy(scale)
-    point = torch.zeros(scale.shape).to(dtype_of(kind))
-    if kind == E4M3:
-        return quant_ops.QUANTIZE(weight.detach().float(), made, point, 0), made, point
-    axis = 1 if block else 0
-    return torch.from_numpy(quantize(array, scale, point.numpy(), GRIDS[kind], axis=axis, block=block)), made, point
-
-
 def stored(
     program: Program, node: Node, name: str, steps: Any, scale: Any, point: Any, how: tuple[int, ...] = (0,)
 ) -> Node:
@@ -136,14 +112,6 @@ def stored(
             return made
     given = [program.add_tensor(key, each, before=node) for key, each in tensors.items()]
     return program.add_call(DEQUANTIZE, (*given, *how), before=node, value_of=node)
-
-
-def dtype_of(kind: str) -> torch.dtype:
-    """What the steps of a grid, or float8, are stored in."""
-    if kind == E4M3:
-        return quant_ops.E4M3
-    found: torch.dtype = getattr(torch, GRIDS[kind].dtype)
-    return found
 
 
 def _tensor(values: Any) -> Tensor:

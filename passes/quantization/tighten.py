@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.fx import Node
 
 from vlexport.calibration.keys import value_keys
-from vlexport.core.grids import GRIDS
 from vlexport.core.scheme import QuantScheme
 from vlexport.ir.program import Program
 from vlexport.passes.projections.projection import Projection, projection_of
@@ -47,7 +46,7 @@ def tightened(
     for layer in decisions.layers:
         found = projection_of(program, nodes[layer.call])
         if isinstance(found, Projection) and found.out_axis == 0 and layer.weight and layer.operands[0] in tried:
-            weight = rounded_weight(found.tensor(program), GRIDS[layer.weight])
+            weight = rounded_weight(found.tensor(program), layer.weight, scales=decisions.scales)
             readers[nodes[layer.call]] = (layer.operands[0], found, weight)
     errors = {key: np.zeros(len(each)) for key, each in tried.items()}
     for sample in samples:

@@ -1,33 +1,49 @@
-"""Stored operands as integers: what a decision makes of a weight, a scale an output channel."""
+"""Stored operands as integers or float8: what a decision makes of a weight, for artifacts and for what is tried."""
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from vlexport.calibration.scales import Scaling, symmetric
-from vlexport.core.artifact import Array
-from vlexport.core.grids import Grid, dequantize, quantize
+from vlexport.calibration.scales import float8, half_scale, symmetric
+from vlexport.core.grids import GRIDS, quantize
+from vlexport.core.scheme import E4M3
+from vlexport.ir import quant_ops
 
 
-def weight_integers(weight: Tensor, grid: Grid) -> tuple[Array, Scaling]:
-    """A weight as integers, symmetric, with a scale for each entry of dim 0.
+def as_steps(weight: Tensor, kind: str, *, block: int = 0, scales: str = "float32") -> tuple[Tensor, Tensor, Tensor]:
+    """A weight as steps, scales and zero points, which are 0.
 
     Args:
-        weight: Floating, output channels on dim 0.
-        grid: Where the integers lie.
-
-    Returns:
-        Integers in the weight's shape, and how they were made.
+        weight: Floating, channels first.
+        kind: Name of a grid, or ``e4m3``.
+        block: So many neighbours on dim 1 share a scale; 0 gives every entry of dim 0 one.
+        scales: Type whose numbers the scales shall be.
     """
     array = weight.detach().double().numpy()
-    flat = array.reshape(array.shape[0], -1)
-    made = symmetric(flat.min(1), flat.max(1), grid)
-    return quantize(array, made.scale, made.zero_point, grid, axis=0), made
+    shape = (array.shape[0], array.shape[1] // block, block) if block else (array.shape[0], -1)
+    groups = array.reshape(shape)
+    low, high = groups.min(-1), groups.max(-1)
+    scale = float8(low, high) if kind == E4M3 else symmetric(low, high, GRIDS[kind]).scale
+    scale = half_scale(scale) if scales == "float16" else scale
+    made = torch.from_numpy(scale)
+    point = torch.zeros(scale.shape).to(dtype_of(kind))
+    if kind == E4M3:
+        return quant_ops.QUANTIZE(weight.detach().float(), made, point, 0), made, point
+    axis = 1 if block else 0
+    return torch.from_numpy(quantize(array, scale, point.numpy(), GRIDS[kind], axis=axis, block=block)), made, point
 
 
-def rounded_weight(weight: Tensor, grid: Grid) -> Tensor:
-    """A weight after rounding, as float32 of its shape."""
-    integers, made = weight_integers(weight, grid)
-    return torch.from_numpy(np.ascontiguousarray(dequantize(integers, made.scale, made.zero_point, axis=0)))
+def rounded_weight(weight: Tensor, kind: str, *, scales: str = "float32") -> Tensor:
+    """A weight after rounding, a scale an output channel, as float32 of its shape; arguments as of :func:`as_steps`."""
+    steps, scale, point = as_steps(weight, kind, scales=scales)
+    found: Tensor = quant_ops.DEQUANTIZE(steps, scale, point, 0)
+    return found
+
+
+def dtype_of(kind: str) -> torch.dtype:
+    """What the steps of a grid, or float8, are stored in."""
+    if kind == E4M3:
+        return quant_ops.E4M3
+    found: torch.dtype = getattr(torch, GRIDS[kind].dtype)
+    return found

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, cast
 from pydantic import Field, field_validator
 
 from vlexport.core.artifact import Artifact, Frozen, Signature, TensorSpec
+from vlexport.core.device_profiles import DeviceProfile, Fact
 from vlexport.core.devices import this_machine
 from vlexport.core.errors import VlexportError
 from vlexport.core.scheme import QuantScheme, read_schemes
@@ -131,6 +132,11 @@ class CoreMLTarget(Target):
     def schemes(self) -> tuple[QuantScheme, ...]:
         """Those of ``schemes.json``."""
         return read_schemes(__name__)
+
+    def quantized_for(self, brief: Brief) -> DeviceProfile:
+        """The device, with the system that the package is made for."""
+        fact = Fact(value=deployment_target(brief), source="option coreml.deployment_target, or the device profile")
+        return brief.device.model_copy(update={"facts": {**brief.device.facts, "deployment-target": fact}})
 
     def float_precision(self, precision: str) -> str:
         """Half: the Neural Engine computes in nothing else."""

@@ -12,6 +12,7 @@ from vlexport.core.errors import VlexportError
 from vlexport.passes.level import Differs, Failure, Level, Outputs
 from vlexport.passes.probes import Probe, as_array
 from vlexport.targets.onnx.model import OnnxModel, describe
+from vlexport.targets.onnx.places import places
 
 CONSTANT_LIMIT_BYTES = 1 << 20
 """A larger constant belongs among the initializers, which runtimes share and map, not inside a node."""
@@ -94,6 +95,10 @@ class OnnxLevel(Level[OnnxModel]):
                     yield tuple(found[spec.name] for spec in ir.signature.outputs)
         except VlexportError as error:
             yield Failure(error.message, "", error)
+
+    def places(self, before: OnnxModel, after: OnnxModel, probe: Probe) -> Iterator[tuple[str, Array, Array]]:
+        """Every operator that a pass has written, fed with what the graph before it computed."""
+        return places(before, after, _named(before, probe))
 
     def first_difference(self, before: OnnxModel, after: OnnxModel, probe: Probe, differs: Differs) -> str:
         """Values are compared by name; where only readers of a new value differ, its maker is named."""

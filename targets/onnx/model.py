@@ -13,7 +13,7 @@ import ast
 import contextlib
 import hashlib
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir
@@ -115,15 +115,24 @@ class OnnxModel:
         with self.session() as session:
             return session.run(inputs)
 
-    def observe(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Run once; the value of every node of the main graph, keyed by the value's own name."""
+    def observe(self, inputs: Mapping[str, Array], *, names: Collection[str] | None = None) -> dict[str, Array]:
+        """Run once; values of the main graph's nodes, keyed by the value's own name: all, or those of ``names``."""
         watched = self.copy().model
         outputs = watched.graph.outputs
         returned = set(outputs)
         for node in watched.graph:
-            outputs.extend(value for value in node.outputs if value.name and value not in returned)
-        names = tuple(TensorSpec(name=str(value.name), dtype="", shape=()) for value in outputs)
-        with _opened(watched, self.signature.inputs, names) as session:
+            values = [value for value in node.outputs if names is None or value.name in names]
+            outputs.extend(value for value in values if value.name and value not in returned)
+        specs = tuple(TensorSpec(name=str(value.name), dtype="", shape=()) for value in outputs)
+        with _opened(watched, self.signature.inputs, specs) as session:
+            return session.run(inputs)
+
+    def forced(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run a graph with other inputs than the signature's behind those; its outputs, keyed by their own names."""
+        behind = [str(each.name) for each in self.model.graph.inputs[len(self.signature.inputs) :]]
+        given = [TensorSpec(name=n, dtype=inputs[n].dtype.name, shape=inputs[n].shape) for n in behind]
+        returned = tuple(TensorSpec(name=str(v.name), dtype="", shape=()) for v in self.model.graph.outputs)
+        with _opened(self.model, (*self.signature.inputs, *given), returned) as session:
             return session.run(inputs)
 
     # -- copying -------------------------------------------------------------------------------------------------

@@ -17,14 +17,14 @@ import torch
 from torch.fx import Node
 
 from vlexport.core.bundle_schema import Change
-from vlexport.core.grids import GRIDS, INT32, quantize
+from vlexport.core.grids import INT32, quantize
 from vlexport.ir import dialect, provenance
 from vlexport.ir.cost import parameters_stored
 from vlexport.ir.program import Program
 from vlexport.ir.quant_ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE
 from vlexport.passes.quantization.decisions import Decisions, LayerDecision, ValueDecision
 from vlexport.passes.quantization.spell import feed, rounded, said, spell, stored
-from vlexport.passes.quantization.weights import weight_integers
+from vlexport.passes.quantization.weights import as_steps
 from vlexport.targets.onnxruntime.small_weights import store_small
 
 aten = torch.ops.aten
@@ -130,11 +130,11 @@ def _store(program: Program, node: Node, layer: LayerDecision, value: ValueDecis
     weight, bias = given["weight"], given.get("bias")
     floats = program.tensor_of(weight)
     assert floats is not None
-    integers, made = weight_integers(floats, GRIDS[layer.weight])
+    integers, scale, zero = as_steps(floats, layer.weight)
     name = str(weight.target)
-    fresh = {"weight": stored(program, node, name, integers, made.scale, made.zero_point)}
+    fresh = {"weight": stored(program, node, name, integers, scale, zero)}
     if layer.bias == "int32":
-        scales = (made.scale * np.float32(value.scale)).astype(np.float32)
+        scales = (scale.numpy() * np.float32(value.scale)).astype(np.float32)
         was = program.tensor_of(bias)
         floating = was.detach().double().numpy() if was is not None else np.zeros(floats.shape[0])
         points = np.zeros(scales.shape, np.int32)

@@ -18,7 +18,8 @@ from vlexport.ir import dialect, provenance
 from vlexport.ir.cost import parameters_stored
 from vlexport.ir.program import Program
 from vlexport.passes.quantization.decisions import LayerDecision
-from vlexport.passes.quantization.spell import as_steps, said
+from vlexport.passes.quantization.spell import said
+from vlexport.passes.quantization.weights import as_steps
 
 aten = torch.ops.aten
 

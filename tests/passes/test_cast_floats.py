@@ -228,6 +228,14 @@ def test_everything_is_typed_when_half_can_hold_it(body: Callable[..., Tensor]) 
     assert checked.near_misses == ()
 
 
+@pytest.mark.parametrize(("note", "typed"), [("smoothed", 3), ("frozen", 3), ("fp32: it sums squares", 0)])
+def test_call_is_decided_about_once_whatever_other_passes_noted_on_it(note: str, typed: int) -> None:
+    program = captured(nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)).eval(), torch.randn(2, 8))
+    for node in program.calls():
+        provenance.remember(node, note)
+    assert len(CastFloats().run(program)[0]) == typed
+
+
 def test_a_weight_is_named_when_half_cannot_hold_it() -> None:
     model = Model(lambda h, m: m.second(h))
     with torch.no_grad():

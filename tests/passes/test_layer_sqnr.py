@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from tests.passes.quantizing import SCHEMES, Mixed, images, program_of, quantizer, ranges
-from vlexport.core.grids import INT8
 from vlexport.ir.program import Program
 from vlexport.passes.quantization.layer_sqnr import LayerSqnr, per_layer_sqnr, weakest
 from vlexport.passes.quantization.weights import rounded_weight
-from vlexport.passes.quantize import Quantize
+from vlexport.passes.quantize import Quantize, QuantizeOptions
+from vlexport.targets.onnxruntime.emit_quant import emit_quant
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,14 @@ def test_bad_layer_is_the_weakest_when_its_range_is_cut(mixed: Program) -> None:
     assert found["up"].own_db > 30.0
 
 
+def test_ranges_of_each_run_count_in_what_a_layer_loses(mixed: Program) -> None:
+    options = QuantizeOptions(activations="dynamic")
+    decisions = Quantize(options, scheme=SCHEMES["dynamic-u8s8"], emit=emit_quant).decisions(mixed)
+    for each in per_layer_sqnr(mixed, decisions, [(images(4, 5),)]):
+        assert 25.0 < each.own_db < each.weight_db - 0.1
+
+
 def test_rounded_weight_is_within_half_a_step_of_each_channel() -> None:
     weight = torch.randn(5, 7, generator=torch.Generator().manual_seed(3)) * torch.tensor([1.0, 10, 0.1, 3, 0])[:, None]
     steps = weight.abs().amax(1) / 127
-    assert ((rounded_weight(weight, INT8) - weight).abs() <= steps[:, None] / 2 * 1.0001).all()
+    assert ((rounded_weight(weight, "int8") - weight).abs() <= steps[:, None] / 2 * 1.0001).all()

@@ -12,7 +12,9 @@ from tests.passes.quantizing import IMAGE, SCHEMES, images, program_of, quantize
 from vlexport.calibration.calibrate import calibrate
 from vlexport.calibration.methods import Method
 from vlexport.core.numerics import sqnr_db
+from vlexport.ir import dialect
 from vlexport.ir.program import Program
+from vlexport.passes.cast_floats import CastFloats
 from vlexport.passes.smooth_activations import SmoothActivations, SmoothActivationsOptions, smoothed_channels
 
 WIDTH = 16
@@ -126,3 +128,13 @@ def test_reason_is_told_when_nothing_is_gained_or_quantized_or_measured(block: P
     unmeasured.ranges = {}
     assert [why for _, why in near_misses(unmeasured, program)] == ["the ranges of its channels were not measured"]
     assert list(SmoothActivations().find(block)) == []
+
+
+def test_what_is_smoothed_is_typed_half_like_anything_else() -> None:
+    program = program_of(Block())
+    changes, _ = smoother(program).run(program)
+    assert {each.what.split("from ")[1].split()[0] for each in changes} == {"layer_norm", "gelu"}
+    CastFloats(samples=[(images(4, 2),)]).run(program)
+    floats = [n for n in program.calls() if n.meta["val"].dtype is torch.float32 and not dialect.is_cast(n)]
+    kept = {dialect.op_name(node) for node in floats}
+    assert kept == {"aten.layer_norm.default"}, "the product that was put in is none of them"

@@ -21,7 +21,7 @@ from vlexport.ir.program import Program
 from vlexport.ir.quant_ops import DEQUANTIZE, E4M3
 from vlexport.passes.base import NearMiss
 from vlexport.passes.quantization.decide import wanted_values
-from vlexport.passes.quantization.spell import as_steps
+from vlexport.passes.quantization.weights import as_steps
 from vlexport.passes.quantize import Quantize
 from vlexport.targets import open_target
 

@@ -265,7 +265,15 @@ def layers(name: str, count: int = 3) -> Layers:
     return Layers(
         scheme=name,
         layers=tuple(
-            LayerRecord(call=str(i), op="linear", module=f"{name}{i}", weight="s8", output="1" if i else "", sqnr_db=i)
+            LayerRecord(
+                call=str(i),
+                op="linear",
+                module=f"{name}{i}",
+                weight="s8",
+                output="1" if i else "",
+                operands=("0",),
+                sqnr_db=i,
+            )
             for i in range(count)
         ),
         ranges=(
@@ -329,7 +337,7 @@ def test_layers_are_read_as_far_as_they_hold_together(tmp_path: Path) -> None:
 def test_page_lists_layers_when_the_bundle_is_quantized() -> None:
     bundle = a_bundle()
     text = Page(html_from_report(a_report(bundle), bundle, layers("block"))).text
-    assert "3 calls compute with integers (scheme block)" in text
+    assert "3 calls compute with integers (scheme block, ranges by none)" in text
     assert "2.0 dB" in text
     assert "Quantized layers" not in page(a_report(bundle), bundle).text
 

@@ -60,7 +60,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
         def speed(which: Measurable) -> tuple[str, float]:
             text = (which.folder / which.artifact.path).read_bytes()
-            kind = "int8" if b"QuantizeLinear" in text else "fp16" if b"Cast" in text else "fp32"
+            kind = "int8" if b"Quantize" in text else "fp16" if b"Cast" in text else "fp32"
             return kind, {"fp32": 1.0, "fp16": fp16, "int8": int8}[kind]
 
         def measure(ours: Measurable, _: object, *, baseline: Measurable, plan: Plan, **__: object) -> LatencyResult:
@@ -100,6 +100,16 @@ def test_integers_are_chosen_when_they_are_fastest_and_hold(net: Path, clock: Cl
     assert "max_drop" not in recipe
     (line,) = (each for each in receipt(found.bundle, found.report, "b") if each.startswith("Tuned"))
     assert "precision: precision int8 of 2 candidates: faster, 1.60× (1.59 to 1.61), confirmed" in line
+
+
+def test_ranges_of_each_run_are_tried_without_calibration_samples_and_made_as_a_build_makes_them(
+    net: Path, clock: Clock
+) -> None:
+    clock(fp16=0.9, int8=1.6)
+    found = made(net, calib=None, max_drop=9.0, options={"quantize.activations": "dynamic"})
+    assert found.bundle.precision == "int8"
+    assert found.report.searches[-1].adopted == {"precision": "int8"}
+    assert "DynamicQuantizeMatMul" in found.bundle.compatibility["domains"], "fused, as without a search"
 
 
 def test_option_that_measured_slower_is_not_chosen_and_is_said(net: Path, clock: Clock) -> None:

@@ -121,6 +121,29 @@ def test_weights_have_seven_bits_when_the_device_has_no_vnni(folder: Path) -> No
 
 
 @pytest.mark.parametrize(
+    ("system", "given", "scheme", "said"),
+    [
+        ("iOS18", {"quantize.weights_only": "int4"}, "weights-s4", ""),
+        ("auto", {"quantize.weights_only": "int4"}, "", "deployment-target 18 is needed, ios17 has iOS17"),
+        ("iOS16", {"quantize.weights_only": "int8"}, "weights-s8", ""),
+        ("iOS16", {}, "", "deployment-target 17 is needed, ios17 has iOS16"),
+    ],
+)
+def test_scheme_follows_the_system_that_an_option_names(
+    folder: Path, system: str, given: dict[str, str], scheme: str, said: str
+) -> None:
+    options = {"coreml.deployment_target": system, **given}
+    asked = config(folder, "ios.bundle", target="coreml", options=options)
+    if scheme:
+        order = order_of(asked)
+        assert require_calibrated(asked, order.brief, order.target).id == scheme
+        return
+    with pytest.raises(VlexportError) as error:
+        order_of(asked)
+    assert (error.value.code, said in error.value.message) == ("VLX0502", True), error.value.message
+
+
+@pytest.mark.parametrize(
     ("given", "code", "said"),
     [
         ({"calib": None}, "VLX0218", "rounds every value by the range that it has on real samples"),
@@ -131,7 +154,23 @@ def test_weights_have_seven_bits_when_the_device_has_no_vnni(folder: Path) -> No
         (
             {"options": {"quantize.activations": "dynamic", "quantize.weights_only": "int8"}},
             "VLX0703",
-            "it goes with no activations=dynamic",
+            "--set quantize: weights_only leaves activations in float: it goes with no activations=dynamic",
+        ),
+        (
+            {"options": {"quantize.activations": "dynamic", "quantize.table": "mine.json"}},
+            "VLX0703",
+            "table is about ranges from calibration: it does nothing with activations=dynamic",
+        ),
+        (
+            {"options": {"quantize.weights_only": "int8", "quantize.smooth": "true"}},
+            "VLX0703",
+            "smooth is about ranges from calibration: it does nothing with weights_only=int8",
+        ),
+        ({"options": {"quantize.percentile": "99"}}, "VLX0703", "it does nothing with method=min-max"),
+        (
+            {"options": {"quantize.smooth": "false", "smooth-activations.shift": "false"}},
+            "VLX0703",
+            "--set smooth-activations.shift: pass 'smooth-activations' is not run",
         ),
         ({"passes": ("quantize",)}, "VLX0703", "it runs with --precision int8"),
         ({"precision": "fp32", "options": {"quantize.keep": "up"}}, "VLX0703", "pass 'quantize' is not run"),

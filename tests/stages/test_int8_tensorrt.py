@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import vlexport
+from tests.calibration.planted import dataset
 from tests.harness import captured
 from tests.passes.quantizing import Mixed, images
 from vlexport.core.bundle import read_bundle
@@ -29,6 +30,7 @@ from vlexport.stages.build import BuildResult, build
 from vlexport.stages.component import Optimized
 from vlexport.stages.order import order_of
 from vlexport.stages.quantized import require_calibrated, with_fallback
+from vlexport.stages.smoothed import smooth_component
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +88,18 @@ def test_floats_are_typed_and_casts_folded_in_the_record_when_quantized(built: B
     scales = np.array([each["scale"] for each in decisions["values"]], np.float32)
     assert np.array_equal(scales.astype(np.float16).astype(np.float32), scales)
     assert {each["type"] for each in decisions["values"]} == {"int8"}
+
+
+def test_float8_is_not_smoothed_and_says_so_when_asked(folder: Path) -> None:
+    asked = config(folder, precision="fp8", device_profile="rtx")
+    order = order_of(asked)
+    scheme = require_calibrated(asked, order.brief, order.target)
+    program = captured(Mixed().eval(), images(2, 0))
+    held = Optimized(program, (), None, ())
+    samples, tried = dataset(images(16, 1).numpy(), program), [(images(2, 2),)]
+    assert smooth_component(held, scheme, asked, samples=samples, tried=tried, dump=None) is held
+    with pytest.raises(VlexportError, match="'smooth-activations' is not run"):
+        order_of(asked.model_copy(update={"options": {"smooth-activations.shift": "false"}}))
 
 
 @pytest.mark.parametrize(

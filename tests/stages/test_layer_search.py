@@ -20,7 +20,7 @@ from vlexport.report.receipt import receipt
 from vlexport.stages import candidates
 from vlexport.stages.bisect import bisect
 from vlexport.stages.build import BuildResult, build
-from vlexport.stages.candidates import Bench
+from vlexport.stages.candidates import Bench, Judged
 from vlexport.targets.onnxruntime import OnnxRuntimeTarget
 
 PLAIN = {
@@ -117,6 +117,20 @@ def test_build_is_refused_with_what_was_reached_when_every_layer_is_bad(tmp_path
     assert not (folder / "bundle").exists()
 
 
+def test_layers_are_told_apart_by_draws_when_there_are_no_calibration_samples(
+    one: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def judge(bench: Bench, options: dict[str, str], samples: object) -> Judged:
+        return Judged("holds" if "quantize.keep" in options else "fails", {}, ())
+
+    monkeypatch.setattr(Bench, "judge", judge)
+    found = searched(build(config(one, "drawn", calib=None, options={"quantize.activations": "dynamic"})).report)
+    measured = found.sensitivities
+    assert len(measured) == 5
+    assert max(measured.values()) < 100, "each is heard at the outputs"
+    assert found.adopted == {"quantize.keep": min(measured, key=measured.get)}
+
+
 def test_search_goes_on_where_it_was_when_interrupted(one: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, asked = Bench.judge, list[dict[str, str]]()
 
@@ -187,6 +201,17 @@ def test_layers_are_shown_with_suggestions_when_asked_for(
     assert {sum(each["counts"]) > 0 for each in layers["ranges"]} == {True}
     assert main(["explain", str(built.output), "--layers"]) == 0
     assert "Try " not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    ({"operands": ("7",), "weight": "int8"}, "compute with integers (scheme s, ranges by entropy)"),
+    ({"operands": ("7",), "weight": "e4m3"}, "compute with float8 (scheme s, ranges by entropy)"),
+    ({"dynamic": True, "weight": "int8"}, "compute with integers (scheme s, ranges found at each run)"),
+    ({"weight": "int4"}, "have rounded weights and compute in float (scheme s)"),
+])  # fmt: skip
+def test_first_line_says_what_is_rounded(given: dict[str, Any], said: str) -> None:
+    layer = LayerRecord.model_validate({"call": "8", "op": "linear", **given})
+    assert Layers(scheme="s", method="entropy", layers=(layer,)).said == said
 
 
 @pytest.mark.parametrize(("method", "typical", "weight_db", "said"), [

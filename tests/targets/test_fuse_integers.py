@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir
 import pytest
 
 from tests.targets import attention_nets as nets
 from tests.targets.test_onnx_quantized import session
+from vlexport.core.errors import GateError
 from vlexport.core.numerics import sqnr_db
 from vlexport.ir.program import Program
+from vlexport.passes.base import Change, Match
+from vlexport.passes.gate import NumericGate
+from vlexport.passes.pipeline import run_pass
+from vlexport.passes.probes import Probe
 from vlexport.targets.onnx.level import ONNX
 from vlexport.targets.onnx.model import OnnxModel
 from vlexport.targets.onnxruntime.fuse_dynamic_linear import FuseDynamicLinear
@@ -76,6 +83,36 @@ def test_linear_with_its_rounding_becomes_one_operator_and_rounds_once_for_sever
     assert list(ONNX.problems(model)) == []
     same(before, model, "MatMulIntegerToFloat", tmp_path)
     same(before, model, "DynamicQuantizeMatMul", tmp_path)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_operator_alone_makes_what_was_made_in_its_place(scheme: str, program: Program) -> None:
+    before = nets.lowered(nets.quantized(program, scheme))
+    after = before.copy()
+    made = [len(fusion.run(after)[0]) for fusion in (FuseQattention(), FuseDynamicLinear())]
+    found = list(ONNX.places(before, after, Probe("drawn", (nets.tokens(2, 9),))))
+    assert len(found) == sum(made)
+    assert min(sqnr_db(ours.reshape(was.shape), was) for _, ours, was in found) >= 80.0
+    assert list(ONNX.places(before, before.copy(), Probe("drawn", (nets.tokens(2, 9),)))) == []
+
+
+class Forgetful(FuseDynamicLinear):
+    """A fusion that halves one bias: the outputs keep what a fusion between roundings promises."""
+
+    def apply(self, ir: OnnxModel, match: Match[onnx_ir.Node]) -> Change:
+        made, linear = match.data
+        if linear.bias is not None and "query" in str(match.node.metadata_props):
+            match = replace(match, data=(made, replace(linear, bias=linear.bias / 2)))
+        return super().apply(ir, match)
+
+
+def test_operator_that_loses_little_is_refused_with_its_place(program: Program) -> None:
+    before = nets.lowered(nets.quantized(program, "dynamic-u8s8"))
+    gate = NumericGate(before, [Probe("drawn", (nets.tokens(2, 9),))], level=ONNX, sighted=True)
+    with pytest.raises(GateError, match="of one place, 40 is promised") as error:
+        run_pass(Forgetful(), before, gate=gate, level=ONNX)
+    assert "MatMulIntegerToFloat" in str(error.value.where)
+    assert "query" in str(error.value.where)
 
 
 def test_runtime_keeps_every_integer_operator_and_dequantizes_no_weight(

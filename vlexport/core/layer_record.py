@@ -14,6 +14,7 @@ from pydantic import AllowInfNan, BaseModel, ConfigDict, ValidationError
 
 from vlexport.core.bundle import DECISIONS_FILE, TABLE_FILE
 from vlexport.core.bundle_schema import Bundle
+from vlexport.core.scheme import E4M3
 
 _LARGEST_BYTES = 64 << 20
 _Finite = Annotated[float, AllowInfNan(False)]
@@ -35,6 +36,7 @@ class LayerRecord(_Part):
         weight: Grid of the stored operand (``s8``), empty where there is none.
         output: Key of the value that is rounded behind it, empty where it stays in float.
         operands: Keys of the values that it reads rounded.
+        dynamic: Whether what it reads is rounded by the range of each run.
         sqnr_db: Signal to noise ratio of its output against the float graph's, where a build measured it.
         own_db: The same with everything before it in float.
         weight_db: The same with its stored operand alone rounded.
@@ -46,6 +48,7 @@ class LayerRecord(_Part):
     weight: str = ""
     output: str = ""
     operands: tuple[str, ...] = ()
+    dynamic: bool = False
     sqnr_db: _Finite | None = None
     own_db: _Finite | None = None
     weight_db: _Finite | None = None
@@ -103,6 +106,16 @@ class Layers(_Part):
     method: str = ""
     layers: tuple[LayerRecord, ...] = ()
     ranges: tuple[RangeRecord, ...] = ()
+
+    @property
+    def said(self) -> str:
+        """What is rounded of the layers, by which scheme, and where ranges come from."""
+        if any(each.dynamic for each in self.layers):
+            return f"compute with integers (scheme {self.scheme}, ranges found at each run)"
+        if all(each.weight and not each.operands for each in self.layers):
+            return f"have rounded weights and compute in float (scheme {self.scheme})"
+        kind = "float8" if any(each.weight == E4M3 for each in self.layers) else "integers"
+        return f"compute with {kind} (scheme {self.scheme}, ranges by {self.method or 'none'})"
 
 
 def read_layers(folder: Path, bundle: Bundle) -> Layers:

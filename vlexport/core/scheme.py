@@ -123,6 +123,12 @@ class QuantScheme(Frozen):
         """The rule for a call, by its plain name."""
         return next((each for each in self.layers if operator in each.operators), None)
 
+    @property
+    def on_grids(self) -> bool:
+        """Whether all that is rounded lies on grids of integers. float8 keeps its digits at any size of a value."""
+        rules = [rule for each in self.layers for rule in (each.activation, each.weight) if rule is not None]
+        return all(rule.type in GRIDS for rule in rules)
+
     def weight_types(self) -> frozenset[str]:
         """Types that stored operands are rounded to."""
         return frozenset(each.weight.type for each in self.layers if each.weight is not None)

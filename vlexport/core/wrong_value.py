@@ -20,7 +20,7 @@ def wrong_value(error: Mapping[str, Any]) -> str:
     """
     given, known = error.get("input"), _choices(error)
     if not known or not isinstance(given, str):
-        return str(error["msg"]).lower()
+        return str(error["msg"]).removeprefix("Value error, ").lower()
     return f"no value is called '{given}'{nearest(given, known)}; it is one of {', '.join(known)}"
 
 

@@ -21,7 +21,7 @@ _BY_EXTREMES = ("min-max", "moving-average")
 def layer_lines(found: Layers) -> list[str]:
     """Lines of ``explain BUNDLE --layers``: layers, weakest first, then suggestions."""
     count = len(found.layers)
-    lines = [f"Layers   {count} compute with integers (scheme {found.scheme}, ranges by {found.method or 'none'})"]
+    lines = [f"Layers   {count} {found.said}"]
     order = sorted(found.layers, key=_weakness)
     for each in order[:_LISTED]:
         own = "       " if each.own_db is None else f"{each.own_db:5.1f} dB"

@@ -27,7 +27,7 @@ from vlexport.core.trials import Trial
 from vlexport.core.verdict import Gate, Measured, Verdict, judge, measured_drop, measured_rate
 from vlexport.frontends.sources import Sources
 from vlexport.passes.pipeline import TimingHook
-from vlexport.stages.choices import options_of, precision_of, scopes_of, tools_of
+from vlexport.stages.choices import precision_of, scopes_of, settled_of, tools_of
 from vlexport.stages.golden import check_component
 from vlexport.stages.make import make
 from vlexport.stages.order import Order
@@ -118,7 +118,7 @@ class Bench:
         target = self.order.target
         config = without_idle(candidate(self.order.config, options), target)
         precision, reason = precision_of(config, target)
-        brief = replace(self.order.brief, options=options_of(config, target), precision=precision)
+        brief = replace(self.order.brief, options=settled_of(config, target, precision), precision=precision)
         return replace(self.order, config=config, brief=brief, reason=reason)
 
     def make(self, options: Options) -> tuple[Order, Component, Path]:

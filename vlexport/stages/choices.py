@@ -307,7 +307,7 @@ def _typed(kind: type[Frozen], values: Mapping[str, str], scope: str, *, flag: s
         name = next(iter(map(str, first["loc"])), "")
         wrong = "; or ".join(wrong_value(each) for each in error.errors() if each["loc"][:1] == first["loc"][:1])
         near = nearest(name, kind.model_fields) if name and name not in kind.model_fields else ""
-        place = ": ".join(filter(None, (flag, name))) if flag else f"--set {scope}.{name}"
+        place = ": ".join(filter(None, (flag, name))) if flag else "--set " + ".".join(filter(None, (scope, name)))
         raise UsageError(
             "VLX0703",
             f"{place}: {wrong}{near}",

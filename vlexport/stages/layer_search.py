@@ -1,6 +1,7 @@
 """layer_search: which layers return to float so that a model in integers holds its gates, found on samples.
 
-Which layer is sensitive is measured on calibration samples in PyTorch; whether the gates hold, on the artifact.
+Which layer is sensitive is measured on calibration samples in PyTorch, without any on the gate's own draws; whether the
+gates hold, on the artifact.
 """
 
 from __future__ import annotations
@@ -107,7 +108,9 @@ class _Layers:
             samples=prepared.calibration, cache=prepared.cache, reporter=reporter,
         )  # fmt: skip
         self._ready = bench.calibrated
-        self._answers = [self._ready.optimized.program.run(*row) for row in self._rows]
+        program, drawn = self._ready.optimized.program, self._ready.optimized.probes or ()
+        self._probes = self._rows or [each.values for each in drawn] or [program.example]
+        self._answers = [program.run(*each) for each in self._probes]
         whole = self._quantizing({})
         self.names = tuple(dict.fromkeys(name_of(each.module, each.call) for each in whole.decisions.layers))
 
@@ -129,7 +132,7 @@ class _Layers:
         rounded = self._ready.optimized.program.copy()
         self._quantizing(candidate).passes[0].run(rounded)
         worst = _SILENT_DB
-        for probe, answers in zip(self._rows, self._answers, strict=True):
+        for probe, answers in zip(self._probes, self._answers, strict=True):
             for ours, reference in zip(rounded.run(*probe), answers, strict=True):
                 if reference.dtype is torch.float32:
                     worst = min(worst, sqnr_db(as_array(ours), as_array(reference)))

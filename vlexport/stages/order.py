@@ -67,7 +67,8 @@ def order_of(config: BuildConfig) -> Order:
     brief = Brief(settled_of(config, target, precision), profile_of(config, target), precision, config.threads)
     if precision in INTEGER_PRECISIONS:
         require_calibrated(config, brief, target)
-        quantize_options_of(config)
+    elif config.precision == "auto":
+        quantize_options_of(config)  # refused at once, whether integers will be tried or not
     target.require_tools(brief)
     probe = target.probe_for(brief)
     require_judged(gates, target, probe)

@@ -208,7 +208,8 @@ def _rounded(config: BuildConfig, brief: Brief, target: Target, program: Program
     what = ", ".join(f"{count} {op}" for op, count in counts.items())
     reasons = Counter(placed.refused.values())
     left = "; ".join(f"{count} stay in float: {why}" for why, count in reasons.items())
-    return f"in integers by scheme {scheme.id}: {what}" + (f"; {left}" if left else "")
+    kind = "weights alone" if scheme.kind == "weights" else "in integers" if scheme.on_grids else "in float8"
+    return f"{kind} by scheme {scheme.id}: {what}" + (f"; {left}" if left else "")
 
 
 def _opaque(program: Program) -> list[VlexportError]:

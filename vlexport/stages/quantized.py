@@ -37,6 +37,7 @@ from vlexport.passes.probes import Probe
 from vlexport.passes.quantization.decide import wanted_values
 from vlexport.passes.quantization.decisions import Decisions
 from vlexport.passes.quantize import Quantize, QuantizeOptions
+from vlexport.passes.smooth_activations import SmoothActivations
 from vlexport.stages.choices import precision_passes_of, quantize_options_of
 from vlexport.stages.component import Optimized, in_order, legalize_component
 from vlexport.stages.layer_figures import layer_figures
@@ -84,7 +85,7 @@ def require_calibrated(config: BuildConfig, brief: Brief, target: Target) -> Qua
     """The scheme of a quantized build, before any work is done.
 
     Raises:
-        UsageError: VLX0218 without calibration samples.
+        UsageError: VLX0218 without calibration samples, VLX0703 for options of a pass that does not run.
         CapabilityError: VLX0502 where the target has no scheme for the device.
     """
     options = quantize_options_of(config)
@@ -94,9 +95,17 @@ def require_calibrated(config: BuildConfig, brief: Brief, target: Target) -> Qua
             "and there are none", where="--precision",
             hint="add --calib DATA: some hundred unlabelled samples like those of later use",
         )  # fmt: skip
-    return choose_scheme(
-        target.schemes(), brief.precision, brief.device, this_machine(), kind=options.kind, weight=options.weight_type
-    )
+    scheme = choose_scheme(
+        target.schemes(), brief.precision, target.quantized_for(brief), this_machine(), kind=options.kind,
+        weight=options.weight_type,
+    )  # fmt: skip
+    idle = next((key for key in config.options if key.partition(".")[0] == SmoothActivations.name), "")
+    if idle and not (options.kind == "static" and options.smooth and scheme.on_grids):
+        raise UsageError(
+            "VLX0703", f"--set {idle}: pass '{SmoothActivations.name}' is not run", where="--set",
+            hint="it runs where values are rounded to integers by calibrated ranges, unless quantize.smooth=false",
+        )  # fmt: skip
+    return scheme
 
 
 def require_single(sources: Sources) -> None:

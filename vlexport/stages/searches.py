@@ -17,10 +17,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vlexport.core.dataset import Dataset
-from vlexport.core.devices import this_machine
 from vlexport.core.errors import CapabilityError, DataError, GateError, UsageError
 from vlexport.core.progress import StageClock
-from vlexport.core.scheme import choose_scheme
 from vlexport.core.tokens import AUTO, AUTO_GRID
 from vlexport.core.trials import SearchRecord
 from vlexport.frontends.sources import Sources
@@ -30,6 +28,7 @@ from vlexport.stages.fastest import fastest
 from vlexport.stages.layer_search import Kept, keep_layers
 from vlexport.stages.order import Order, why_unmeasured
 from vlexport.stages.prepare import Prepared, prepared_again
+from vlexport.stages.quantized import require_calibrated
 from vlexport.stages.search import Journal, Split, split
 from vlexport.stages.validate import Run
 
@@ -181,14 +180,16 @@ class _Searches:
             return "no gate says how much accuracy it may cost; add --max-drop P --data DATA"
         if precision not in INTEGER_PRECISIONS:
             return ""
-        if order.config.calib is None:
-            return "it needs calibration samples; add --calib DATA"
         if self._sources.only is None:
             return "a model of several components is not quantized in this version"
         try:
-            choose_scheme(order.target.schemes(), precision, order.brief.device, this_machine())
+            require_calibrated(order.config, replace(order.brief, precision=precision), order.target)
         except CapabilityError as error:
             return error.message
+        except UsageError as error:
+            if error.code != "VLX0218":
+                raise
+            return "it needs calibration samples; add --calib DATA"
         return ""
 
     def _kept(self, bench: Bench, options: dict[str, str]) -> Kept | None:

@@ -39,7 +39,7 @@ def smooth_component(
     cache: Cache | None = None,
     reporter: Reporter | None = None,
 ) -> Optimized:
-    """Make channels alike where rounding gains by it.
+    """Make channels alike where rounding to integers gains by it.
 
     Args:
         optimized: In float.
@@ -56,6 +56,8 @@ def smooth_component(
         DataError: VLX0213, VLX0214.
         GateError: VLX0401.
     """
+    if not scheme.on_grids:
+        return optimized
     program, options = optimized.program, quantize_options_of(config)
     wanted = _either(
         smoothed_channels(program) if options.smooth else _nothing,
