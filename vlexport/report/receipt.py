@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 from vlexport.core.bundle_schema import Bundle, Report
@@ -62,7 +63,7 @@ def receipt(bundle: Bundle, report: Report, shown_path: str, *, use_it: Sequence
     quick = report.latency is not None and report.latency.verdict == "quick"
     why = "full rounds; the quick figure has no verdict" if quick else "measure latency"
     if bundle.state == "verified":
-        lines.append(f"Next     vlexport profile {shown_path}   ({why})")
+        lines.append(f"Next     vlexport profile {shlex.quote(shown_path)}   ({why})")
     else:
         lines.append(f"Next     copy {shown_path} to where {bundle.target} itself runs, and measure there")
     lines.append("Use it:")

@@ -76,8 +76,7 @@ def doctor(*, wanted: Sequence[str] = (), around: Surroundings | None = None) ->
     if not builds:
         works.append("build models")
     works += [
-        f"run {name}" + (" (emulated: right numbers, no times)" if how == "emulated" else "")
-        for name, how in running.items()
+        f"run {name}{_EMULATED if how == 'emulated' else ''}" for name, how in running.items()
     ]
     unmet = [f"build: {builds}" for name in wanted if name == BUILD and builds]
     unmet += [name for name in wanted if name != BUILD and name not in running]
