@@ -115,7 +115,7 @@ def test_frozen_equals_the_dynamic_model_when_all_tokens_find_a_place(name: str)
 @pytest.mark.parametrize("batch", [8, "dynamic"])
 def test_attention_keeps_rank_4_when_its_heads_were_split_with_the_one_sample_behind_them(batch: int | str) -> None:
     def pool(x: Tensor) -> Tensor:
-        q = x.reshape(1, -1, 2, WIDTH // 2, 1).permute(0, 4, 2, 1, 3).squeeze(0)  # as merge-layout writes torch's own
+        q = x.reshape(-1, 2, WIDTH // 2, 1).permute(3, 1, 0, 2)  # as merge-layout writes nn.MultiheadAttention
         return F.scaled_dot_product_attention(q, q, q).transpose(1, 2).reshape(1, -1, WIDTH).mean(1)
 
     model = Pruner(ROW, pool=pool).eval()
