@@ -1,6 +1,7 @@
-"""The preprocessing doctor on trained weights: what was planted must be named, what makes no difference must not be.
+r"""The preprocessing doctor on trained weights: what was planted must be named, what makes no difference must not be.
 
-    python -m tests.benchmarks.preprocess_doctor --scratch DIR --record docs/measured/preprocess_doctor.json
+    python -m tests.benchmarks.preprocess_doctor --scratch out/doctor --samples 200 --threads 1 \
+        --record docs/measured/preprocess_doctor.json
 
 The model is the solar cells' ViT-S/14. Its own head tells defects on gray photos; a head that is fitted here tells six
 kinds of Tux Paint's stamps, in colour (Debian package tuxpaint-stamps-default: ``apt-get install`` it, or give the
@@ -8,7 +9,9 @@ folder of an unpacked one with ``--stamps``; its pictures are used where they ar
 repository). Half of the stamps fit the head, the doctor sees the other half.
 
 Cases share photos, and most of what is tried: features of an input that was seen before are not computed again. Rows of
-a record that are there already are kept, so a run that was interrupted goes on.
+a record that are there already are kept, so a run that was interrupted goes on. Which photos are drawn depends on their
+names as typed, so ``--scratch`` is given as in the record. At 0 to 255 the head calls every photo functional, 71 % of
+them rightly: to tell that from its 87 % takes about 200 photos, and with them the whole some 20 minutes of a quiet core.
 """
 
 from __future__ import annotations
@@ -225,7 +228,9 @@ def main() -> int:
             print("\n".join([f"{case.name}:", *(f"  {line}" for line in row.said)]), flush=True)
             rows[case.name] = row
             if given.record is not None:
-                command = f"python -m tests.benchmarks.preprocess_doctor --scratch DIR --record {given.record}"
+                command = (
+                    f"python -m tests.benchmarks.preprocess_doctor --scratch {given.scratch} --record {given.record}"
+                )
                 command += f" --samples {given.samples} --threads {given.threads}"
                 ordered = [rows[each.name] for each in CASES if each.name in rows]
                 write_record(given.record, command, versions, ordered)
