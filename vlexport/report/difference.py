@@ -9,7 +9,7 @@ from vlexport.core.difference import Cause, Difference, LayerDifference, Side
 from vlexport.core.inert import one_line
 from vlexport.core.markdown_text import markdown_text
 from vlexport.core.operators import OperatorCount
-from vlexport.report.figures import macs_phrase, size_phrase
+from vlexport.report.figures import macs_phrase, parameters_phrase, size_phrase
 
 _SHOWN = 12
 """Rows of a list that are shown; ``--json`` has all."""
@@ -97,7 +97,7 @@ def _figures(found: Difference) -> Iterator[tuple[str, str, str, str]]:
     yield ("size", size_phrase(a.size_bytes), size_phrase(b.size_bytes), _times(a.size_bytes, b.size_bytes))
     yield ("work", macs_phrase(a.cost.macs, ()), macs_phrase(b.cost.macs, ()), _times(a.cost.macs, b.cost.macs))
     yield (
-        "parameters", f"{a.cost.parameters / 1e6:.2f} M", f"{b.cost.parameters / 1e6:.2f} M",
+        "parameters", *(parameters_phrase(each.cost.parameters).removesuffix(" parameters") for each in (a, b)),
         _times(a.cost.parameters, b.cost.parameters),
     )  # fmt: skip
     yield ("top-1", _top1(a), _top1(b), _drop(found))

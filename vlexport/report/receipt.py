@@ -11,6 +11,7 @@ from vlexport.report.figures import (
     emulation_phrase,
     latency_phrase,
     macs_phrase,
+    parameters_phrase,
     pass_phrase,
     shortfall_phrase,
     size_phrase,
@@ -37,7 +38,7 @@ def receipt(bundle: Bundle, report: Report, shown_path: str, *, use_it: Sequence
     lines = [
         f"Built    {shown_path}: {bundle.target} {bundle.precision}, {_components(bundle)}"
         f"{size_phrase(report.size_bytes)}, {macs_phrase(main.cost.macs, main.cost.opaque)}, "
-        f"{main.cost.parameters / 1e6:.2f} M parameters",
+        f"{parameters_phrase(main.cost.parameters)}",
         f"Checked  {_gates(bundle)}; {_golden(bundle, report)}",
         f"Passes   {_passes(bundle)}",
         f"Accuracy {accuracy_phrase(report)}",
