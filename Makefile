@@ -55,7 +55,8 @@ bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/build_scaling.py
 	$(BIN)/python tests/benchmarks/large_model.py
 	$(BIN)/python -m tests.benchmarks.reparameterize --record docs/measured/reparameterize.json
-	$(BIN)/python -m tests.benchmarks.preprocess_doctor --scratch $(OUT)/doctor --record docs/measured/preprocess_doctor.json
+	$(BIN)/python -m tests.benchmarks.preprocess_doctor --scratch $(OUT)/doctor --samples 200 --threads 1 \
+		--record docs/measured/preprocess_doctor.json
 
 clean:
 	rm -rf .venv $(OUT) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,10 +1,15 @@
-"""The how-tos are followed command by command, each in an empty folder, in this process: they must end as they say."""
+"""The how-tos are followed command by command, each in an empty folder, in this process: they must end as they say.
+
+As on a user's machine, pages share the cache of exports; and one text of ``net.py`` gives every page the same files.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import re
 import runpy
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,11 +38,34 @@ def blocks(page: str) -> Iterator[tuple[str, str, str]]:
         yield match[1] or "", match[2], match[3]
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all pages share: the cache of exports, and what each program wrote."""
+    return tmp_path_factory.mktemp("shared")
+
+
+def run_program(file: Path, known: Path) -> None:
+    """Run a program of a page; one that wrote files before, and reads none, is not run again: its files are copied."""
+    text = file.read_text(encoding="utf-8")
+    place = known / hashlib.sha256(text.encode()).hexdigest()
+    if place.is_dir():
+        shutil.copytree(place, file.parent, dirs_exist_ok=True)
+        return
+    before = set(file.parent.iterdir())
+    runpy.run_path(str(file), run_name="__main__")
+    made = set(file.parent.iterdir()) - before
+    if made:
+        place.mkdir()
+    for each in made:
+        (shutil.copytree if each.is_dir() else shutil.copy2)(each, place / each.name)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_howto_comes_to_its_end_when_followed(
-    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    page: str, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VLEXPORT_CACHE", str(shared / "cache"))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     monkeypatch.setattr("vlexport.stages.doctor.import_failures", lambda modules: {})  # half a minute of imports
     count = 0
@@ -48,7 +76,7 @@ def test_howto_comes_to_its_end_when_followed(
             count += 1
             words = shlex.split(line)
             if words[0] == "python":
-                runpy.run_path(words[1], run_name="__main__")
+                run_program(tmp_path / words[1], shared)
             else:
                 assert words[0] == "vlexport", line
                 code = main(words[1:])

@@ -35,6 +35,9 @@ def attention(build: Rebuild, node: Node, given: Given) -> Value:
         raise CannotFreeze("a causal attention orders the tokens")
     if build.exact_zeros_read and keys is not None:
         key, value = (build.filled(each, [each.rank - 2], 0.0) for each in (key, value))
+    if _begin_with_one((query, key, value)):  # as exporters want it: rank 4, with the batch for the 1
+        query, key, value = map(build.front, (query, key, value))
+        mask = build.front(mask) if mask is not None and mask.rank == rank else mask
     nodes, batch = build.aligned([query, key, value], shape, tail=2)
     slots = merged([(query, rank - query.rank)])
     slots |= {a + rank - key.rank: s for a, s in key.slots.items() if a < key.rank - 2}
@@ -42,6 +45,11 @@ def attention(build: Rebuild, node: Node, given: Given) -> Value:
     bias = _key_mask(build, keys, mask, rank, row, batch, shape)
     made = build.call(node.target, *nodes, bias, drop, causal, *rest)
     return Value(made, shape, batch, slots)
+
+
+def _begin_with_one(values: Sequence[Value]) -> bool:
+    """Whether all are of rank 4 and of one sample, so that the batch can stand where that sample stood."""
+    return all(v.rank == 4 and not isinstance(v.old[0], torch.SymInt) and v.old[0] == 1 for v in values)
 
 
 def _key_mask(

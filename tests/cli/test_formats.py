@@ -145,6 +145,7 @@ def test_build_tells_its_passes_and_golden_vectors_as_cases(
     (suite,) = assert_junit(out)
     names = [case.attrib["name"] for case in suite.findall("testcase")]
     assert "pass reparameterize" in names
+    assert len(set(names)) == len(names), "a system that tells cases apart by name shows each"
     assert names[-1] == "golden vectors"
     Path("made").touch()
     code, out, _ = cli("build", "model.pt", "-o", "made", "--plan", "--format", "github")

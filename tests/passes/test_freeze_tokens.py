@@ -112,6 +112,21 @@ def test_frozen_equals_the_dynamic_model_when_all_tokens_find_a_place(name: str)
     assert relative_error(found.numpy(), wanted.numpy()) <= TOLERANCE
 
 
+@pytest.mark.parametrize("batch", [8, "dynamic"])
+def test_attention_keeps_rank_4_when_its_heads_were_split_with_the_one_sample_behind_them(batch: int | str) -> None:
+    def pool(x: Tensor) -> Tensor:
+        q = x.reshape(-1, 2, WIDTH // 2, 1).permute(3, 1, 0, 2)  # as merge-layout writes nn.MultiheadAttention
+        return F.scaled_dot_product_attention(q, q, q).transpose(1, 2).reshape(1, -1, WIDTH).mean(1)
+
+    model = Pruner(ROW, pool=pool).eval()
+    after = frozen(captured(model, sample(0), dynamic=False), batch=batch)
+    attentions = after.calls("aten.scaled_dot_product_attention.default")
+    assert [node.meta["val"].dim() for node in attentions] == [4, 4], "ONNX has no attention of rank 5"
+    with torch.no_grad():
+        wanted = torch.cat([model(x) for (x,) in SAMPLES[:8]])
+    assert relative_error(after.run(torch.cat([x for (x,) in SAMPLES[:8]]))[0].numpy(), wanted.numpy()) <= TOLERANCE
+
+
 def test_batch_is_dynamic_when_that_is_asked_for() -> None:
     after = frozen(program_of("mask of a row"), batch="dynamic")
     model = Pruner(ROW).eval()

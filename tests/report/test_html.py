@@ -43,7 +43,7 @@ from vlexport.core.operators import HeavyCall, operators_from_counts
 from vlexport.core.preprocess import preprocess_from_spec
 from vlexport.core.verdict import gate_from_text, judge, measured_drop, measured_rate
 from vlexport.report import html
-from vlexport.report.figures import latency_phrase, macs_phrase, size_phrase
+from vlexport.report.figures import latency_phrase, macs_phrase, parameters_phrase, size_phrase
 from vlexport.report.html import html_from_report
 from vlexport.report.near_misses import grouped_misses, miss_lines
 from vlexport.report.plots import intervals_of
@@ -180,8 +180,8 @@ def test_page_shows_what_was_measured_when_all_was() -> None:
         "p50 4.00 ms at 2 threads; 2.00× against image (95 %: 1.90 to 2.10, faster)",
         "7 interleaved rounds, 1 repeated",
         "inf dB", "398", "within rounding", "batch norm folded ×2", "2e-07, float32", "20.0 MB", "1.20 GMACs",
-        "resize=8", "2 labels", "drop<=0.9: inconclusive", "samples would decide", "top1>=99: fail", "2026-01-02",
-        "f" * 64,
+        "resize=8", "2 labels", "drop<=0.9inconclusivedrop is 0.5", "samples would decide",
+        "top1>=99failtop1 is 95 %", "2026-01-02", "f" * 64,
     ):  # fmt: skip
         assert said in text, said
 
@@ -401,6 +401,8 @@ def test_size_is_in_decimal_units_when_shown(size: int, shown: str) -> None:
 
 def test_macs_name_what_is_not_counted_when_an_op_is_opaque() -> None:
     assert macs_phrase(2_000_000, ()) == "2.00 MMACs"
+    assert macs_phrase(2_304, ()) == "2.30 kMACs", "nothing that is there is shown as zero"
+    assert [parameters_phrase(count) for count in (24, 21_600_000)] == ["0.02 k parameters", "21.60 M parameters"]
     assert macs_phrase(2_000_000_000, ("roi_align",)) == "2.00 GMACs without roi_align"
 
 

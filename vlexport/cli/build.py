@@ -71,18 +71,17 @@ def _checks(result: BuildResult, prefix: str = "") -> tuple[Check, ...]:
     """The numeric gate of every pass, the golden check and the gates that were asked for."""
     records = [(name, record) for name, each in result.bundle.components.items() for record in each.passes]
     several = len(result.bundle.components) > 1
-    passes = tuple(
-        Check(
-            f"{prefix}pass {record.name}{f' of {name}' if several else ''}",
-            "skipped" if record.gate.proof == "off" else "pass",
-            f"gate: {record.gate.proof}, max|a−b|/max|b| {record.gate.worst:.0e}",
-        )
-        for name, record in records
-        if record.changes
-    )
+    passes: dict[str, Check] = {}
+    for name, record in records:
+        if record.changes:
+            title = f"{prefix}pass {record.name}{f' of {name}' if several else ''}"
+            times = sum(known.partition(" (run ")[0] == title for known in passes)
+            title += f" (run {times + 1})" if times else ""  # a pass may run twice, and a case's name tells it apart
+            said = f"gate: {record.gate.proof}, max|a−b|/max|b| {record.gate.worst:.0e}"
+            passes[title] = Check(title, "skipped" if record.gate.proof == "off" else "pass", said)
     ran = result.bundle.state == "verified" or bool(result.report.emulator)
     golden = Check(f"{prefix}golden vectors", "pass" if ran else "skipped", result.bundle.state)
-    return (*passes, golden, *checks_of(result.report.verdicts, prefix))
+    return (*passes.values(), golden, *checks_of(result.report.verdicts, prefix))
 
 
 def _several(config: BuildConfig) -> Outcome:

@@ -33,6 +33,10 @@ def compare(
             "VLX0703", f"no format '{shape}'{nearest(shape, _FORMATS)}", where="--format",
             hint=f"known: {', '.join(_FORMATS)}",
         )  # fmt: skip
+    if json_output and shape != "human":
+        raise UsageError(
+            "VLX0703", f"--json and --format {shape} were both given", where="--format", hint="give one of them"
+        )
     found = stage(a, b)
     lines: list[str] = []
     for each in found:

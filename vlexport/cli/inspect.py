@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect as python_inspect
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,7 +48,8 @@ def inspect(**values: Any) -> Outcome:
     found = inspect_model(config_of(values), targets=asked, depth=depth, reporter=make_reporter())
     lines = model_lines(found)
     if not asked:
-        lines.append(f"Next     vlexport inspect {values['model']} --target all   (what each target would refuse)")
+        again = shlex.quote(values["model"])
+        lines.append(f"Next     vlexport inspect {again} --target all   (what each target would refuse)")
     return Outcome(lines, {"kind": "model", **plain_json(found)})
 
 
@@ -106,7 +108,7 @@ def explain(
         for line in pass_lines(name if len(kept) > 1 else "", each, every=pass_name is not None)
     ]
     if pass_name is None:
-        lines.append(f"Next     vlexport explain {subject} --pass NAME   (every place)")
+        lines.append(f"Next     vlexport explain {shlex.quote(subject)} --pass NAME   (every place)")
     payload = {name: [plain_json(record) for record in each] for name, each in kept.items()}
     return Outcome(lines, {"components": payload})
 

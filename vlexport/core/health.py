@@ -31,7 +31,7 @@ class Health(Frozen):
     """All of it.
 
     Attributes:
-        works: What can be done here, in words a user types: ``run bundles of onnxruntime``, ``build``.
+        works: What can be done here, in words a user types: ``build models``, ``run onnxruntime``.
         symptoms: In the order they were looked at.
         unmet: What was asked for and does not work here.
     """

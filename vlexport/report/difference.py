@@ -9,7 +9,7 @@ from vlexport.core.difference import Cause, Difference, LayerDifference, Side
 from vlexport.core.inert import one_line
 from vlexport.core.markdown_text import markdown_text
 from vlexport.core.operators import OperatorCount
-from vlexport.report.figures import macs_phrase, size_phrase
+from vlexport.report.figures import macs_phrase, parameters_phrase, size_phrase
 
 _SHOWN = 12
 """Rows of a list that are shown; ``--json`` has all."""
@@ -96,16 +96,17 @@ def _figures(found: Difference) -> Iterator[tuple[str, str, str, str]]:
     yield ("precision", f"{a.target} {a.precision}", f"{b.target} {b.precision}", "")
     yield ("size", size_phrase(a.size_bytes), size_phrase(b.size_bytes), _times(a.size_bytes, b.size_bytes))
     yield ("work", macs_phrase(a.cost.macs, ()), macs_phrase(b.cost.macs, ()), _times(a.cost.macs, b.cost.macs))
-    yield (
-        "parameters", f"{a.cost.parameters / 1e6:.2f} M", f"{b.cost.parameters / 1e6:.2f} M",
-        _times(a.cost.parameters, b.cost.parameters),
-    )  # fmt: skip
+    yield ("parameters", _count(a), _count(b), _times(a.cost.parameters, b.cost.parameters))
     yield ("top-1", _top1(a), _top1(b), _drop(found))
     if any(each.accuracy is not None and each.accuracy.drop is not None for each in (a, b)):
         yield ("drop from its reference", _own_drop(a), _own_drop(b), "")
     yield ("p50", _p50(a), _p50(b), _ratio(found))
     if a.latency is not None or b.latency is not None:
         yield ("measured", a.latency_on or _NONE, b.latency_on or _NONE, "")
+
+
+def _count(side: Side) -> str:
+    return parameters_phrase(side.cost.parameters).removesuffix(" parameters")
 
 
 def _times(a: int, b: int) -> str:

@@ -26,9 +26,15 @@ def size_phrase(size_bytes: int) -> str:
 
 
 def macs_phrase(macs: int, opaque: tuple[str, ...]) -> str:
-    """GMACs or MMACs; what is not counted is said."""
-    shown = f"{macs / 1e9:.2f} GMACs" if macs >= 1e8 else f"{macs / 1e6:.2f} MMACs"
+    """GMACs, MMACs or kMACs; what is not counted is said."""
+    unit, size = ("G", 1e9) if macs >= 1e8 else ("M", 1e6) if macs >= 1e5 else ("k", 1e3)
+    shown = f"{macs / size:.2f} {unit}MACs"
     return f"{shown} without {', '.join(opaque)}" if opaque else shown
+
+
+def parameters_phrase(count: int) -> str:
+    """Millions, or thousands of a small model."""
+    return f"{count / 1e6:.2f} M parameters" if count >= 1e5 else f"{count / 1e3:.2f} k parameters"
 
 
 def accuracy_phrase(report: Report) -> str:

@@ -25,6 +25,7 @@ from vlexport.report.figures import (
     memory_phrase,
     missing_phrase,
     options_phrase,
+    parameters_phrase,
     ratio_phrase,
     size_phrase,
     tail_phrase,
@@ -84,6 +85,7 @@ def html_from_report(report: Report, bundle: Bundle, layers: Layers | None = Non
             misses=grouped_misses(report.passes),
             idle=[each.name for each in report.passes if not each.changes and not each.near_misses],
             size=size_phrase(report.size_bytes),
+            parameters=parameters_phrase(report.cost.parameters),
             slowest=slowest,
             **_operator_rows(component.operators),
         )

@@ -7,7 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from vlexport.core.artifact import DimRange, TensorSpec
 from vlexport.core.bundle_schema import Component, GateRecord, Golden, PassRecord
 from vlexport.core.inspection import BundleInspection, ModelInspection, ModelPart, ModulePart, Support
-from vlexport.report.figures import accuracy_phrase, latency_phrase, macs_phrase, pass_phrase, size_phrase
+from vlexport.report.figures import (
+    accuracy_phrase,
+    latency_phrase,
+    macs_phrase,
+    parameters_phrase,
+    pass_phrase,
+    size_phrase,
+)
 from vlexport.report.near_misses import miss_lines, places_phrase
 
 _LABELS_SHOWN = 5
@@ -121,7 +128,7 @@ def bundle_lines(found: BundleInspection) -> list[str]:
         f"digest {bundle.digest[:16]}…",
         f"Source   sha256 {bundle.source_hash[:16]}…",
         *_face(main.artifact.inputs, main.artifact.outputs, main.dims, preprocess, main.labels),
-        f"Cost     {macs_phrase(main.cost.macs, main.cost.opaque)}, {main.cost.parameters / 1e6:.2f} M parameters, "
+        f"Cost     {macs_phrase(main.cost.macs, main.cost.opaque)}, {parameters_phrase(main.cost.parameters)}, "
         f"{size_phrase(main.cost.size_bytes)} of weights",
     ]
     for name, each in bundle.components.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 from vlexport.core.bundle_schema import Bundle, Report
@@ -10,6 +11,7 @@ from vlexport.report.figures import (
     emulation_phrase,
     latency_phrase,
     macs_phrase,
+    parameters_phrase,
     pass_phrase,
     shortfall_phrase,
     size_phrase,
@@ -36,7 +38,7 @@ def receipt(bundle: Bundle, report: Report, shown_path: str, *, use_it: Sequence
     lines = [
         f"Built    {shown_path}: {bundle.target} {bundle.precision}, {_components(bundle)}"
         f"{size_phrase(report.size_bytes)}, {macs_phrase(main.cost.macs, main.cost.opaque)}, "
-        f"{main.cost.parameters / 1e6:.2f} M parameters",
+        f"{parameters_phrase(main.cost.parameters)}",
         f"Checked  {_gates(bundle)}; {_golden(bundle, report)}",
         f"Passes   {_passes(bundle)}",
         f"Accuracy {accuracy_phrase(report)}",
@@ -62,7 +64,7 @@ def receipt(bundle: Bundle, report: Report, shown_path: str, *, use_it: Sequence
     quick = report.latency is not None and report.latency.verdict == "quick"
     why = "full rounds; the quick figure has no verdict" if quick else "measure latency"
     if bundle.state == "verified":
-        lines.append(f"Next     vlexport profile {shown_path}   ({why})")
+        lines.append(f"Next     vlexport profile {shlex.quote(shown_path)}   ({why})")
     else:
         lines.append(f"Next     copy {shown_path} to where {bundle.target} itself runs, and measure there")
     lines.append("Use it:")

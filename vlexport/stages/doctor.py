@@ -75,10 +75,7 @@ def doctor(*, wanted: Sequence[str] = (), around: Surroundings | None = None) ->
     builds = _lacking_for_build(around, broken)
     if not builds:
         works.append("build models")
-    works += [
-        f"run {name}" + (" (emulated: right numbers, no times)" if how == "emulated" else "")
-        for name, how in running.items()
-    ]
+    works += [f"run {name}{_EMULATED if how == 'emulated' else ''}" for name, how in running.items()]
     unmet = [f"build: {builds}" for name in wanted if name == BUILD and builds]
     unmet += [name for name in wanted if name != BUILD and name not in running]
     symptoms = (*_python(), *packages, *_variants(), *targets, *_hidden(around), *_folders(around), *_machine())
