@@ -47,8 +47,8 @@ def test_flags_of_the_command_are_those_of_the_fields_when_listed() -> None:
     command = typer.main.get_command(app).commands["build"]  # type: ignore[attr-defined]
     shown = {o for p in command.params for o in (*p.opts, *p.secondary_opts) if o.startswith("-")}
     wanted = {part for name in FIELDS for flag in flags_of(name) for part in flag.split("/")}
-    assert shown - {"--recipe", "--plan", "--json", "--help", "-h"} == wanted
-    assert {p.name for p in command.params} - {"recipe", "plan", "json_output", "help"} == set(FIELDS)
+    assert shown - {"--recipe", "--plan", "--format", "--json", "--help", "-h"} == wanted
+    assert {p.name for p in command.params} - {"recipe", "plan", "output_format", "json_output", "help"} == set(FIELDS)
 
 
 def test_no_two_fields_share_a_flag_when_listed() -> None:
