@@ -81,8 +81,8 @@ def test_no_module_shadows_a_public_name_when_it_lies_in_the_package() -> None:
     assert modules & set(vlexport.__all__) == set()
 
 
-# Other people's modules are imported once. A package comes before what lies in it, whoever asks first: it is imported in
-# a child of its own, and each of its modules in a child of that.
+# Other people's modules are imported once. A package comes before what lies in it, whoever asks first: it is imported
+# in a child of its own, and each of its modules in a child of that.
 _EACH_ALONE = """
 import importlib, itertools, json, os, sys, traceback
 others = "torch.export.pt2_archive._package pydantic.main typer rich.console PIL.Image jinja2 onnx_ir"
