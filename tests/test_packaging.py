@@ -78,6 +78,7 @@ def test_wheel_holds_only_the_package_when_built(wheel: dict[str, bytes]) -> Non
         "vlexport/core/device_profiles.json", "vlexport/core/explanations.json",
         "vlexport/targets/coreml/op_support.json", "vlexport/targets/tensorrt/op_support.json",
         *(f"vlexport/targets/{name}/schemes.json" for name in ("coreml", "onnxruntime", "tensorrt")),
+        "vlexport/targets/onnxruntime/fusion_costs.json",
     }  # fmt: skip
     assert any(n.endswith(".dist-info/licenses/LICENSE") for n in wheel)
 
@@ -213,7 +214,7 @@ def test_every_import_is_declared_when_it_is_of_another_package() -> None:
             builds = builds or (part == "stages" and file.stem in stages)
             lowers = file.stem in ("emit_quant", "lower", "op_limits", "op_support", "quantize_softmax")
             builds = builds or (package == "vlexport.targets.tensorrt" and lowers)
-            spells = file.stem in ("emit_quant", "small_weights")
+            spells = file.stem.startswith("fuse_") or file.stem in ("emit_quant", "integer_linear", "small_weights")
             builds = builds or (package == "vlexport.targets.onnxruntime" and spells)
             declared = build if builds else device
             shared = package == "vlexport.targets.onnx" and file.stem == "session"  # runs on a device
