@@ -125,7 +125,7 @@ def outputs(folder: Path, images: Iterator[Floats], scratch: Path, threads: int,
 def size_share(ours: Path, plain: Path) -> float:
     """Bytes of one artifact as a share of another's."""
     files = [read_bundle(each).files for each in (ours, plain)]
-    mine, other = (sum(f.bytes for name, f in each.items() if name.startswith("artifact/")) for each in files)
+    mine, other = (sum(f.size_bytes for name, f in each.items() if name.startswith("artifact/")) for each in files)
     return mine / other
 
 
