@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 
 from tests.benchmarks import onnxruntime_fusions as benchmark
 from tests.benchmarks.onnxruntime_fusions import PLAIN, Row, costs_of, table, write_costs
+from tests.figures import require_figures
 from vlexport.targets.onnxruntime.fusions import FusionCost
 
 SOURCE = "a processor, 2 threads"
@@ -65,14 +64,7 @@ def test_table_has_a_line_a_variant_with_what_its_fusion_gains() -> None:
 
 
 def test_page_holds_the_table_of_the_record() -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    found = re.search(r"(<!-- figures: onnxruntime_fusions -->\n)(.*?)(\n<!-- end of figures -->)", text, re.DOTALL)
-    assert found is not None
-    made = table(json.loads(RECORD.read_text(encoding="utf-8")))
-    if os.environ.get("UPDATE_GOLDEN"):
-        PAGE.write_text(text[: found.start(2)] + made + text[found.end(2) :], encoding="utf-8")
-        return
-    assert found.group(2) == made
+    require_figures(PAGE, RECORD.stem, table(json.loads(RECORD.read_text(encoding="utf-8"))))
 
 
 def test_shipped_costs_are_those_of_the_record() -> None:

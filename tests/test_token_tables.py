@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.figures import place, require_figures
 from tests.token_tables import MEASURED, TABLES, accuracy
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -19,20 +19,9 @@ PAGES = {name: DOCS / ("tokens.md" if name == "freeze" else "reduce_tokens_examp
 RECORDED = [name for name in TABLES if (MEASURED / f"{name}.json").is_file()]
 
 
-def block(name: str) -> re.Pattern[str]:
-    return re.compile(rf"(<!-- figures: {name} -->\n)(.*?)(\n<!-- end of figures -->)", re.DOTALL)
-
-
 @pytest.mark.parametrize("name", RECORDED)
 def test_table_is_what_was_recorded_when_the_page_is_read(name: str) -> None:
-    page = PAGES[name]
-    text = page.read_text(encoding="utf-8")
-    found = block(name).search(text)
-    assert found is not None, f"no place for {name}"
-    if os.environ.get("UPDATE_GOLDEN"):
-        page.write_text(text[: found.start(2)] + TABLES[name]() + text[found.end(2) :], encoding="utf-8")
-        return
-    assert found.group(2) == TABLES[name]()
+    require_figures(PAGES[name], name, TABLES[name]())
 
 
 def test_pages_have_a_place_for_every_table_and_nothing_in_it_when_there_is_no_record() -> None:
@@ -40,7 +29,7 @@ def test_pages_have_a_place_for_every_table_and_nothing_in_it_when_there_is_no_r
         held = re.findall(r"<!-- figures: (\w+) -->", page.read_text(encoding="utf-8"))
         assert sorted(held) == sorted(name for name in TABLES if PAGES[name] == page)
     for name in set(TABLES) - set(RECORDED):
-        found = block(name).search(PAGES[name].read_text(encoding="utf-8"))
+        found = place(name).search(PAGES[name].read_text(encoding="utf-8"))
         assert found is not None
         assert found.group(2) == "", f"figures of {name} that no record holds"
 

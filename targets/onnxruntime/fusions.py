@@ -1,8 +1,8 @@
 """fusions: which operators of ONNX Runtime's own are worth writing, by what was measured on processors of each kind.
 
 ``fusion_costs.json`` holds what ``tests/benchmarks/onnxruntime_fusions.py`` measured, and where: a build times nothing.
- A fusion is on where the lower end of the ratio's interval on such a processor lies above 1; on a
-processor of which nothing is known it stays off.
+A fusion is on where the lower end of the ratio's interval on such a processor lies above 1; on a processor of which
+nothing is known it stays off.
 """
 
 from __future__ import annotations

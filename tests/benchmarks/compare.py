@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.compare_cells import Built, Judged, Place, Timed, build, judge, time_cell
-from tests.benchmarks.compare_models import MODELS, SHORT, Model, Sizes, prepared
-from tests.benchmarks.compare_rows import ROWS, Row, rows_of
+from tests.benchmarks.compare_models import MODELS, Model, Sizes, prepared
+from tests.benchmarks.compare_rows import FOR_ALL_MODELS, ROWS, Row, rows_of
 from tests.benchmarks.compare_tables import comma_separated, machine, points, summary, table
 from tests.benchmarks.peers import Environment, PeerError, installed
 from vlexport.core.devices import available_cores, this_machine
@@ -105,15 +105,10 @@ def _portable(arguments: list[str]) -> list[str]:
 
 
 def render(record: dict[str, Any], page: Path | None, figure: Path | None, text: Path | None, scratch: Path) -> None:
-    """Write the tables into a page, between its marks (of many models a line each); the figure; the CSV."""
+    """Write the tables into a page, between its marks; the figure; the CSV."""
     if page is not None:
         whole = page.read_text(encoding="utf-8")
-        models = dict.fromkeys(cell["model"] for cell in record["cells"])
-        many = len(models) > len(SHORT)
-        said_of = {"many": f"{machine(record, MANY)}\n\n{summary(record)}"} if many else {"machine": machine(record)}
-        if not many:
-            said_of |= {each: table(record, each) for each in models}
-        for name, said in said_of.items():
+        for name, said in _said(record).items():
             before, mark, rest = whole.partition(f"<!-- {name} -->\n")
             if mark:
                 whole = before + mark + said + rest[rest.index(f"\n<!-- /{name} -->") :]
@@ -126,6 +121,14 @@ def render(record: dict[str, Any], page: Path | None, figure: Path | None, text:
         subprocess.run(
             [str(python), str(environment.script), str(figure)], input=json.dumps(points(record)), text=True, check=True
         )
+
+
+def _said(record: dict[str, Any]) -> dict[str, str]:
+    """Mark of the page → what stands there: a line a model where the peers took no part, else a table a model."""
+    if {cell["row"] for cell in record["cells"]} <= set(FOR_ALL_MODELS):
+        return {"many": f"{machine(record, MANY)}\n\n{summary(record)}"}
+    models = dict.fromkeys(cell["model"] for cell in record["cells"])
+    return {"machine": machine(record), **{each: table(record, each) for each in models}}
 
 
 def main() -> int:
@@ -157,7 +160,7 @@ def main() -> int:
     place, sizes = Place(scratch, given.retry), Sizes(given.calibration, given.samples)
     chosen = list(MODELS) if given.models == "all" else given.models.split(",")
     wanted = tuple(filter(None, given.rows.split(",")))
-    plan = Plan(rounds=given.rounds, block_seconds=given.seconds)
+    plan = dataclasses.replace(FULL, rounds=given.rounds, block_seconds=given.seconds)
     work = [(MODELS[name], row) for name in chosen for row in rows_of(name, MODELS[name].everyone, wanted)]
     cells, started = [], time.monotonic()
     for done, (model, row) in enumerate(work, 1):

@@ -12,6 +12,7 @@ process, and the ratio is baseline / with the pass.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import sys
@@ -97,7 +98,7 @@ def latency(name: str, rounds: int) -> dict[str, float | int | str | None]:
             folder = Path(scratch) / label
             folder.mkdir()
             found.append(Measurable(label, target, folder, target.lower(program, folder, Brief(target.Options()))))
-        plan = type(FULL)(rounds=rounds, block_seconds=FULL.block_seconds)
+        plan = dataclasses.replace(FULL, rounds=rounds)
         result = measure_latency(
             found[1], inputs, baseline=found[0], plan=plan, threads=available_cores(), reporter=Silent()
         )

@@ -12,6 +12,7 @@ Exits with 1 when ours reaches less than 0.97 of the ratio by hand, or does not 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import math
@@ -170,9 +171,9 @@ def main() -> int:
     machine = this_machine()
     threads = given.threads or available_cores()
     print(f"{machine.cpu} ({', '.join(machine.instruction_set)}), {machine.cores} cores, {threads} threads", flush=True)
-    rows = []
+    rows, plan = [], dataclasses.replace(FULL, rounds=given.rounds, block_seconds=given.seconds)
     for name in given.models:
-        rows.append(measured(name, Plan(rounds=given.rounds, block_seconds=given.seconds), threads))
+        rows.append(measured(name, plan, threads))
         print(shown(rows[-1]), flush=True)
     if given.record is not None:
         record: dict[str, Any] = {
