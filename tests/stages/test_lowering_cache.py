@@ -104,9 +104,14 @@ def test_artifact_is_the_bundles_own_when_it_came_from_the_cache(
     assert third == second == first
 
 
-def test_artifact_is_found_when_only_the_seed_or_the_gate_differs(model_file: Path, tmp_path: Path) -> None:
-    built(model_file, tmp_path / "a")
-    assert built(model_file, tmp_path / "b", seed=3, numeric_gate=False)[1]
+@pytest.mark.parametrize("fused", [False, True])
+def test_artifact_is_found_when_only_the_seed_or_the_gate_differs_and_no_pass_ran_on_it(
+    model_file: Path, tmp_path: Path, fused: bool
+) -> None:
+    """A pass over the lowered graph leaves its gate's figures in the bundle, which the seed decides."""
+    options = {"onnxruntime.fuse_attention": str(fused).lower()}  # by default the processor decides
+    built(model_file, tmp_path / "a", options=options)
+    assert built(model_file, tmp_path / "b", options=options, seed=3, numeric_gate=False)[1] is not fused
 
 
 def test_dump_is_whole_when_the_artifact_is_in_the_cache(model_file: Path, tmp_path: Path) -> None:
