@@ -43,6 +43,18 @@ Wanted = Callable[[Node], Want | None]
 """Whether somebody wants the value of an input or a call. Asked once a node, of those that make one floating tensor."""
 
 
+def together(*wanted: Wanted) -> Wanted:
+    """All that several want: counts where one of them wants counts, channels as the first that names a dim."""
+
+    def want(node: Node) -> Want | None:
+        found = [each for each in (one(node) for one in wanted) if each is not None]
+        axes = [each.channel_axis for each in found if each.channel_axis is not None]
+        histogram = any(each.histogram for each in found)
+        return Want(histogram=histogram, channel_axis=axes[0] if axes else None) if found else None
+
+    return want
+
+
 def collect(
     program: Program,
     samples: Dataset,
