@@ -72,7 +72,7 @@ def collect(
         wanted: Which values are looked at.
         batch: Samples a run where the batch dim is dynamic and they are of one size. A batch dim that is fixed to more
             than one is filled up with the last sample.
-        at_least: Samples that are needed.
+        at_least: Different samples that are needed.
         reporter: Shows a step a sample.
 
     Raises:
@@ -80,7 +80,7 @@ def collect(
             are needed; VLX02xx for samples that cannot be read.
     """
     seen = asked(program, wanted)
-    plain, ordered = DataKey(), DataKey(in_order=True)
+    plain, ordered = DataKey(needed=at_least), DataKey(in_order=True)
     with (reporter or Silent()).steps("calibrate", len(samples)) as advance:
         for rows in _batches(samples, program, batch):
             inputs = _stacked(rows, program)
@@ -92,11 +92,7 @@ def collect(
                 plain.add(sample)
                 ordered.add(sample)
                 advance()
-    if plain.samples < at_least:
-        raise DataError(
-            "VLX0214", f"{plain.samples} calibration samples are too few: {at_least} are needed", where="--calib",
-            hint="give more samples that look like those of later use, or a precision without calibration",
-        )  # fmt: skip
+    plain.require_enough()
     keys = value_keys(program)
     values = tuple(
         SeenValue(keys[n], "input" if n.op == "placeholder" else dialect.plain_name(n), provenance.module_path(n),
