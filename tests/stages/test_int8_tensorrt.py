@@ -125,6 +125,7 @@ def test_float8_is_not_smoothed_and_says_so_when_asked(folder: Path) -> None:
             "compute-capability 8.9 is needed, jetson-orin-jp6 has 8.7",
         ),
         ({"options": {"quantize.weights_only": "int4"}}, "VLX0502", "the target has no such scheme"),
+        ({"options": {"quantize.weights_only": "palette4"}}, "VLX0502", "the target has no such scheme"),
         ({"options": {"quantize.weights_only": "int5"}}, "VLX0703", "quantize.weights_only"),
         ({"precision": "fp16", "options": {"quantize.weights_only": "int8"}}, "VLX0703", "pass 'quantize' is not run"),
         ({"precision": "fp32", "options": {"cast-floats.keep": "up"}}, "VLX0703", "pass 'cast-floats' is not run"),
