@@ -24,7 +24,9 @@ def test_page_holds_the_table_when_rendered_from_the_record() -> None:
     ("name", "equal", "drop", "sqnr_db", "cosine"),
     [("solar_cells", 98.0, 0.5, 25.0, 0.99), ("lite0", 97.0, 0.5, 20.0, 0.99), ("minilm", 90.0, 1.0, 15.0, 0.99)],
 )
-def test_record_does_not_fall_behind_when_made_anew(name: str, equal: float, drop: float, sqnr_db: float, cosine: float) -> None:
+def test_record_does_not_fall_behind_when_made_anew(
+    name: str, equal: float, drop: float, sqnr_db: float, cosine: float
+) -> None:
     (row,) = [each for each in ROWS if each.name == name]
     measured = measured_drop(row.lost, row.gained, row.samples)
     assert 100 * row.equal / row.samples >= equal
