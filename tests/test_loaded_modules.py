@@ -18,39 +18,36 @@ ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx", "coremltools", "timm")
 
 
-def loaded(script: str) -> set[str]:
-    """Top-level names of the heavy modules that a script leaves loaded, in a new interpreter."""
-    report = f"\nimport json, sys; print(json.dumps(sorted(set({HEAVY!r}) & set(sys.modules))), file=sys.stderr)"
-    done = subprocess.run([sys.executable, "-c", script + report], cwd=ROOT, capture_output=True, text=True, timeout=60)
+QUIET = (
+    "import vlexport",
+    "from vlexport import BuildConfig, VlexportError",
+    "from vlexport import ProfileConfig, ValidateConfig, load, profile, validate, verify",
+    "from vlexport.cli.main import main",
+    *(f"assert main({arguments!r}) == 0" for arguments in (
+        ["--help"], ["--version"], ["build", "--help"], ["verify", "--help"],
+    )),
+    "assert main(['build', 'x', '--nope']) == 2",
+)  # fmt: skip
+"""What may be asked of vlexport on a machine where nothing heavy is installed."""
+
+
+def loaded(*steps: str) -> dict[str, set[str]]:
+    """Each step → top-level names of the heavy modules that are loaded behind it; all in one new interpreter."""
+    seen = f"found.append(sorted(set({HEAVY!r}) & set(sys.modules)))"
+    lines = ["import json, sys", "found = []", *(line for step in steps for line in (step, seen))]
+    script = "\n".join([*lines, "print(json.dumps(found), file=sys.stderr)"])
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    return set(json.loads(done.stderr.splitlines()[-1]))
+    found = json.loads(done.stderr.splitlines()[-1])
+    return {step: set(names) for step, names in zip(steps, found, strict=True)}
 
 
-@pytest.mark.parametrize(
-    "script",
-    [
-        "import vlexport",
-        "from vlexport import BuildConfig, VlexportError",
-        "from vlexport import ProfileConfig, ValidateConfig, load, profile, validate, verify",
-    ],
-)
-def test_nothing_heavy_is_loaded_when_imported(script: str) -> None:
-    assert loaded(script) == set()
-
-
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["build", "--help"], ["verify", "--help"]], ids=" ".join
-)
-def test_nothing_heavy_is_loaded_when_help_is_shown(arguments: list[str]) -> None:
-    assert loaded(f"from vlexport.cli.main import main; assert main({arguments!r}) == 0") == set()
-
-
-def test_nothing_heavy_is_loaded_when_usage_is_wrong() -> None:
-    assert loaded("from vlexport.cli.main import main; assert main(['build', 'x', '--nope']) == 2") == set()
+def test_nothing_heavy_is_loaded_when_imported_asked_for_help_or_used_wrongly() -> None:
+    assert loaded(*QUIET) == dict.fromkeys(QUIET, set())
 
 
 def test_heavy_modules_are_seen_when_they_are_loaded() -> None:
-    assert loaded("import onnxruntime") == {"onnxruntime"}
+    assert loaded("import json", "import onnxruntime") == {"import json": set(), "import onnxruntime": {"onnxruntime"}}
 
 
 def test_public_functions_stay_functions_when_their_modules_are_imported() -> None:
