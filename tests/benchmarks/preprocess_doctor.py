@@ -9,9 +9,10 @@ folder of an unpacked one with ``--stamps``; its pictures are used where they ar
 repository). Half of the stamps fit the head, the doctor sees the other half.
 
 Cases share photos, and most of what is tried: features of an input that was seen before are not computed again, and lie
-in ``--scratch``; rows of a record that are there already are kept. So a run that was interrupted goes on. Which photos are drawn depends on their
-names as typed, so ``--scratch`` is given as in the record. At 0 to 255 the head calls every photo functional, 71 % of
-them rightly: to tell that from its 87 % takes about 200 photos, and the whole some 20 minutes of a quiet core.
+in ``--scratch``; rows of a record that are there already are kept. So a run that was interrupted goes on. Which photos
+are drawn depends on their names as typed, so ``--scratch`` is given as in the record. At 0 to 255 the head calls every
+photo functional, 71 % of them rightly: to tell that from its 87 % takes about 200 photos, and the whole some 20 minutes
+of a quiet core.
 """
 
 from __future__ import annotations

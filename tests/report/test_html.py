@@ -429,8 +429,8 @@ def test_candidates_without_time_or_loss_are_left_to_the_table() -> None:
     assert [each.number for each in points_of(search)] == [1, 2, 3, 4, 5]
     assert [each.best for each in points_of(search)] == [True, True, True, True, False]
     text = " ".join(page(a_report(bundle), bundle).text.split())
-    assert "6 tokens=tome:r=8refused: tome:r=8" in text
-    assert "7 tokens=tome:r=8too noisy2.50" in text, "points of agreement where there are no labels"
+    assert "6 tokens=imagerefused: image" in text
+    assert "7 tokens=imagetoo noisy2.50" in text, "points of agreement where there are no labels"
     odd = search.trials[0].model_copy(update={"ratio": math.inf})
     assert points_of(search.model_copy(update={"trials": (odd,)})) == ()
 
