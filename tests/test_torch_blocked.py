@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,17 +116,19 @@ def device_modules() -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("name", ["torch", "onnx"])
-def test_block_holds_when_a_module_is_imported(blocked: Run, name: str) -> None:
-    assert f"{name} is blocked" in blocked("-c", f"import {name}").stderr
-
-
-@pytest.mark.parametrize("name", ["build", "save"])
-def test_public_name_says_what_to_install_when_torch_is_blocked(blocked: Run, name: str) -> None:
-    done = blocked("-c", f"import vlexport; vlexport.{name}")
-    assert done.stderr.splitlines()[-1] == (
-        f"ImportError: vlexport.{name} needs torch, which is not installed: pip install 'vlexport[build]'"
+def test_block_holds_and_public_names_say_what_to_install(blocked: Run) -> None:
+    script = (
+        "import json, vlexport\n"
+        "said = []\n"
+        "for line in ('import torch', 'import onnx', 'vlexport.build', 'vlexport.save'):\n"
+        "    try: exec(line)\n"
+        "    except ImportError as error: said.append(str(error))\n"
+        "print(json.dumps(said))\n"
     )
+    needs = "vlexport.{} needs torch, which is not installed: pip install 'vlexport[build]'"
+    assert json.loads(blocked("-c", script).stdout) == [
+        "torch is blocked", "onnx is blocked", needs.format("build"), needs.format("save"),
+    ]  # fmt: skip
 
 
 def test_device_modules_import_when_torch_is_blocked(blocked: Run) -> None:
@@ -176,34 +179,44 @@ def test_load_answers_as_with_torch_when_torch_is_blocked(blocked: Run, folder: 
     assert [share for _, share in found] == pytest.approx([share for _, share in expected])
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["verify", "bundle"],
-        ["run", "bundle", "photo.png"],
-        ["inspect", "bundle"],
-        ["explain", "bundle"],
-        ["explain", "VLX0503"],
-        ["validate", "bundle", "--data", "data.npz", "--reference", "bundle"],
-    ],
-    ids=" ".join,
+COMMANDS = (
+    ["verify", "bundle"],
+    ["run", "bundle", "photo.png"],
+    ["inspect", "bundle"],
+    ["explain", "bundle"],
+    ["explain", "VLX0503"],
+    ["validate", "bundle", "--data", "data.npz", "--reference", "bundle"],
+    # What needs the other half says so.
+    ["validate", "bundle", "--data", "data.npz", "--reference", "model.pt"],
+    ["inspect", "model.pt"],
+    ["bisect", "model.pt"],
 )
-def test_command_works_when_torch_is_blocked(blocked: Run, arguments: list[str]) -> None:
-    done = blocked("-m", "vlexport", *arguments, "--json")
-    answer = json.loads(done.stdout)
-    assert (done.returncode, answer["ok"]) == (0, True), done.stderr
 
 
-def test_model_as_reference_is_refused_in_words_when_torch_is_blocked(blocked: Run) -> None:
-    done = blocked("-m", "vlexport", "validate", "bundle", "--data", "data.npz", "--reference", "model.pt", "--json")
-    error = json.loads(done.stdout)["error"]
+@pytest.fixture(scope="module")
+def answers(blocked: Run) -> list[dict[str, Any]]:
+    """What each of the commands printed with ``--json``, asked one after the other in one process."""
+    script = "import json, sys\nfrom vlexport.cli.main import main\nfor each in json.loads(sys.argv[1]): main(each)\n"
+    done = blocked("-c", script, json.dumps([[*each, "--json"] for each in COMMANDS]))
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == len(COMMANDS), done.stderr
+    return found
+
+
+@pytest.mark.parametrize("number", range(6), ids=lambda number: " ".join(COMMANDS[number]))
+def test_command_works_when_torch_is_blocked(answers: list[dict[str, Any]], number: int) -> None:
+    assert (answers[number]["exit"], answers[number]["ok"]) == (0, True)
+
+
+def test_model_as_reference_is_refused_in_words_when_torch_is_blocked(answers: list[dict[str, Any]]) -> None:
+    error = answers[6]["error"]
     assert error["code"] == "VLX0104"
     assert "vlexport[build]" in error["hint"]
 
 
-@pytest.mark.parametrize("command", ["inspect", "bisect"])
-def test_command_on_a_model_says_what_to_install_when_torch_is_blocked(blocked: Run, command: str) -> None:
-    done = blocked("-m", "vlexport", command, "model.pt", "--json")
-    error = json.loads(done.stdout)["error"]
-    assert (done.returncode, error["code"]) == (4, "VLX0501")
-    assert "vlexport[build]" in error["hint"]
+@pytest.mark.parametrize("number", (7, 8), ids=lambda number: " ".join(COMMANDS[number]))
+def test_command_on_a_model_says_what_to_install_when_torch_is_blocked(
+    answers: list[dict[str, Any]], number: int
+) -> None:
+    assert (answers[number]["exit"], answers[number]["error"]["code"]) == (4, "VLX0501")
+    assert "vlexport[build]" in answers[number]["error"]["hint"]

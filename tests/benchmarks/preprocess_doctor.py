@@ -8,10 +8,11 @@ kinds of Tux Paint's stamps, in colour (Debian package tuxpaint-stamps-default: 
 folder of an unpacked one with ``--stamps``; its pictures are used where they are installed and never copied into this
 repository). Half of the stamps fit the head, the doctor sees the other half.
 
-Cases share photos, and most of what is tried: features of an input that was seen before are not computed again. Rows of
-a record that are there already are kept, so a run that was interrupted goes on. Which photos are drawn depends on their
-names as typed, so ``--scratch`` is given as in the record. At 0 to 255 the head calls every photo functional, 71 % of
-them rightly: to tell that from its 87 % takes about 200 photos, and the whole some 20 minutes of a quiet core.
+Cases share photos, and most of what is tried: features of an input that was seen before are not computed again, and lie
+in ``--scratch``; rows of a record that are there already are kept. So a run that was interrupted goes on. Which photos
+are drawn depends on their names as typed, so ``--scratch`` is given as in the record. At 0 to 255 the head calls every
+photo functional, 71 % of them rightly: to tell that from its 87 % takes about 200 photos, and the whole some 20 minutes
+of a quiet core.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import argparse
 import hashlib
 import importlib.metadata
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -93,15 +95,23 @@ class Row:
 
 
 class Remembered:
-    """Features of photos, each computed once.
+    """Features of photos, each computed once, also by a run that was killed: each is written down when it is known.
 
     Args:
-        run: Inputs ``(N, 3, height, width)`` to features ``(N, width)``, row by row.
+        run: Inputs ``(N, 3, height, width)`` to float32 features ``(N, width)``, row by row.
+        file: Where they are kept: behind the SHA-256 of its input, each.
+        width: Numbers of a feature.
     """
 
-    def __init__(self, run: Callable[[Array], Array]) -> None:
+    def __init__(self, run: Callable[[Array], Array], file: Path, width: int) -> None:
         self._run = run
-        self._known: dict[bytes, Array] = {}
+        self._file = file
+        row = np.dtype([("key", "V32"), ("feature", "<f4", (width,))])
+        whole = file.stat().st_size // row.itemsize if file.is_file() else 0
+        if file.is_file():
+            os.truncate(file, whole * row.itemsize)  # a row that a kill left half-written
+        known = np.fromfile(file, row) if whole else np.empty(0, row)
+        self._known = {key.tobytes(): feature for key, feature in zip(known["key"], known["feature"], strict=True)}
 
     def __call__(self, images: Array) -> Array:
         return np.stack([self._of(image) for image in images])
@@ -109,7 +119,10 @@ class Remembered:
     def _of(self, image: Array) -> Array:
         key = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest()
         if key not in self._known:
-            self._known[key] = self._run(image[None])[0]
+            feature = np.asarray(self._run(image[None])[0], "<f4")
+            with self._file.open("ab") as stream:
+                stream.write(key + feature.tobytes())
+            self._known[key] = feature
         return self._known[key]
 
 
@@ -213,7 +226,10 @@ def main() -> int:
     places = {"solar": solar_photos(given.scratch)}
     bundle = built(saved(given.scratch), Variant("dense"), given.scratch)
     with vlexport.load(bundle, threads=given.threads) as loaded:
-        features = Remembered(lambda images: loaded.run({INPUT: images})[OUTPUT])
+        features = Remembered(
+            lambda images: loaded.run({INPUT: images})[OUTPUT],
+            given.scratch / f"features-{loaded.bundle.digest[:16]}", heads["solar"][0].shape[1],
+        )  # fmt: skip
         for case in wanted:
             if case.name in rows:
                 continue

@@ -12,7 +12,9 @@ import pytest
 
 from tests.json_schema_check import problems
 from vlexport.cli.main import main
+from vlexport.core.artifact import Artifact, Session
 from vlexport.core.outputs import schema_named
+from vlexport.targets.base import Target
 
 _spec = importlib.util.spec_from_file_location("colours", Path(__file__).parents[1] / "stages" / "conftest.py")
 assert _spec is not None
@@ -72,6 +74,18 @@ def tree(root: Path) -> dict[str, str]:
 @pytest.fixture
 def cli(capfd: pytest.CaptureFixture[str]) -> Cli:
     return Cli(capfd)
+
+
+@pytest.fixture
+def runtime_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sessions open in this process: for tests of what is said, where a child for each answer proves nothing more."""
+
+    def opened(
+        self: Target, folder: Path, artifact: Artifact, *, threads: int = 0, timeout_s: float | None = None
+    ) -> Session:
+        return self.open_here(folder, artifact, threads=threads)
+
+    monkeypatch.setattr(Target, "open", opened)
 
 
 @pytest.fixture

@@ -45,6 +45,13 @@ def assert_inert(text: str, *, commands: bool = False) -> None:
         assert COMMAND.fullmatch(line) if commands else not re.match(r"\s*::", line), line
 
 
+def test_child_opens_an_artifact_in_a_folder_of_a_hostile_name(named: str, cli: Any) -> None:
+    code, out, err = cli("verify", named)
+    assert code == 0, err
+    assert_inert(out + err)
+
+
+@pytest.mark.usefixtures("runtime_here")
 def test_nothing_is_obeyed_in_what_people_read(named: str, cli: Any, make: Any) -> None:
     photo = make.photo(Path("photos") / "green" / f"{NAME}.png", 1)
     commands: list[tuple[object, ...]] = [
@@ -67,6 +74,7 @@ def test_nothing_is_obeyed_in_what_people_read(named: str, cli: Any, make: Any) 
     assert said.count("\\x1b]0;t") >= len(commands), "the names were shown at all"
 
 
+@pytest.mark.usefixtures("runtime_here")
 def test_nothing_is_obeyed_in_what_programs_read(named: str, cli: Any, make: Any) -> None:
     make.photo(Path("photos") / "green" / f"{NAME}.png", 1)
     for command in (("verify", named), ("validate", named, "--data", "photos"), ("verify", NAME + END)):

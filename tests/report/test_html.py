@@ -41,12 +41,13 @@ from vlexport.core.layer_record import LayerRecord, Layers, RangeRecord, read_la
 from vlexport.core.numerics import OutputFidelity
 from vlexport.core.operators import HeavyCall, operators_from_counts
 from vlexport.core.preprocess import preprocess_from_spec
+from vlexport.core.trials import SearchRecord, Trial
 from vlexport.core.verdict import gate_from_text, judge, measured_drop, measured_rate
 from vlexport.report import html
 from vlexport.report.figures import latency_phrase, macs_phrase, parameters_phrase, size_phrase
 from vlexport.report.html import html_from_report
 from vlexport.report.near_misses import grouped_misses, miss_lines
-from vlexport.report.plots import intervals_of
+from vlexport.report.plots import intervals_of, points_of
 from vlexport.report.receipt import MAX_LINES, receipt
 from vlexport.report.svg import histogram_svg
 
@@ -85,6 +86,21 @@ def a_bundle(name: str = "image", label: str = "cat", what: str = "batch norm fo
     )  # fmt: skip
 
 
+def a_search(name: str = "tome:r=8") -> SearchRecord:
+    """Seven candidates; two crowd each other, one was refused, and one was not timed."""
+    measured = ((1.1, 0.0), (1.21, 0.4), (1.22, 0.42), (1.4, 1.5), (1.3, 2.0))
+    trials = [
+        Trial(
+            options={"tokens": name}, outcome="holds" if loss < 1 else "fails", ratio=ratio, ratio_low=ratio - 0.03,
+            ratio_high=ratio + 0.03, figures={"drop": loss, "gmacs": 3.0},
+        )
+        for ratio, loss in measured
+    ]  # fmt: skip
+    trials.append(Trial(options={"tokens": name}, outcome="refused", reason=name))
+    trials.append(Trial(options={"tokens": name}, outcome="too noisy", figures={"agreement": 97.5}))
+    return SearchRecord(about="tokens", said=name, trials=tuple(trials), front=(3, 2, 1, 0))
+
+
 def a_report(bundle: Bundle, name: str = "image") -> Report:
     """With everything a report can hold."""
     rates = (measured_drop(3, 1, 400), measured_rate("top1", 380, 400))
@@ -108,6 +124,7 @@ def a_report(bundle: Bundle, name: str = "image") -> Report:
         ),
         verdicts=tuple(judge(gate_from_text(g), rates) for g in ("drop<=5", "drop<=0.9", "top1>=99")),
         passes=bundle.main.passes, stage_seconds={"passes": 1.25, name: 0.5}, notes=(name, "second"),
+        searches=(a_search(name),),
     )  # fmt: skip
 
 
@@ -361,7 +378,7 @@ def test_plots_are_inline_and_refer_to_nothing_when_matplotlib_is_installed() ->
     pytest.importorskip("matplotlib", reason="plots need matplotlib: pip install 'vlexport[report]'")
     bundle = a_bundle()
     text = html_from_report(a_report(bundle), bundle, layers(HOSTILE + CONTROL))
-    assert text.count('class="plot"') == 3
+    assert text.count('class="plot"') == 4
     assert not re.search(r"href|url\(| style=|\bid=|<defs|<use|<metadata|xmlns", text)
     assert "times as fast 2, 1.9 to 2.1" in text
     assert "farthest gelu in" in text
@@ -377,6 +394,45 @@ def test_page_says_where_plots_come_from_when_matplotlib_is_missing(monkeypatch:
     text = html_from_report(a_report(bundle), bundle, layers("block"))
     assert "pip install &#39;vlexport[report]&#39;" in text or "pip install 'vlexport[report]'" in text
     assert 'class="plot"' not in text
+
+
+def numbers_of(text: str) -> dict[str, tuple[float, float]]:
+    """Where each candidate's number stands in the plot of a search, by number."""
+    drawn = text.split('aria-label="Candidates by speed')[1].split("</svg>")[0]
+    found = re.findall(r'<text [^>]*?x="([\d.]+)" y="([\d.]+)"[^>]*>(\d)</text>', drawn)
+    return {number: (float(x), float(y)) for x, y, number in found}
+
+
+def test_candidates_are_drawn_by_speed_and_loss_when_a_search_timed_two() -> None:
+    pytest.importorskip("matplotlib", reason="plots need matplotlib: pip install 'vlexport[report]'")
+    bundle = a_bundle()
+    report = a_report(bundle)
+    text = html_from_report(report, bundle)
+    assert "Candidates by speed and points lost: 1 1.10 times, 0.00 lost; 2 1.21 times, 0.40 lost;" in text
+    drawn = text.split('aria-label="Candidates by speed')[1].split("</svg>")[0]
+    assert drawn.count("stroke-ours") == 2 * 4, "four that nothing beats, a bar and a mark each"
+    assert drawn.count("stroke-base") == 2
+    places = numbers_of(text)
+    assert set(places) >= set("12345")
+    assert places["1"][0] < places["2"][0] < places["5"][0] < places["4"][0], "faster lies to the right"
+    assert places["1"][1] < places["5"][1], "what loses more lies lower"
+    near = [(a, b) for a in "12345" for b in "12345" if a < b and math.dist(places[a], places[b]) < 9]
+    assert near == [], "no number lies on another"
+    (search,) = report.searches
+    only = search.model_copy(update={"trials": search.trials[:1]})
+    assert "Candidates by speed" not in html_from_report(report.model_copy(update={"searches": (only,)}), bundle)
+
+
+def test_candidates_without_time_or_loss_are_left_to_the_table() -> None:
+    bundle = a_bundle()
+    search = a_search()
+    assert [each.number for each in points_of(search)] == [1, 2, 3, 4, 5]
+    assert [each.best for each in points_of(search)] == [True, True, True, True, False]
+    text = " ".join(page(a_report(bundle), bundle).text.split())
+    assert "6 tokens=imagerefused: image" in text
+    assert "7 tokens=imagetoo noisy2.50" in text, "points of agreement where there are no labels"
+    odd = search.trials[0].model_copy(update={"ratio": math.inf})
+    assert points_of(search.model_copy(update={"trials": (odd,)})) == ()
 
 
 def test_no_interval_is_drawn_when_a_figure_is_infinite_or_missing() -> None:

@@ -81,3 +81,10 @@ class SearchRecord(Frozen):
     confirming_samples: int = 0
     sensitivities: dict[str, float] = Field(default_factory=dict)
     front: tuple[int, ...] = ()
+
+
+def lost(trial: Trial) -> float | None:
+    """What a candidate loses: points of top-1, or of agreement where there are no labels; None where not measured."""
+    if "drop" in trial.figures:
+        return trial.figures["drop"]
+    return 100.0 - trial.figures["agreement"] if "agreement" in trial.figures else None

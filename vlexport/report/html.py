@@ -15,6 +15,7 @@ from vlexport.core.bundle_schema import Bundle, GateRecord, Report
 from vlexport.core.inert import one_line
 from vlexport.core.layer_record import Layers
 from vlexport.core.operators import Operators
+from vlexport.core.trials import SearchRecord, lost
 from vlexport.report.figures import (
     account_phrase,
     accuracy_phrase,
@@ -33,7 +34,7 @@ from vlexport.report.figures import (
     tuning_phrase,
 )
 from vlexport.report.near_misses import grouped_misses
-from vlexport.report.plots import can_plot, interval_plot, intervals_of, layer_plot, range_plot
+from vlexport.report.plots import can_plot, interval_plot, intervals_of, layer_plot, points_of, range_plot, trade_plot
 from vlexport.report.svg import histogram_svg
 
 _OPERATORS_SHOWN = 14
@@ -66,6 +67,8 @@ def html_from_report(report: Report, bundle: Bundle, layers: Layers | None = Non
             style_hash=Markup(_hash(style)),
             plots=_plots(report, layers),
             can_plot=can_plot(),
+            trade=_trade,
+            lost=lost,
             accuracy=accuracy_phrase(report),
             emulated=emulation_phrase(report),
             macs=macs_phrase(report.cost.macs, ()),
@@ -133,6 +136,12 @@ def _plots(report: Report, layers: Layers) -> dict[str, Markup | None]:
     if outliers := tuple(each for each in layers.ranges if each.spread >= _OUTLIER):
         drawn["ranges"] = range_plot(outliers)
     return drawn
+
+
+def _trade(search: SearchRecord) -> Markup | None:
+    """Speed against accuracy of a search's candidates, where two can be told apart and it can be drawn."""
+    points = points_of(search) if can_plot() else ()
+    return trade_plot(points) if len(points) > 1 else None
 
 
 def _operator_rows(operators: Operators | None) -> dict[str, Any]:

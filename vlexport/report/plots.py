@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from vlexport.core.bundle_schema import Report
 from vlexport.core.layer_record import LayerRecord, RangeRecord
+from vlexport.core.trials import SearchRecord, lost
 from vlexport.core.verdict import Verdict
 from vlexport.report.svg import INKS, SETTINGS, shown, svg_from_figure
 
@@ -27,6 +28,7 @@ _WIDTH = 5.0
 """Inches of 72 units; a phone shows it at about its own size."""
 _LEFT, _RIGHT = 0.34, 0.95
 _LAYERS_SHOWN = 40
+_TRADE_HEIGHT = 2.6
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,27 @@ class Interval:
     low: float
     high: float
     mark: float | None = None
+
+
+@dataclass(frozen=True)
+class Point:
+    """One candidate of a search that was both timed and judged.
+
+    Attributes:
+        number: Its row in the table, from 1.
+        ratio: Times as fast as the recipe; above 1 is faster.
+        low: Lower end of the interval or range of that.
+        high: Upper end.
+        lost: Points of top-1 that it loses, or of agreement.
+        best: No other one beats it in both.
+    """
+
+    number: int
+    ratio: float
+    low: float
+    high: float
+    lost: float
+    best: bool
 
 
 def can_plot() -> bool:
@@ -69,6 +92,17 @@ def intervals_of(report: Report) -> tuple[Interval, ...]:
         high = latency.ratio_high if latency.ratio_high is not None else latency.ratio
         found.append(Interval("times as fast", latency.ratio, latency.ratio_low, high, 1.0))
     return tuple(each for each in found if all(map(math.isfinite, (each.value, each.low, each.high))))
+
+
+def points_of(search: SearchRecord) -> tuple[Point, ...]:
+    """The candidates of a search that can be set side by side."""
+    found = []
+    for index, trial in enumerate(search.trials):
+        loss = lost(trial)
+        if trial.ratio is not None and loss is not None:
+            low, high = (trial.ratio if end is None else end for end in (trial.ratio_low, trial.ratio_high))
+            found.append(Point(index + 1, trial.ratio, low, high, loss, index in search.front))
+    return tuple(each for each in found if all(map(math.isfinite, (each.ratio, each.low, each.high, each.lost))))
 
 
 def _bound(verdict: Verdict | None, otherwise: float | None) -> float | None:
@@ -130,6 +164,72 @@ def range_plot(ranges: tuple[RangeRecord, ...]) -> Markup:
         return svg_from_figure(figure, title=f"Outliers of {len(kept)} values, farthest {most}")
 
 
+@lru_cache(maxsize=8)
+def trade_plot(points: tuple[Point, ...]) -> Markup:
+    """Points lost against speed: a bar of its range and a mark a candidate, by number, and a line through the best.
+
+    The recipe as it stands is where the broken lines cross: as fast as itself, nothing lost.
+    """
+    with _settings():
+        figure = _figure(_TRADE_HEIGHT)
+        axes = _axes(figure, bottom=0.19, height=0.77, left=0.16)
+        across = [1.0, *(end for each in points for end in (each.low, each.high))]
+        down = [0.0, *(each.lost for each in points)]
+        wide, tall = max(max(across) - min(across), 0.1), max(max(down) - min(down), 0.5)
+        left, right = min(across) - 0.06 * wide, max(across) + 0.1 * wide
+        top, foot = min(down) - 0.1 * tall, max(down) + 0.1 * tall
+        axes.set_xlim(left, right)
+        axes.set_ylim(foot, top)
+        _line(axes, [1, 1], [top, foot], "bad", 1, dashed=True)
+        _line(axes, [left, right], [0, 0], "bad", 1, dashed=True)
+        best = sorted((each.ratio, each.lost) for each in points if each.best)
+        _line(axes, [ratio for ratio, _ in best], [loss for _, loss in best], "line", 1.5)
+        places = _Places(wide / (72 * _WIDTH * 0.79), tall / (72 * _TRADE_HEIGHT * 0.77))
+        for each in points:
+            places.take(each.ratio, each.lost)
+        for each in points:
+            ink = "ours" if each.best else "base"
+            _line(axes, [each.low, each.high], [each.lost, each.lost], ink, 2)
+            half = 0.03 * tall
+            _line(axes, [each.ratio, each.ratio], [each.lost - half, each.lost + half], ink, 4)
+            x, y = places.free(each.ratio, each.lost)
+            axes.text(x, y, str(each.number), color=INKS["ink"], size=9, ha="center", va="center")
+        axes.ticklabel_format(useOffset=False, style="plain")
+        axes.set_xlabel("times as fast as the recipe", color=INKS["soft"], size=9)
+        axes.set_ylabel("points lost", color=INKS["soft"], size=9)
+        told = "; ".join(f"{each.number} {each.ratio:.2f} times, {each.lost:.2f} lost" for each in points)
+        return svg_from_figure(figure, title=f"Candidates by speed and points lost: {told}")
+
+
+class _Places:
+    """Where numbers go beside marks without lying on one another.
+
+    Args:
+        across: Units of the axis below that a 72nd of an inch is wide.
+        down: Units of the axis on the left that it is high.
+    """
+
+    _AROUND = ((0, -10), (0, 10), (12, -10), (-12, -10), (12, 10), (-12, 10), (0, -20), (0, 20))
+
+    def __init__(self, across: float, down: float) -> None:
+        self._across, self._down = across, down
+        self._taken: list[tuple[float, float]] = []
+
+    def take(self, x: float, y: float) -> None:
+        """Nothing else shall lie here."""
+        self._taken.append((x / self._across, y / self._down))
+
+    def free(self, x: float, y: float) -> tuple[float, float]:
+        """The first place around a mark where nothing lies; the first of all where every one is taken."""
+        tried = [(x / self._across + right, y / self._down + under) for right, under in self._AROUND]
+        found = next((place for place in tried if self._is_free(*place)), tried[0])
+        self._taken.append(found)
+        return found[0] * self._across, found[1] * self._down
+
+    def _is_free(self, x: float, y: float) -> bool:
+        return all(abs(x - other) >= 11 or abs(y - below) >= 9 for other, below in self._taken)
+
+
 def _settings() -> Any:
     import matplotlib
 
@@ -144,8 +244,8 @@ def _figure(height: float) -> Figure:
     return figure
 
 
-def _axes(figure: Figure, *, bottom: float, height: float) -> Axes:
-    axes = figure.add_axes((_LEFT, bottom, _RIGHT - _LEFT, height))
+def _axes(figure: Figure, *, bottom: float, height: float, left: float = _LEFT) -> Axes:
+    axes = figure.add_axes((left, bottom, _RIGHT - left, height))
     axes.patch.set_visible(False)
     for name, spine in axes.spines.items():
         spine.set_visible(name == "bottom")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from vlexport.core.dataset import Dataset
 from vlexport.core.progress import Reporter, Silent
-from vlexport.core.trials import SearchRecord, Trial
+from vlexport.core.trials import SearchRecord, Trial, lost
 from vlexport.stages.candidates import Bench, Judged, guarded
 from vlexport.stages.profile import FULL, QUICK, Plan
 from vlexport.stages.search import Decision, Journal, Options, Split, open_journal, search
@@ -131,13 +131,6 @@ def front(trials: Sequence[Trial]) -> tuple[int, ...]:
         if not any(r >= ratio and x <= loss and (r, x) != (ratio, loss) for r, x in rivals)
     ]
     return tuple(number for _, number in sorted(kept, reverse=True))
-
-
-def lost(trial: Trial) -> float | None:
-    """What a candidate loses: points of top-1, or of agreement where there are no labels; None where not measured."""
-    if "drop" in trial.figures:
-        return trial.figures["drop"]
-    return 100.0 - trial.figures["agreement"] if "agreement" in trial.figures else None
 
 
 def trial_phrase(trial: Trial) -> str:
