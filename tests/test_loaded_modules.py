@@ -46,7 +46,7 @@ def loaded(*steps: str) -> dict[str, set[str]]:
 
 
 def test_nothing_heavy_is_loaded_when_imported_asked_for_help_or_used_wrongly() -> None:
-    assert loaded(*QUIET) == dict.fromkeys(QUIET, set())
+    assert loaded(*QUIET) == {step: set() for step in QUIET}
 
 
 def test_heavy_modules_are_seen_when_they_are_loaded() -> None:
@@ -81,8 +81,8 @@ def test_no_module_shadows_a_public_name_when_it_lies_in_the_package() -> None:
     assert modules & set(vlexport.__all__) == set()
 
 
-# Every module is imported in a fork of a process that holds nothing but what the module needs anyway: of what it imports,
-# the one that needs most was imported there last. So each runs as if it were the first, and none twice without need.
+# Every module is imported in a fork of a process that holds nothing but what the module needs anyway: of what it
+# imports, the one that needs most was imported there last. So each runs as if it were the first, at little cost.
 _EACH_ALONE = """
 import importlib, json, os, sys, traceback
 under = json.loads(sys.argv[1])
@@ -107,7 +107,15 @@ descend("")
 """
 
 
-OTHERS = "torch.export.pt2_archive._package pydantic.main typer rich.console PIL.Image jinja2 onnx_ir".split()
+OTHERS = (
+    "torch.export.pt2_archive._package",
+    "pydantic.main",
+    "typer",
+    "rich.console",
+    "PIL.Image",
+    "jinja2",
+    "onnx_ir",
+)
 """Other people's modules, which are imported once."""
 
 

@@ -214,7 +214,7 @@ def test_model_as_reference_is_refused_in_words_when_torch_is_blocked(answers: l
     assert "vlexport[build]" in error["hint"]
 
 
-@pytest.mark.parametrize("number", (7, 8), ids=lambda number: " ".join(COMMANDS[number]))
+@pytest.mark.parametrize("number", [7, 8], ids=lambda number: " ".join(COMMANDS[number]))
 def test_command_on_a_model_says_what_to_install_when_torch_is_blocked(
     answers: list[dict[str, Any]], number: int
 ) -> None:
