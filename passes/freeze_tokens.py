@@ -48,12 +48,14 @@ from vlexport.ir.program import Program
 from vlexport.passes.base import Change, Effect, Match, NearMiss, SampledPass, Stage
 from vlexport.passes.statistic import Statistic
 from vlexport.passes.tokens.counts import Counts, count, rows_of
-from vlexport.passes.tokens.freezing import freeze, masks_in, require_single
+from vlexport.passes.tokens.dense_sites import dense_sites
+from vlexport.passes.tokens.freezing import freeze, is_single, masks_in, require_single
 from vlexport.passes.tokens.values import CannotFreeze
 
 TOLERANCE = 1e-4
 """Largest ``max|a−b| / max|b|`` on a sample with at most K live tokens."""
 _PATTERN = "selection whose length the data decides"
+_DENSE = "mask over tokens that stay in their places"
 _WITNESSES = 2
 
 
@@ -92,6 +94,8 @@ class FreezeTokens(SampledPass[Program]):
     Options: ClassVar[type[Frozen]] = FreezeTokensOptions
     options: FreezeTokensOptions
 
+    _dense: bool = False
+    _masks: tuple[int, ...] = ()
     _places: tuple[int, ...] = ()
     _witnesses: tuple[tuple[Tensor, ...], ...] = ()
 
@@ -112,13 +116,17 @@ class FreezeTokens(SampledPass[Program]):
 
     def unpromised(self, ir: Program, values: tuple[Any, ...]) -> tuple[int, ...]:
         """The one row of a probe, where it has more live tokens than places."""
-        masks = list(dict.fromkeys(masks_in(ir).values()))
-        counts = count(ir, masks, [values]).by_mask if masks else {}
+        nodes = list(ir.graph.nodes)
+        masks = [nodes[mask] for mask in self._masks]
+        counts = count(ir, masks, [values], empty=True).by_mask if masks else {}
         over = any(counts[mask][0] > places for mask, places in zip(masks, self._places, strict=True))
         return (0,) if over else ()
 
     def find(self, ir: Program) -> Iterator[Match | NearMiss]:
-        """Every selection; a near miss instead where the Program cannot be frozen. Nothing is counted for that."""
+        """Every selection; a near miss instead where the Program cannot be frozen. Nothing is counted for that.
+
+        Dense masks are looked for where no length is decided by the data; one that is refused hinders no other.
+        """
         try:
             selections = masks_in(ir)
             if selections:
@@ -130,6 +138,12 @@ class FreezeTokens(SampledPass[Program]):
             return
         for node, mask in selections.items():
             yield Match(node, (node,), mask)
+        if not selections and is_single(ir):
+            found = dense_sites(ir)
+            for mask in found.masks:
+                yield Match(mask, (mask,), mask)
+            for node, reason in found.refused:
+                yield NearMiss(_DENSE, node, reason)
 
     def apply(self, ir: Program, match: Match) -> Change:
         """Freeze everything: one selection alone would leave a graph of two kinds of sizes."""
@@ -148,7 +162,7 @@ class FreezeTokens(SampledPass[Program]):
             return [], []
         found = list(self.find(ir))
         misses = [each for each in found if isinstance(each, NearMiss)]
-        if misses:
+        if misses and len(misses) == len(found):
             raise CapabilityError(
                 "VLX0412", f"the model's tokens cannot be frozen: {misses[0].reason}",
                 where=provenance.describe(misses[0].node),
@@ -161,13 +175,15 @@ class FreezeTokens(SampledPass[Program]):
             )  # fmt: skip
         selections = {each.node: each.data for each in found if isinstance(each, Match)}
         masks = list(dict.fromkeys(selections.values()))
-        counts = count(ir, masks, self.samples)
+        self._dense = not masks_in(ir)
+        counts = count(ir, masks, self.samples, empty=self._dense)
         places = self._decided(ir, masks, counts)
         sizes = [str(_tokens(mask)) for mask in selections.values()]
         kept = dict(zip(masks, places, strict=True))
         where = [provenance.module_path(node) for node in selections]
         chosen = [kept[mask] for mask in selections.values()]
-        self._places, self._witnesses = tuple(places), self._inside(ir, counts, places)
+        self._masks, self._places = tuple(_positions(ir, masks)), tuple(places)
+        self._witnesses = self._inside(counts, places)
         before, calls = cost(ir), len(ir.calls())
         self._frozen(ir, _positions(ir, masks), places)
         for node in ir.calls("aten.topk.default"):
@@ -181,18 +197,20 @@ class FreezeTokens(SampledPass[Program]):
             what=changes[0].what, where=changes[0].where, saved_nodes=calls - len(ir.calls()),
             saved_parameters=before.parameters - after.parameters, saved_macs=before.macs - after.macs,
         )  # fmt: skip
-        return changes, []
+        return changes, misses
 
     def _frozen(self, ir: Program, masks: Sequence[int], places: Sequence[int]) -> Program:
         """``ir`` or a copy of it, frozen; masks by their position in the graph."""
         nodes = list(ir.graph.nodes)
         options = self.options
+        dense = [nodes[mask] for mask in masks] if not masks_in(ir) else []
         freeze(
             ir,
             {nodes[mask]: k for mask, k in zip(masks, places, strict=True)},
             batch=None if options.batch == "dynamic" else options.batch,
             by_score=options.key == "score",
             overflow=options.overflow == "output",
+            dense=dense,
         )
         return ir
 
@@ -218,11 +236,12 @@ class FreezeTokens(SampledPass[Program]):
             )  # fmt: skip
         return _places_at(masks, counts, float(low))
 
-    def _inside(self, ir: Program, counts: Counts, places: Sequence[int]) -> tuple[tuple[Tensor, ...], ...]:
+    def _inside(self, counts: Counts, places: Sequence[int]) -> tuple[tuple[Tensor, ...], ...]:
         """The first samples that find a place for all their tokens."""
         rows = zip(*counts.by_mask.values(), strict=True)
+        least = 0 if self._dense else 1
         wanted = [
-            i for i, row in enumerate(rows) if all(0 < kept <= k for kept, k in zip(row, places, strict=True))
+            i for i, row in enumerate(rows) if all(least <= kept <= k for kept, k in zip(row, places, strict=True))
         ][:_WITNESSES]  # fmt: skip
         found = []
         if wanted:
