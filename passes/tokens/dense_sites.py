@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch.fx import Node
@@ -30,26 +31,50 @@ class DenseSites:
 def dense_sites(program: Program) -> DenseSites:
     """Try every mask beside those taken before; the Program is not changed.
 
+    A mask that only makes a smaller one, with nothing multiplied between, is left out again.
+
     Args:
         program: Of batch 1 and fixed sizes.
-    """  # each mask takes one token more away, so that what it spares is seen
+    """
     least = cost(program).macs
-    masks: list[Node] = []
+    places: dict[Node, int] = {}
     refused: list[tuple[Node, str]] = []
     for mask in candidates(program):
-        copy = program.copy()
-        twins = dict(zip(program.graph.nodes, copy.graph.nodes, strict=True))
-        trial = [twins[each] for each in (*masks, mask)]
-        places = {each: max(each.meta["val"].numel() - number, LEAST_PLACES) for number, each in enumerate(trial, 1)}
+        # one token fewer at each mask, so that what it spares is seen
+        tokens: int = mask.meta["val"].numel()
+        beside = places | {mask: max(min([tokens, *places.values()]) - 1, LEAST_PLACES)}
         try:
-            freeze(copy, places, batch=1, by_score=False, overflow=False, dense=trial)
+            macs = _macs(program, beside)
         except CannotFreeze as error:
             name = error.node.name if error.node is not None else ""
             at = next((n for n in program.graph.nodes if n.name == name), mask)
             refused.append((at, error.reason))
             continue
-        macs = cost(copy).macs
-        if macs < least:
-            least = macs
-            masks.append(mask)
-    return DenseSites(tuple(masks), tuple(refused))
+        if macs >= least:
+            continue
+        without = {each: k for each, k in beside.items() if each not in list(places)[-1:]}
+        if places and _spares(program, without, macs):
+            beside = without
+        least, places = macs, beside
+    return DenseSites(tuple(places), tuple(refused))
+
+
+def _spares(program: Program, places: Mapping[Node, int], macs: int) -> bool:
+    """Whether these masks alone spare as much."""
+    try:
+        return _macs(program, places) <= macs
+    except CannotFreeze:
+        return False
+
+
+def _macs(program: Program, places: Mapping[Node, int]) -> int:
+    """Of a copy that is rebuilt with these numbers of tokens.
+
+    Raises:
+        CannotFreeze: Where the proof fails.
+    """
+    copy = program.copy()
+    twins = dict(zip(program.graph.nodes, copy.graph.nodes, strict=True))
+    trial = {twins[mask]: k for mask, k in places.items()}
+    freeze(copy, trial, batch=1, by_score=False, overflow=False, dense=tuple(trial))
+    return cost(copy).macs
