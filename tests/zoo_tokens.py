@@ -229,7 +229,10 @@ def _alone(bundle: Path, counts: Counter[str]) -> float:
         for place in range(SAMPLES):
             one = {key: np.repeat(value[place : place + 1], _least(specs), 0) for key, value in given.items()}
             for key, value in loaded.run(one).items():
-                worst = max(worst, relative_error(value[:1], together[key][place : place + 1]))
+                same = together[key][place : place + 1]
+                if len(together[key].shape) > 1 and together[key].shape[1] != value.shape[1]:  # each image by each text
+                    same, value = same[:, place : place + 1], value[:, :1]
+                worst = max(worst, relative_error(value[:1], same))
     return worst
 
 

@@ -43,12 +43,13 @@ def silences(program: Program, mask: Node) -> bool:
     seen = set(pending)
     while pending:
         for user in pending.pop().users:
-            if user in seen or not _has_rows(user, tokens):
+            if not _has_rows(user, tokens):
                 continue
             if node_macs(program, user, {}):
                 return True
-            seen.add(user)
-            pending.append(user)
+            if user not in seen:
+                seen.add(user)
+                pending.append(user)
     return False
 
 

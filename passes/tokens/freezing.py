@@ -156,7 +156,7 @@ def _rebuilt(
 
 
 def _by_rule(
-    build: Rebuild, node: Node, given: Sequence[Any], rules: Mapping[str, view_rules.Rule], *, single: bool
+    build: Rebuild, node: Node, given: tuple[Any, ...], rules: Mapping[str, view_rules.Rule], *, single: bool
 ) -> Any:
     values = [v for each in given for v in (each if isinstance(each, list) else [each])]
     held = [v for v in values if isinstance(v, (Value, Parts, Flat))]
@@ -167,7 +167,7 @@ def _by_rule(
     if fixed and not counted and not sized and not isinstance(node.meta["val"], (tuple, list)):
         return apart_rules.constant(build, node, given)
     if name in rules:
-        return rules[name](build, node, tuple(given))
+        return rules[name](build, node, given)
     touched = counted or any(isinstance(v, Flat) or (isinstance(v, Value) and v.slots) for v in held)
     if not single or touched or isinstance(node.meta["val"], (tuple, list)) or any(isinstance(v, Parts) for v in held):
         raise CannotFreeze(f"no rule is known for {dialect.plain_name(node)}")

@@ -67,6 +67,10 @@ class LeftOut:
         known = self._known.get(node, {})
         return known.get(axis, known.get(EVERYWHERE, ANY))
 
+    def known(self, node: Node) -> Mapping[int | None, Bounds]:
+        """All that is known of ``node``: axis → bounds in the rows left out along it."""
+        return self._known.get(node, {})
+
     def silent(self) -> Iterator[Node]:
         """Calls that hold one known number wherever a token is left out, and something else elsewhere."""
         for node, known in self._known.items():
@@ -97,8 +101,9 @@ class LeftOut:
             return self._matmul(node)
         if name == "cat":
             return self._cat(node)
-        if name == "linear" and dialect.operands(node)[2] is None:
-            return {a: b for a, b in self._moved(node).items() if b.constant == 0.0}
+        if name == "linear":  # zeros stay zeros, unless a bias is added
+            kept = self._moved(node) if dialect.operands(node)[2] is None else {}
+            return {a: b for a, b in kept.items() if b.constant == 0.0}
         return self._moved(node) if moved_axes(node) is not None else {}
 
     def _elementwise(self, node: Node) -> _Known:

@@ -150,7 +150,9 @@ class Narrowing:
             assert step is not None
             back = self._clamped(step)
             place = build.call(aten.gather.default, place, 1, back, False)
-            live = build.call(aten.logical_and.default, step.live, build.call(aten.gather.default, live, 1, back, False))
+            live = build.call(
+                aten.logical_and.default, step.live, build.call(aten.gather.default, live, 1, back, False)
+            )
             step = step.above
         above = None if to is None else to.slots
         wide = picked(build, value, axis, place, above)

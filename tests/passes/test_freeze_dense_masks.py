@@ -30,6 +30,8 @@ from vlexport.passes.freeze_tokens import TOLERANCE, FreezeTokens, FreezeTokensO
 from vlexport.passes.gate import NumericGate
 from vlexport.passes.pipeline import run_pass
 from vlexport.passes.probes import make_probes
+from vlexport.passes.tokens.dense_masks import candidates
+from vlexport.passes.tokens.left_out import LeftOut, token_axis
 from vlexport.passes.tokens.narrowing import READ
 from vlexport.targets.onnx.lower import onnx_from_program
 
@@ -156,6 +158,30 @@ def test_artifact_holds_nothing_hostile_when_the_runtime_has_loaded_it(tmp_path:
         assert relative_error(found, wanted.numpy()) <= TOLERANCE
 
 
+def require_true_bounds(program: Program, samples: Any) -> int:
+    """Every bound that is known of rows left out holds in a run; gives how many were looked at."""
+    looked = 0
+    for mask in candidates(program):
+        left_out, axis = LeftOut(program, mask), token_axis(mask)
+        for values in samples:
+            seen: dict[Any, Any] = {}
+            program.run(*values, observe=seen.__setitem__)
+            gone = (seen[mask].reshape(-1) == 0).nonzero().flatten()
+            for node, value in seen.items():
+                for along, bounds in left_out.known(node).items() if isinstance(value, Tensor) else ():
+                    rows = value if along is None else value.index_select(along, gone)
+                    if rows.numel() and not bounds.drowned:
+                        assert float(rows.min()) >= bounds.low - 1e-5, (mask, node, axis)
+                        assert float(rows.max()) <= bounds.high + 1e-5, (mask, node, axis)
+                        looked += bounds.constant is not None
+    return looked
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_known_of_left_out_rows_is_so_in_a_run(form: str) -> None:
+    assert require_true_bounds(program_of(form), ROWS[:3]) > 50
+
+
 # -- one mask ---------------------------------------------------------------------------------------------------------
 
 Keep = Callable[[Tensor], Tensor]
@@ -231,13 +257,13 @@ def test_text_is_golden() -> None:
 
 
 class Twice(Once):
-    """A second mask that knows nothing of the first."""
+    """A second mask that is not computed from the first."""
 
     def forward(self, x: Tensor) -> Tensor:
-        first = above(self.score(x)[..., 0])
-        x = self.qkv(x * first.unsqueeze(-1))[..., :WIDTH]
-        second = above(x[..., 0])
-        return self.head(torch.relu(self.qkv(x * second.unsqueeze(-1))[..., :WIDTH] * second.unsqueeze(-1)).sum(1))
+        first, second = (above(self.score(x)[..., 0] + shift) for shift in (0.1, -0.1))
+        once = self.qkv(x * first.unsqueeze(-1)) * first.unsqueeze(-1)
+        again = self.qkv(x * second.unsqueeze(-1)) * second.unsqueeze(-1)
+        return self.head((once + again)[..., :WIDTH].sum(1))
 
 
 REFUSED: dict[str, tuple[nn.Module, str]] = {
@@ -269,6 +295,7 @@ def test_mask_that_may_bring_tokens_back_is_refused_and_the_first_one_kept() -> 
     assert isinstance(first, Match)
     assert isinstance(second, NearMiss)
     assert "may keep a token that an earlier one left out" in second.reason
+    assert require_true_bounds(program, SAMPLES[:3]) > 10
 
 
 def test_nothing_is_found_when_no_mask_silences_what_is_multiplied() -> None:
