@@ -16,9 +16,15 @@ K of each selection is the percentile of its counts over calibration samples, ne
 budget of MACs allows. Boolean masks as an index, ``nonzero``, ``masked_select``, ``where`` with one argument and
 ``repeat_interleave`` by a mask are selections; what lies behind a slot axis is followed by one table of rules.
 
+A Program without such a selection may hold dense masks: ``x · mask``, with the scores of keys that are left out at −∞
+or −1e4. Rows that are left out are not computed where bounds of what they hold
+(:mod:`~vlexport.passes.tokens.left_out`) prove that no output depends on them; each further mask has to lie inside the
+one before.
+
 Does not apply when: the model is not saved at batch 1 with fixed sizes; a count is decided by more than a mask
 (``unique``, ``item``); tokens are cut, ordered or convolved by their place; two selections meet; an output has one row
-a token; the mask does not depend on the input.
+a token; the mask does not depend on the input; a row that a dense mask leaves out is read, or a later one may bring it
+back.
 
 Numerical effect: samples with at most K live tokens are computed exactly but for rounding: ``max|a−b| / max|b|`` is at
 most 1e-4 on them. Of a sample with more, the tokens of the lowest score (without a score: the last ones) are left out:
@@ -171,7 +177,8 @@ class FreezeTokens(SampledPass[Program]):
         if not found:
             raise UsageError(
                 "VLX0413", "the model has no selection of tokens whose length the data decides", where="--tokens",
-                hint="leave --tokens freeze out; for a plain ViT, see --tokens evit or tome",
+                hint="leave --tokens freeze out; for a plain ViT, see --tokens evit or tome; masks that leave every token in "
+                "its place are found in models saved at batch 1 (vlexport.save(…, dynamic=False))",
             )  # fmt: skip
         selections = {each.node: each.data for each in found if isinstance(each, Match)}
         masks = list(dict.fromkeys(selections.values()))
@@ -238,11 +245,10 @@ class FreezeTokens(SampledPass[Program]):
 
     def _inside(self, counts: Counts, places: Sequence[int]) -> tuple[tuple[Tensor, ...], ...]:
         """The first samples that find a place for all their tokens."""
-        rows = zip(*counts.by_mask.values(), strict=True)
-        least = 0 if self._dense else 1
-        wanted = [
-            i for i, row in enumerate(rows) if all(least <= kept <= k for kept, k in zip(row, places, strict=True))
-        ][:_WITNESSES]  # fmt: skip
+        rows = list(zip(*counts.by_mask.values(), strict=True))
+        fits = [i for i, row in enumerate(rows) if all(n <= k for n, k in zip(row, places, strict=True))]
+        live = [i for i in fits if all(counts.by_mask[mask][i] > 0 for mask in counts.by_mask)]
+        wanted = (live or (fits if self._dense else []))[:_WITNESSES]
         found = []
         if wanted:
             for position, (_, values) in enumerate(rows_of(self.samples)):

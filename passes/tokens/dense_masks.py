@@ -21,7 +21,7 @@ _BINARY = ("mul", "maximum", "minimum", "cat", "reshape", "unsqueeze", "squeeze"
 
 
 def candidates(program: Program) -> Iterator[Node]:
-    """Calls that may be the mask of a selection: 0 or 1 for each place of one axis, and 0 silences what is multiplied."""
+    """Calls that may be the mask of a selection: 0 or 1 for each place of one axis, where 0 silences factors."""
     computed: set[Node] = set(program.placeholders)
     for node in program.calls():
         if computed.isdisjoint(node.all_input_nodes):

@@ -59,7 +59,7 @@ EITHER = Bounds(0.0, 1.0)
 POSITIVE = Bounds(0.0, math.inf)
 _MONOTONE = {
     "sigmoid", "relu", "relu6", "exp", "tanh", "hardtanh", "hardsigmoid", "clamp", "clamp_min", "clamp_max", "clip",
-    "floor", "ceil", "round", "trunc", "sign", "erf", "softplus", "elu", "log1p", "expm1",
+    "floor", "ceil", "round", "trunc", "sign", "erf", "softplus", "log1p", "expm1",
 }  # fmt: skip
 _OF_BOOLEANS = {
     "bitwise_and": "logical_and", "bitwise_or": "logical_or", "bitwise_not": "logical_not", "__and__": "logical_and",

@@ -1,6 +1,6 @@
 """What values hold in the rows of the tokens that a dense mask leaves out.
 
-A dense mask says 0 or 1 of every token, and the tokens stay where they are: ``x · mask``, ``scores + (1 − mask) · −1e4``.
+A dense mask says 0 or 1 of every token, and the tokens stay where they are: ``x · mask``, ``q·kᵀ + (1 − mask) · −1e4``.
 From the call that makes the mask, bounds are carried forward through the graph. With ``mask = cumulated < t``::
 
     mask                    0 in the rows left out

@@ -22,8 +22,10 @@ from vlexport.passes.tokens.rebuild import Rebuild, aten
 from vlexport.passes.tokens.survivors import selected
 from vlexport.passes.tokens.values import CannotFreeze, Slots, Value
 
-_APART = ("linear", "layer_norm", "rms_norm", "permute", "transpose", "unsqueeze", "expand", "squeeze", "reshape", "view",
-          "flatten", "unflatten", "_unsafe_view", "zeros_like", "ones_like", "full_like", "select")  # fmt: skip
+_APART = (
+    "linear", "layer_norm", "rms_norm", "permute", "transpose", "unsqueeze", "expand", "squeeze", "reshape", "view",
+    "flatten", "unflatten", "_unsafe_view", "zeros_like", "ones_like", "full_like", "select",
+)  # fmt: skip
 """Calls of one operand, or of stored others, whose rules keep slots, or refuse."""
 READ = "it reads rows of tokens that a mask leaves out"
 
