@@ -16,9 +16,15 @@ K of each selection is the percentile of its counts over calibration samples, ne
 budget of MACs allows. Boolean masks as an index, ``nonzero``, ``masked_select``, ``where`` with one argument and
 ``repeat_interleave`` by a mask are selections; what lies behind a slot axis is followed by one table of rules.
 
+A Program without such a selection may hold dense masks: ``x · mask``, with the scores of keys that are left out at −∞
+or −1e4. Rows that are left out are not computed where bounds of what they hold
+(:mod:`~vlexport.passes.tokens.left_out`) prove that no output depends on them; each further mask has to lie inside the
+one before.
+
 Does not apply when: the model is not saved at batch 1 with fixed sizes; a count is decided by more than a mask
 (``unique``, ``item``); tokens are cut, ordered or convolved by their place; two selections meet; an output has one row
-a token; the mask does not depend on the input.
+a token; the mask does not depend on the input; a row that a dense mask leaves out is read, or a later one may bring it
+back.
 
 Numerical effect: samples with at most K live tokens are computed exactly but for rounding: ``max|a−b| / max|b|`` is at
 most 1e-4 on them. Of a sample with more, the tokens of the lowest score (without a score: the last ones) are left out:
@@ -48,12 +54,14 @@ from vlexport.ir.program import Program
 from vlexport.passes.base import Change, Effect, Match, NearMiss, SampledPass, Stage
 from vlexport.passes.statistic import Statistic
 from vlexport.passes.tokens.counts import Counts, count, rows_of
-from vlexport.passes.tokens.freezing import freeze, masks_in, require_single
+from vlexport.passes.tokens.dense_sites import dense_sites
+from vlexport.passes.tokens.freezing import freeze, is_single, masks_in, require_single
 from vlexport.passes.tokens.values import CannotFreeze
 
 TOLERANCE = 1e-4
 """Largest ``max|a−b| / max|b|`` on a sample with at most K live tokens."""
 _PATTERN = "selection whose length the data decides"
+_DENSE = "mask over tokens that stay in their places"
 _WITNESSES = 2
 
 
@@ -92,6 +100,8 @@ class FreezeTokens(SampledPass[Program]):
     Options: ClassVar[type[Frozen]] = FreezeTokensOptions
     options: FreezeTokensOptions
 
+    _dense: bool = False
+    _masks: tuple[int, ...] = ()
     _places: tuple[int, ...] = ()
     _witnesses: tuple[tuple[Tensor, ...], ...] = ()
 
@@ -112,13 +122,17 @@ class FreezeTokens(SampledPass[Program]):
 
     def unpromised(self, ir: Program, values: tuple[Any, ...]) -> tuple[int, ...]:
         """The one row of a probe, where it has more live tokens than places."""
-        masks = list(dict.fromkeys(masks_in(ir).values()))
-        counts = count(ir, masks, [values]).by_mask if masks else {}
+        nodes = list(ir.graph.nodes)
+        masks = [nodes[mask] for mask in self._masks]
+        counts = count(ir, masks, [values], empty=True).by_mask if masks else {}
         over = any(counts[mask][0] > places for mask, places in zip(masks, self._places, strict=True))
         return (0,) if over else ()
 
     def find(self, ir: Program) -> Iterator[Match | NearMiss]:
-        """Every selection; a near miss instead where the Program cannot be frozen. Nothing is counted for that."""
+        """Every selection; a near miss instead where the Program cannot be frozen. Nothing is counted for that.
+
+        Dense masks are looked for where no length is decided by the data; one that is refused hinders no other.
+        """
         try:
             selections = masks_in(ir)
             if selections:
@@ -130,6 +144,12 @@ class FreezeTokens(SampledPass[Program]):
             return
         for node, mask in selections.items():
             yield Match(node, (node,), mask)
+        if not selections and is_single(ir):
+            found = dense_sites(ir)
+            for mask in found.masks:
+                yield Match(mask, (mask,), mask)
+            for node, reason in found.refused:
+                yield NearMiss(_DENSE, node, reason)
 
     def apply(self, ir: Program, match: Match) -> Change:
         """Freeze everything: one selection alone would leave a graph of two kinds of sizes."""
@@ -148,7 +168,7 @@ class FreezeTokens(SampledPass[Program]):
             return [], []
         found = list(self.find(ir))
         misses = [each for each in found if isinstance(each, NearMiss)]
-        if misses:
+        if misses and len(misses) == len(found):
             raise CapabilityError(
                 "VLX0412", f"the model's tokens cannot be frozen: {misses[0].reason}",
                 where=provenance.describe(misses[0].node),
@@ -157,17 +177,20 @@ class FreezeTokens(SampledPass[Program]):
         if not found:
             raise UsageError(
                 "VLX0413", "the model has no selection of tokens whose length the data decides", where="--tokens",
-                hint="leave --tokens freeze out; for a plain ViT, see --tokens evit or tome",
+                hint="leave --tokens freeze out; for a plain ViT, see --tokens evit or tome; masks that leave every token "
+                "in its place are found in models saved at batch 1 (vlexport.save(…, dynamic=False))",
             )  # fmt: skip
         selections = {each.node: each.data for each in found if isinstance(each, Match)}
         masks = list(dict.fromkeys(selections.values()))
-        counts = count(ir, masks, self.samples)
+        self._dense = not masks_in(ir)
+        counts = count(ir, masks, self.samples, empty=self._dense)
         places = self._decided(ir, masks, counts)
         sizes = [str(_tokens(mask)) for mask in selections.values()]
         kept = dict(zip(masks, places, strict=True))
         where = [provenance.module_path(node) for node in selections]
         chosen = [kept[mask] for mask in selections.values()]
-        self._places, self._witnesses = tuple(places), self._inside(ir, counts, places)
+        self._masks, self._places = tuple(_positions(ir, masks)), tuple(places)
+        self._witnesses = self._inside(counts, places)
         before, calls = cost(ir), len(ir.calls())
         self._frozen(ir, _positions(ir, masks), places)
         for node in ir.calls("aten.topk.default"):
@@ -181,18 +204,20 @@ class FreezeTokens(SampledPass[Program]):
             what=changes[0].what, where=changes[0].where, saved_nodes=calls - len(ir.calls()),
             saved_parameters=before.parameters - after.parameters, saved_macs=before.macs - after.macs,
         )  # fmt: skip
-        return changes, []
+        return changes, misses
 
     def _frozen(self, ir: Program, masks: Sequence[int], places: Sequence[int]) -> Program:
         """``ir`` or a copy of it, frozen; masks by their position in the graph."""
         nodes = list(ir.graph.nodes)
         options = self.options
+        dense = [nodes[mask] for mask in masks] if not masks_in(ir) else []
         freeze(
             ir,
             {nodes[mask]: k for mask, k in zip(masks, places, strict=True)},
             batch=None if options.batch == "dynamic" else options.batch,
             by_score=options.key == "score",
             overflow=options.overflow == "output",
+            dense=dense,
         )
         return ir
 
@@ -218,12 +243,12 @@ class FreezeTokens(SampledPass[Program]):
             )  # fmt: skip
         return _places_at(masks, counts, float(low))
 
-    def _inside(self, ir: Program, counts: Counts, places: Sequence[int]) -> tuple[tuple[Tensor, ...], ...]:
+    def _inside(self, counts: Counts, places: Sequence[int]) -> tuple[tuple[Tensor, ...], ...]:
         """The first samples that find a place for all their tokens."""
-        rows = zip(*counts.by_mask.values(), strict=True)
-        wanted = [
-            i for i, row in enumerate(rows) if all(0 < kept <= k for kept, k in zip(row, places, strict=True))
-        ][:_WITNESSES]  # fmt: skip
+        rows = list(zip(*counts.by_mask.values(), strict=True))
+        fits = [i for i, row in enumerate(rows) if all(n <= k for n, k in zip(row, places, strict=True))]
+        live = [i for i in fits if all(counts.by_mask[mask][i] > 0 for mask in counts.by_mask)]
+        wanted = (live or (fits if self._dense else []))[:_WITNESSES]
         found = []
         if wanted:
             for position, (_, values) in enumerate(rows_of(self.samples)):

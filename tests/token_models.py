@@ -401,6 +401,62 @@ def _both(value: Tensor) -> Tensor:
     return value[:, ::2] * value[:, 1::2].transpose(1, 2)
 
 
+# -- A-ViT (Yin et al. 2022, arXiv 2112.07658) ------------------------------------------------------------------------
+
+
+class AViT(PlainViT):
+    """Every token halts by itself; what it gives is the mean of its states, weighted by how likely it halted there.
+
+    No token is taken away: one that has halted is multiplied by 0, and hidden from attention as a key.
+
+    Args:
+        gamma: Scale of the halting score, ``sigmoid(gamma · x[0] + beta)`` of a token's first channel.
+        beta: Its shift.
+        rest: A token halts where its cumulated score reaches ``1 − rest``.
+        hide: How a token is hidden: ``additive`` adds a large negative number to the scores, ``fill`` writes it.
+        pool: What is classified: the class token's output, or the mean over all tokens.
+        sizes: Other arguments of :class:`PlainViT`.
+    """
+
+    def __init__(
+        self, *, gamma: float = 5.0, beta: float = -2.0, rest: float = 0.01, hide: str = "additive",
+        pool: str = "class", **sizes: int,
+    ) -> None:  # fmt: skip
+        super().__init__(**sizes)
+        self.gamma, self.beta, self.rest, self.hide, self.pool = gamma, beta, rest, hide, pool
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.embed(image)
+        cumulated = torch.zeros_like(x[..., 0])
+        left, mask = torch.ones_like(cumulated), torch.ones_like(cumulated)
+        output = torch.zeros_like(x)
+        for layer, block in enumerate(self.blocks, 1):
+            x = self.advance(block, x * mask.unsqueeze(-1), mask)
+            score = torch.sigmoid(self.gamma * x[..., 0] + self.beta)
+            if layer == len(self.blocks):
+                score = torch.ones_like(score)
+            state = x * mask.unsqueeze(-1)
+            cumulated = cumulated + score
+            halts = (cumulated >= 1 - self.rest).to(x.dtype) * mask
+            goes_on = (cumulated < 1 - self.rest).to(x.dtype)
+            output = output + state * (left * halts).unsqueeze(-1) + state * (score * goes_on).unsqueeze(-1)
+            left = left - score * goes_on
+            mask = goes_on
+        if self.pool == "mean":
+            return self.head(self.norm(output).mean(1))
+        return self.classify(output)
+
+    def advance(self, block: Block, x: Tensor, mask: Tensor) -> Tensor:
+        """A block in which tokens with ``mask`` ``[B, N]`` of 0 are attended to by none."""
+        q, k, v = block.attn.parts(block.norm1(x))
+        scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+        if self.hide == "additive":
+            scores = scores + (1 - mask)[:, None, None] * -1e4
+        else:
+            scores = scores.masked_fill(mask[:, None, None] == 0, -math.inf)
+        return block.feed(x + block.attn.mix(scores.softmax(-1), v))
+
+
 # -- weights and inputs -----------------------------------------------------------------------------------------------
 
 MODELS: Mapping[str, Callable[[], nn.Module]] = {

@@ -223,14 +223,23 @@ def _alone(bundle: Path, counts: Counter[str]) -> float:
     generator = np.random.default_rng(0)
     with vlexport.load(bundle, threads=1) as loaded:
         specs = loaded.bundle.main.artifact.inputs
-        given = {spec.name: generator.standard_normal((SAMPLES, *spec.shape[1:])).astype(np.float32) for spec in specs}
+        given = {spec.name: _drawn(generator, (SAMPLES, *spec.shape[1:]), spec.dtype) for spec in specs}
         together = loaded.run(given)
         worst = 0.0
         for place in range(SAMPLES):
             one = {key: np.repeat(value[place : place + 1], _least(specs), 0) for key, value in given.items()}
             for key, value in loaded.run(one).items():
-                worst = max(worst, relative_error(value[:1], together[key][place : place + 1]))
+                same = together[key][place : place + 1]
+                if len(together[key].shape) > 1 and together[key].shape[1] != value.shape[1]:  # each image by each text
+                    same, value = same[:, place : place + 1], value[:, :1]
+                worst = max(worst, relative_error(value[:1], same))
     return worst
+
+
+def _drawn(generator: Any, shape: tuple[int, ...], dtype: str) -> Any:
+    """Values of an input: noise, or ids, of which the two lowest are in every vocabulary."""
+    noise = generator.standard_normal(shape) if "float" in dtype else generator.integers(0, 2, shape)
+    return noise.astype(dtype)
 
 
 def _least(specs: Any) -> int:

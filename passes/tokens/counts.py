@@ -46,13 +46,16 @@ def at_percentile(values: Sequence[int], percentile: float) -> int:
     return ordered[max(math.ceil(len(ordered) * percentile / 100.0 - 1e-9), 1) - 1]
 
 
-def count(program: Program, masks: Sequence[Node], samples: Iterable[tuple[Tensor, ...]]) -> Counts:
+def count(
+    program: Program, masks: Sequence[Node], samples: Iterable[tuple[Tensor, ...]], *, empty: bool = False
+) -> Counts:
     """Run the Program on every sample and count what its masks keep.
 
     Args:
         program: Of batch 1; a sample of several rows is run row by row.
         masks: Calls or inputs that make a mask.
         samples: One tensor per input each.
+        empty: The Program computes a sample of which no token is left: masks leave tokens in their places.
 
     Raises:
         DataError: VLX0216 without samples, or where every sample lost all its tokens; VLX0217 naming a sample that
@@ -71,7 +74,7 @@ def count(program: Program, masks: Sequence[Node], samples: Iterable[tuple[Tenso
             "VLX0216", "a selection is frozen at the number of tokens that real samples keep, and there are none",
             where="--calib", hint="add --calib DATA: some hundred unlabelled samples like those of the field",
         )  # fmt: skip
-    if emptied == total:
+    if emptied == total and not empty:
         raise DataError(
             "VLX0216", f"every one of the {total} calibration samples loses all its tokens",
             where=provenance.describe(masks[0]), hint="check the preprocessing of --calib DATA",

@@ -12,6 +12,9 @@ from vlexport.core.artifact import DimRange, Signature, TensorSpec
 from vlexport.ir import compat, dialect
 from vlexport.ir.program import Program
 from vlexport.passes.tokens import apart_rules, mixing_rules, pick_rules, view_rules
+from vlexport.passes.tokens.dense_masks import always_live
+from vlexport.passes.tokens.left_out import LeftOut
+from vlexport.passes.tokens.narrowing import Narrowing
 from vlexport.passes.tokens.rebuild import Rebuild, aten
 from vlexport.passes.tokens.survivors import root_of
 from vlexport.passes.tokens.values import HIDDEN, CannotFreeze, Flat, Parts, Value
@@ -46,6 +49,15 @@ def _picks(node: Node) -> bool:
     return row is not None and row.category == "select"
 
 
+def is_single(program: Program) -> bool:
+    """Whether a Program is captured at batch 1 with fixed sizes."""
+    return all(map(_is_one, program.signature.inputs))
+
+
+def _is_one(spec: TensorSpec) -> bool:
+    return bool(spec.shape) and spec.shape[0] == 1 and not any(isinstance(size, str) for size in spec.shape)
+
+
 def require_single(program: Program) -> None:
     """Refuse a Program that is not captured at batch 1 with fixed sizes.
 
@@ -53,7 +65,7 @@ def require_single(program: Program) -> None:
         CannotFreeze: With what to do.
     """
     for node, spec in zip(program.placeholders, program.signature.inputs, strict=True):
-        if not spec.shape or spec.shape[0] != 1 or any(isinstance(size, str) for size in spec.shape):
+        if not _is_one(spec):
             shape = "×".join(map(str, spec.shape))
             raise CannotFreeze(
                 f"input {spec.name} is {shape}: how many tokens stay is decided sample by sample, so the model is "
@@ -62,7 +74,15 @@ def require_single(program: Program) -> None:
             )
 
 
-def freeze(program: Program, places: Mapping[Node, int], *, batch: int | None, by_score: bool, overflow: bool) -> None:
+def freeze(
+    program: Program,
+    places: Mapping[Node, int],
+    *,
+    batch: int | None,
+    by_score: bool,
+    overflow: bool,
+    dense: Sequence[Node] = (),
+) -> None:
     """Rebuild a Program in place.
 
     Args:
@@ -71,11 +91,14 @@ def freeze(program: Program, places: Mapping[Node, int], *, batch: int | None, b
         batch: Samples at once; None makes it a dynamic dim.
         by_score: Where more than K survive, let the best stay; else the first.
         overflow: Add the output :data:`TRUNCATED`.
+        dense: Those of the masks that leave every token in its place.
 
     Raises:
         CannotFreeze: Where no rule fits. The Program is then of no use any more.
     """
     build = Rebuild(program, places)
+    narrowing = Narrowing(build, by_score=by_score)
+    left_out = {root: LeftOut(program, root) for root in dense}
     old = list(program.graph.nodes)
     inputs = program.placeholders if batch == 1 else _batched_inputs(program, batch)
     build.inputs = inputs
@@ -91,10 +114,12 @@ def freeze(program: Program, places: Mapping[Node, int], *, batch: int | None, b
         elif node.op == "call_function" and _has_tensors(node):
             build.current = node
             try:
-                build.values[node] = _rebuilt(build, node, rules, single=batch == 1)
+                build.values[node] = _rebuilt(build, node, rules, narrowing, single=batch == 1)
+                if node in left_out:
+                    build.values[node] = narrowing.begin(node, left_out[node], always_live(program, node))
             except CannotFreeze as error:
                 raise CannotFreeze(error.reason, error.node or node) from error
-    results = [_result(build, node, single=batch == 1) for node in program.results]
+    results = [_result(build, node, narrowing, single=batch == 1) for node in program.results]
     outputs = list(program.signature.outputs)
     if overflow:
         build.current = old[-2]
@@ -105,7 +130,9 @@ def freeze(program: Program, places: Mapping[Node, int], *, batch: int | None, b
     _sign(program, outputs, batch)
 
 
-def _rebuilt(build: Rebuild, node: Node, rules: Mapping[str, view_rules.Rule], *, single: bool) -> Any:
+def _rebuilt(
+    build: Rebuild, node: Node, rules: Mapping[str, view_rules.Rule], narrowing: Narrowing, *, single: bool
+) -> Any:
     def known(operand: Any) -> Any:
         if isinstance(operand, Node):
             return build.values[operand] if operand in build.values else operand.meta["val"]
@@ -116,6 +143,21 @@ def _rebuilt(build: Rebuild, node: Node, rules: Mapping[str, view_rules.Rule], *
     )
     if dialect.op_name(node) not in _TAKES_SIZES:
         given = tuple(_as_a_number(build, node, each) for each in given)
+    if not narrowing.meets(given):
+        return _by_rule(build, node, given, rules, single=single)
+    try:
+        return _by_rule(build, node, narrowing.conformed(node, given), rules, single=single)
+    except CannotFreeze as error:
+        try:
+            given = narrowing.all_rows(node, given)
+        except CannotFreeze:
+            raise error from None
+    return _by_rule(build, node, given, rules, single=single)
+
+
+def _by_rule(
+    build: Rebuild, node: Node, given: tuple[Any, ...], rules: Mapping[str, view_rules.Rule], *, single: bool
+) -> Any:
     values = [v for each in given for v in (each if isinstance(each, list) else [each])]
     held = [v for v in values if isinstance(v, (Value, Parts, Flat))]
     counted = any(isinstance(s, torch.SymInt) for s in _shape(node))
@@ -178,9 +220,9 @@ def _shape(node: Node) -> tuple[Any, ...]:
     return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
 
 
-def _result(build: Rebuild, node: Node, *, single: bool) -> Node:
-    value = build.values[node]
+def _result(build: Rebuild, node: Node, narrowing: Narrowing, *, single: bool) -> Node:
     build.current = node
+    value = narrowing.result(node, build.values[node])
     if isinstance(value, Flat) or value.slots:
         raise CannotFreeze("an output holds one value a token, and how many there are is decided by the data", node)
     if single:

@@ -8,6 +8,7 @@ the highest scores stay (equal scores: the earlier token); without a score the f
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,11 +37,13 @@ class Selection:
         index: int64[B, K]: places of the tokens on their axis; a place that is not live repeats the first one.
         slots: Which are live.
         tokens: N, how many there were.
+        live: bool[B, N]: which of them the mask keeps; where it keeps more than K, the first K of these stay.
     """
 
     index: Node
     slots: Slots
     tokens: int
+    live: Node
 
 
 def root_of(mask: Node) -> Node:
@@ -91,6 +94,26 @@ def selection(build: Rebuild, mask: Node, *, by_score: bool = True) -> Selection
         raise CannotFreeze("its mask does not depend on the input")
     if root not in build.places:
         raise CannotFreeze("nothing was counted for its mask")
+    found = selected(build, root, value, by_score=by_score)
+    build.selections[root, "mask"] = found
+    return found
+
+
+def selected(
+    build: Rebuild, root: Node, value: Value, *, by_score: bool, beside: Callable[[Value], Value] = lambda score: score
+) -> Selection:
+    """The tokens that a mask keeps.
+
+    Args:
+        build: The rebuild.
+        root: The call of the old Program that makes the mask.
+        value: What it is now.
+        by_score: Where there are more than K, let those of the best score stay.
+        beside: Gives the score the length that ``value`` has.
+
+    Raises:
+        CannotFreeze: As :func:`selection`.
+    """
     flat, before = _row(build, value)
     tokens = int(flat.meta["val"].shape[1])
     places = min(build.places[root], tokens)
@@ -103,13 +126,11 @@ def selection(build: Rebuild, mask: Node, *, by_score: bool = True) -> Selection
     count = build.call(aten.sum.dim_IntList, flat, [1], True, torch.int64)
     scored = score_of(root) if by_score and places < tokens else None
     if scored is not None:
-        scores, _ = _row(build, build.values[scored[0]])
+        scores, _ = _row(build, beside(build.values[scored[0]]))
         flat = _best(build, flat, scores, places, high=scored[1])
     over = build.call(aten.clamp_min.default, build.call(aten.sub.Scalar, count, places), 0)
     build.truncated.append(over)
-    found = _chosen(build, flat, places, tokens)
-    build.selections[root, "mask"] = found
-    return found
+    return _chosen(build, flat, places, tokens)
 
 
 def _row(build: Rebuild, value: Value) -> tuple[Node, Slots | None]:
@@ -156,7 +177,7 @@ def _chosen(build: Rebuild, live: Node, places: int, tokens: int) -> Selection:
     valid = build.call(aten.logical_or.default, build.call(aten.gt.Scalar, taken, 0.0), first)
     head = build.call(aten.slice.Tensor, index, 1, 0, 1, 1)
     index = build.call(aten.where.self, valid, index, head)
-    return Selection(index, Slots(places, valid, lead=1, compact=True), tokens)
+    return Selection(index, Slots(places, valid, lead=1, compact=True), tokens, live)
 
 
 def coordinates(build: Rebuild, mask: Node, *, by_score: bool) -> Value:

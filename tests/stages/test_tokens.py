@@ -146,3 +146,19 @@ def test_calibration_samples_reach_the_pass_anew_each_time_when_given(vit_file: 
     assert (made.options.method, made.options.r, made.options.min_cosine) == ("tome", (2,), 0.5)
     for _ in range(2):
         assert [tuple(image.shape) for (image,) in made.samples] == [(1, 3, 16, 16)] * 3
+
+
+class Live(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, x[0, :, 0] > 0].mean(1)
+
+
+def test_bundle_verifies_when_a_model_is_frozen_for_a_batch_of_its_own(tmp_path: Path) -> None:
+    """Golden vectors have the batch of the frozen model, not that of the saved one."""
+    rows = np.random.default_rng(0).standard_normal((4, 6, 3)).astype(np.float32)
+    vlexport.save(Live().eval(), tmp_path / "live.pt", inputs={"x": torch.from_numpy(rows[:1])}, dynamic=False)
+    np.savez(tmp_path / "calib.npz", x=rows)
+    given = {"tokens": "freeze:percentile=100,batch=3", "calib": str(tmp_path / "calib.npz")}
+    result = vlexport.build(config(tmp_path / "live.pt", tmp_path / "out", **given))
+    assert result.bundle.state == "verified"
+    assert result.bundle.main.artifact.inputs[0].shape[0] == 3

@@ -242,11 +242,10 @@ def lower_component(
         target, optimized.program, folder, brief, probes=optimized.probes, passes=passes, hooks=hooks, dump=dump,
         cache=cache, reporter=reporter,
     )  # fmt: skip
-    signature = optimized.program.signature
+    signature, owed = optimized.program.signature, optimized.held_to(source)
     golden, smallest = write_goldens(
-        bundle, name, tolerance=golden_tolerance(brief.precision), dims=signature.dims,
-        run=optimized.held_to(source).run,
-        draw=lambda sizes, masks: drawn(source.program, seed + 1, sizes, masks=masks),
+        bundle, name, tolerance=golden_tolerance(brief.precision), dims=signature.dims, run=owed.run,
+        draw=lambda sizes, masks: drawn(owed.program, seed + 1, sizes, masks=masks),
     )  # fmt: skip
     return Component(
         artifact=artifact,
