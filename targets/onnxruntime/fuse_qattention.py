@@ -26,7 +26,7 @@ import onnx_ir
 
 from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
 from vlexport.passes.statistic import Statistic
-from vlexport.targets.onnx.attention_site import NoSite, Site, become, looks_like_one, site
+from vlexport.targets.onnx.attention_site import NoSite, Site, become, looks_like_one, plain_site
 from vlexport.targets.onnx.model import OnnxModel, module_path
 from vlexport.targets.onnx.rewriting import stored
 from vlexport.targets.onnxruntime.integer_linear import TIPPED, IntegerLinear, NoLinear, integer_linear
@@ -50,7 +50,9 @@ class FuseQattention(Pass[OnnxModel]):
         """Every softmax that a product reads."""
         for softmax in filter(looks_like_one, ir.nodes("Softmax")):
             try:
-                found = site(ir, softmax)
+                found = plain_site(ir, softmax)
+                if "qkv_hidden_sizes" in found.attributes():
+                    raise NoSite("values are of another width than queries")
                 linears = [integer_linear(part.root) for part in found.parts]
                 if len({each.integers for each in linears}) > 1:
                     raise NoSite("query, key and value are projected from several values")
