@@ -55,7 +55,7 @@ def calibrate(
         wanted: Which values; counts are kept only where the method needs them.
         method: How ranges are chosen.
         batch: Samples a run.
-        at_least: Samples that are needed.
+        at_least: Different samples that are needed.
         cache: Where tables are kept; None makes them anew.
         reporter: Told of a hit.
 
@@ -68,10 +68,10 @@ def calibrate(
         want = wanted(node)
         return want and Want(histogram=want.histogram and method.needs_histogram, channel_axis=want.channel_axis)
 
-    key = _cache_key(program, samples, needed, method, batch) if cache is not None else None
+    key = _cache_key(program, samples, needed, method, batch, at_least) if cache is not None else None
     if cache is not None and key is not None:
         found = _kept(cache, key)
-        if found is not None and found.samples >= at_least:
+        if found is not None:
             reporter.note("the calibration table is from the cache")
             return found
     collected = collect(program, samples, needed, batch=batch, at_least=at_least, reporter=reporter)
@@ -108,16 +108,24 @@ def use_table(
     return table
 
 
-def _cache_key(program: Program, samples: Dataset, wanted: Wanted, method: Method, batch: int) -> dict[str, Any] | None:
-    """Everything that decides a table; None where the code that runs cannot be identified."""
+def _cache_key(
+    program: Program, samples: Dataset, wanted: Wanted, method: Method, batch: int, at_least: int
+) -> dict[str, Any] | None:
+    """Everything that decides a table; None where the code that runs cannot be identified.
+
+    Raises:
+        DataError: VLX0214, before anything runs.
+    """
     code = {part: code_digest(part) for part in _TAKING_PART}
     if None in code.values():
         return None
+    data = data_key(samples, in_order=True, needed=at_least)
+    data.require_enough()
     keys = value_keys(program)
     return {
         "what": "calibration",
         "model": model_key(program),
-        "data": data_key(samples, in_order=True).digest(),
+        "data": data.digest(),
         "method": method.digest(batch=batch),
         "values": {
             keys[node]: [each.with_histogram, each.channel_axis] for node, each in asked(program, wanted).items()

@@ -43,6 +43,18 @@ Wanted = Callable[[Node], Want | None]
 """Whether somebody wants the value of an input or a call. Asked once a node, of those that make one floating tensor."""
 
 
+def together(*wanted: Wanted) -> Wanted:
+    """All that several want: counts where one of them wants counts, channels as the first that names a dim."""
+
+    def want(node: Node) -> Want | None:
+        found = [each for each in (one(node) for one in wanted) if each is not None]
+        axes = [each.channel_axis for each in found if each.channel_axis is not None]
+        histogram = any(each.histogram for each in found)
+        return Want(histogram=histogram, channel_axis=axes[0] if axes else None) if found else None
+
+    return want
+
+
 def collect(
     program: Program,
     samples: Dataset,
@@ -60,7 +72,7 @@ def collect(
         wanted: Which values are looked at.
         batch: Samples a run where the batch dim is dynamic and they are of one size. A batch dim that is fixed to more
             than one is filled up with the last sample.
-        at_least: Samples that are needed.
+        at_least: Different samples that are needed.
         reporter: Shows a step a sample.
 
     Raises:
@@ -68,7 +80,7 @@ def collect(
             are needed; VLX02xx for samples that cannot be read.
     """
     seen = asked(program, wanted)
-    plain, ordered = DataKey(), DataKey(in_order=True)
+    plain, ordered = DataKey(needed=at_least), DataKey(in_order=True)
     with (reporter or Silent()).steps("calibrate", len(samples)) as advance:
         for rows in _batches(samples, program, batch):
             inputs = _stacked(rows, program)
@@ -80,11 +92,7 @@ def collect(
                 plain.add(sample)
                 ordered.add(sample)
                 advance()
-    if plain.samples < at_least:
-        raise DataError(
-            "VLX0214", f"{plain.samples} calibration samples are too few: {at_least} are needed", where="--calib",
-            hint="give more samples that look like those of later use, or a precision without calibration",
-        )  # fmt: skip
+    plain.require_enough()
     keys = value_keys(program)
     values = tuple(
         SeenValue(keys[n], "input" if n.op == "placeholder" else dialect.plain_name(n), provenance.module_path(n),

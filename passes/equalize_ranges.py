@@ -28,22 +28,16 @@ Source: Nagel et al. 2019, arXiv 1906.04721, section 4.1 (cross-layer equalizati
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
 from torch.fx import Node
 
 from vlexport.calibration.collect import Want, Wanted
-from vlexport.calibration.keys import value_keys
-from vlexport.calibration.table import ValueEntry
-from vlexport.core.artifact import Frozen
-from vlexport.core.scheme import QuantScheme
 from vlexport.ir import dialect, provenance
-from vlexport.ir.cost import parameters_stored
 from vlexport.ir.program import Program
-from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
+from vlexport.passes.base import NearMiss
 from vlexport.passes.projections.projection import (
     PROJECTIONS,
     Projection,
@@ -51,7 +45,8 @@ from vlexport.passes.projections.projection import (
     projection_of,
     why_kept,
 )
-from vlexport.passes.quantization.migration import Migration, Site, channels_of, choose, quantized_rule
+from vlexport.passes.quantization.even_channels import EvenChannels, Moved, Place
+from vlexport.passes.quantization.migration import Migration
 from vlexport.passes.quantization.producers import ATTENTION, SCALING, VIEWS, Producer, producer_of
 from vlexport.passes.quantization.rescale import divided, restamp, with_weights
 
@@ -70,83 +65,37 @@ class _Chain:
     readers: tuple[Projection, ...]
 
 
-class EqualizeRanges(Pass[Program]):
+class EqualizeRanges(EvenChannels):
     """Unlike channels between two projections are made alike, in the weights before and behind them."""
 
     name: ClassVar[str] = "equalize-ranges"
-    stage: ClassVar[Stage] = "smooth"
-    effect: ClassVar[Effect] = "exact"
+    pattern: ClassVar[str] = _PATTERN
 
-    def __init__(
-        self,
-        options: Frozen | None = None,
-        *,
-        scheme: QuantScheme | None = None,
-        ranges: Mapping[str, ValueEntry] | None = None,
-        samples: Sequence[tuple[Tensor, ...]] = (),
-        keep: Sequence[str] = (),
-    ) -> None:
-        """Without a scheme, ranges of channels and samples, nothing is found; arguments as of smooth-activations."""
-        super().__init__(options)
-        self.scheme = scheme
-        self.ranges = ranges or {}
-        self.samples = samples
-        self.keep = keep
-        self._chosen: dict[str, Migration] | None = None
-
-    def find(self, ir: Program) -> Iterator[Match | NearMiss]:
-        if self.scheme is None or not self.samples:
-            return
-        keys = value_keys(ir)
-        sites: list[tuple[Site, _Chain]] = []
+    def places(self, ir: Program, keys: Mapping[Node, str]) -> Iterator[Place | NearMiss]:
+        """Values between two projections."""
         for found in _chains(ir):
             if isinstance(found, NearMiss):
                 yield found
-                continue
-            if provenance.decision(found.value) == EQUALIZED:
-                continue
-            rules = ((each, quantized_rule(self.scheme, each, self.keep)) for each in found.readers)
-            quantized = tuple((each, rule) for each, rule in rules if rule is not None)
-            channels = channels_of(self.ranges, keys[found.value])
-            if not quantized:
-                yield NearMiss(_PATTERN, found.value, "nothing that reads it is quantized")
-            elif channels is None:
-                yield NearMiss(_PATTERN, found.value, "the ranges of its channels were not measured")
-            else:
-                sites.append((Site(keys[found.value], quantized, *channels), found))
-        if self._chosen is None and sites:  # on a float64 twin the same is applied, not chosen anew
-            self._chosen = choose(ir, [site for site, _ in sites], self.samples)
-        for site, chain in sites:
-            migration = (self._chosen or {}).get(site.key)
-            if migration is None:
-                why = f"no factor leaves less than {site.left:g} of the rounding error"
-                yield NearMiss(_PATTERN, chain.value, why)
-                continue
-            nodes = (chain.producer.projection.node, *chain.producer.between, *(each.node for each in chain.readers))
-            yield Match(chain.value, tuple(dict.fromkeys(nodes)), (chain, migration))
+            elif provenance.decision(found.value) != EQUALIZED:
+                site = self.site(keys[found.value], found.readers)
+                nodes = (found.producer.projection.node, *found.producer.between, *(r.node for r in found.readers))
+                yield (
+                    NearMiss(_PATTERN, found.value, site) if isinstance(site, str)
+                    else Place(site, found.value, tuple(dict.fromkeys(nodes)), found)
+                )  # fmt: skip
 
-    def run(self, ir: Program, *, limit: int | None = None) -> tuple[list[Change], list[NearMiss]]:
-        """Choose once, then apply one by one: calls stay the nodes that they are."""
-        found = list(self.find(ir))
-        misses = [each for each in found if isinstance(each, NearMiss)]
-        matches = [each for each in found if isinstance(each, Match)]
-        return [self.apply(ir, match) for match in matches[:limit]], misses
-
-    def apply(self, ir: Program, match: Match) -> Change:
-        stored = parameters_stored(ir)
-        chain = match.data[0]
-        where = [provenance.module_path(each) for each in match.nodes]
-        _equalize(ir, chain, match.data[1])
+    def rewrite(self, ir: Program, place: Place, migration: Migration) -> tuple[str, Mapping[Node, Moved]]:
+        """The factor goes into the weights on either side."""
+        chain: _Chain = place.data
         before, behind = (dialect.plain_name(each.node) for each in (chain.producer.projection, chain.readers[0]))
-        return Change(
-            what=f"a factor a channel moved from {before} into {behind}", where=tuple(dict.fromkeys(where)),
-            saved_parameters=stored - parameters_stored(ir),
-        )  # fmt: skip
+        moved = _equalize(ir, chain, migration)
+        return f"a factor a channel moved from {before} into {behind}", moved
 
 
 def equalized_channels(ir: Program) -> Wanted:
     """Which values the ranges of single channels are wanted of, for equalization."""
-    axes = {each.value: each.axis for each in _chains(ir) if isinstance(each, _Chain)}
+    chains = [each for each in _chains(ir) if isinstance(each, _Chain)]
+    axes = {node: each.axis for each in chains for node in (each.value, *_alike(each))}
     return lambda node: Want(histogram=False, channel_axis=axes[node]) if node in axes else None
 
 
@@ -172,7 +121,13 @@ def _chains(ir: Program) -> Iterator[_Chain | NearMiss]:
             yield _Chain(value, axes.pop(), producer, tuple(named))
 
 
-def _equalize(ir: Program, chain: _Chain, migration: Migration) -> None:
+def _alike(chain: _Chain) -> tuple[Node, ...]:
+    """Values before that of a chain whose channels are the same ones, on the same axis."""
+    before = dict.fromkeys((chain.producer.projection.node, *chain.producer.between))
+    return tuple(before) if all(dialect.op_name(each) in (*PROJECTIONS, *SCALING) for each in before) else ()
+
+
+def _equalize(ir: Program, chain: _Chain, migration: Migration) -> dict[Node, Moved]:
     producer = chain.producer
     weight, bias = divided(ir, producer.projection, producer.factors(migration.factor))
     with_weights(ir, producer.projection, weight, bias, suffix="equalized")
@@ -182,3 +137,5 @@ def _equalize(ir: Program, chain: _Chain, migration: Migration) -> None:
     # A value of the captured graph is computed by the readers only.
     between = dict.fromkeys((producer.projection.node, *producer.between, chain.value))
     restamp(between, value_of=chain.readers[-1].node, decision=EQUALIZED)
+    alike = {chain.value, *_alike(chain)}
+    return {node: Moved(node, migration.factor if node in alike else None) for node in between}

@@ -8,7 +8,7 @@ Before → after::
     %4 = _to_copy(%3, dtype=f16)
     %5 = linear(%4, …): f16
 
-What computes in half reads rounded values in half, and no cast stands between a runtime's ``dequantize`` and the call
+The same holds of ``look_up`` and its tables. What computes in half reads rounded values in half, and no cast stands between a runtime's ``dequantize`` and the call
 that it belongs to.
 
 Equation: with a scale s that half holds, ``half(float(q · s)) = q · s`` rounded once: a product of 8 and 11 bits fits
@@ -30,7 +30,7 @@ from torch.fx import Node
 from vlexport.ir import dialect, provenance
 from vlexport.ir.cost import parameters_stored
 from vlexport.ir.program import Program
-from vlexport.ir.quant_ops import BIAS, DEQUANTIZE, QUANTIZE
+from vlexport.ir.quant_ops import BIAS, DEQUANTIZE, LOOK_UP, QUANTIZE
 from vlexport.ir.rounded import HALF_DTYPES
 from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
 
@@ -51,7 +51,7 @@ class FoldCasts(Pass[Program]):
             if node.target is QUANTIZE and dialect.is_cast(source):
                 before: Any = source.args[0]
                 half, pattern, nodes = before.meta["val"].dtype, _INTO, (node, source)
-            elif dialect.is_cast(node) and isinstance(source, Node) and source.target is DEQUANTIZE:
+            elif dialect.is_cast(node) and isinstance(source, Node) and source.target in (DEQUANTIZE, LOOK_UP):
                 half, pattern, nodes = node.meta["val"].dtype, _OUT_OF, (node, source)
             else:
                 continue
@@ -68,12 +68,12 @@ class FoldCasts(Pass[Program]):
         node, source = match.nodes
         calls, stored = len(ir.calls()), parameters_stored(ir)
         where = (provenance.module_path(node),)
-        call, target = (node, QUANTIZE) if pattern == _INTO else (source, DEQUANTIZE)
+        call = node if pattern == _INTO else source
         value = source.args[0]
         scale: Any = call.args[1]
         rest = call.args[2:]
         halved = _in_half(ir, scale, half, before=call)
-        made = ir.add_call(target, (value, halved, *rest), before=node, value_of=call)
+        made = ir.add_call(call.target, (value, halved, *rest), before=node, value_of=call)
         ir.replace(node, made)
         return Change(
             what=f"{pattern} without the cast", where=where, saved_nodes=calls - len(ir.calls()),
@@ -89,10 +89,10 @@ def _is_idle(cast: Node) -> bool:
 
 def _why_not(ir: Program, call: Node, half: torch.dtype) -> str:
     scale = ir.tensor_of(call.args[1])
-    point: Any = call.args[2]
+    point: Any = call.args[2] if len(call.args) > 2 else None
     if scale is None:
         return "its scale is computed, not stored"
-    if point.meta["val"].dtype is BIAS:
+    if point is not None and point.meta["val"].dtype is BIAS:
         return "a bias is rounded at the product of two scales"
     if not torch.equal(scale.to(half).to(scale.dtype), scale):
         return f"its scale is no number of {str(half).removeprefix('torch.')}"

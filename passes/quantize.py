@@ -72,9 +72,9 @@ class QuantizeOptions(Frozen):
         only: Modules and keys, as for keep, that alone are quantized; empty for all.
         min_samples: Calibration samples that are needed.
         min_sqnr_db: Least signal to noise ratio of an output on calibration samples.
-        weights_only: Round nothing but stored weights, to int8, or int4 in blocks; calibration samples are not needed.
-            The artifact is smaller; whether it is faster depends on the target. off rounds what weights are
-            multiplied with, too.
+        weights_only: Round nothing but stored weights, to int8, int4 in blocks, or palette4, palette6 and palette8:
+            places in tables of 16, 64 and 256 values. Calibration samples are not needed. The artifact is smaller;
+            whether it is faster depends on the target. off rounds what weights are multiplied with, too.
         activations: Where the ranges of what weights are multiplied with come from: static has one of each value, from
             calibration; dynamic finds one at every run, needs no calibration samples, and is for linears alone.
         smooth: Unlike channels behind norms and activations are made alike first (pass smooth-activations).
@@ -96,7 +96,7 @@ class QuantizeOptions(Frozen):
     tighten: bool = True
     correct_bias: bool = True
     table: str = ""
-    weights_only: Literal["off", "int8", "int4"] = "off"
+    weights_only: Literal["off", "int8", "int4", "palette4", "palette6", "palette8"] = "off"
     activations: Literal["static", "dynamic"] = "static"
 
     @model_validator(mode="after")

@@ -29,7 +29,7 @@ Source: Xiao et al. 2023, arXiv 2211.10438 (SmoothQuant); Li et al. 2023, arXiv 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 import torch
@@ -37,31 +37,19 @@ from torch import Tensor
 from torch.fx import Node
 
 from vlexport.calibration.collect import Want, Wanted
-from vlexport.calibration.keys import value_keys
-from vlexport.calibration.table import ValueEntry
 from vlexport.core.artifact import Frozen
-from vlexport.core.scheme import QuantScheme
 from vlexport.ir import dialect, provenance
-from vlexport.ir.cost import parameters_stored
 from vlexport.ir.program import Program
-from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
+from vlexport.passes.base import NearMiss
 from vlexport.passes.projections.behind_norm import Readers, readers_of
 from vlexport.passes.projections.projection import Projection, behind_affine, pads
-from vlexport.passes.quantization.migration import (
-    LEFT,
-    LEFT_BY_PRODUCT,
-    Migration,
-    Site,
-    channels_of,
-    choose,
-    quantized_rule,
-)
+from vlexport.passes.quantization.even_channels import EvenChannels, Moved, Place
+from vlexport.passes.quantization.migration import LEFT, LEFT_BY_PRODUCT, Migration
 from vlexport.passes.quantization.rescale import restamp, with_tensors, with_weights
 
 aten = torch.ops.aten
 _LAYER_NORM = "aten.layer_norm.default"
 _NORMS = (_LAYER_NORM, "aten.rms_norm.default")
-_PATTERN = "value → quantized readers"
 SMOOTHED = "smoothed"
 """What is noted on a norm, or a product, that was made here: the choice is made once."""
 
@@ -78,105 +66,54 @@ class SmoothActivationsOptions(Frozen):
     products: bool = True
 
 
-class SmoothActivations(Pass[Program]):
+class SmoothActivations(EvenChannels):
     """Unlike channels behind a norm are made alike, and the linears behind it undo that."""
 
     name: ClassVar[str] = "smooth-activations"
-    stage: ClassVar[Stage] = "smooth"
-    effect: ClassVar[Effect] = "exact"
+    pattern: ClassVar[str] = "value → quantized readers"
     Options: ClassVar[type[Frozen]] = SmoothActivationsOptions
     options: SmoothActivationsOptions
 
-    def __init__(
-        self,
-        options: Frozen | None = None,
-        *,
-        scheme: QuantScheme | None = None,
-        ranges: Mapping[str, ValueEntry] | None = None,
-        samples: Sequence[tuple[Tensor, ...]] = (),
-        keep: Sequence[str] = (),
-    ) -> None:
-        """Without a scheme, ranges of channels and samples, nothing is found.
-
-        Args:
-            options: Typed options.
-            scheme: What the target wants quantized.
-            ranges: Key of a value → its range, with those of its channels.
-            samples: What candidates are tried on, one tensor per input each.
-            keep: Patterns of modules that stay in float: nothing is gained by smoothing what they read.
-        """
-        super().__init__(options)
-        self.scheme = scheme
-        self.ranges = ranges or {}
-        self.samples = samples
-        self.keep = keep
-        self._chosen: dict[str, Migration] | None = None
-
-    def find(self, ir: Program) -> Iterator[Match | NearMiss]:
-        if self.scheme is None or not self.samples:
-            return
-        keys = value_keys(ir)
-        sites: list[Site] = []
+    def places(self, ir: Program, keys: Mapping[Node, str]) -> Iterator[Place | NearMiss]:
+        """Norms, and where products may be added other values."""
         for node in _values(ir):
             if _is_done(node) or (not self.options.products and not _is_norm(node)):
                 continue
-            site = self._site(ir, node, keys[node])
-            if isinstance(site, Site):
-                sites.append(site)
-            elif _is_norm(node):  # most other values are not meant for a linear at all
-                yield site
-        if self._chosen is None and sites:  # on a float64 twin the same is applied, not chosen anew
-            self._chosen = choose(ir, sites, self.samples)
-        chosen = self._chosen or {}
-        by_key = {key: node for node, key in keys.items()}
-        for site in sites:
-            node = by_key[site.key]
-            if site.key in chosen:
-                yield Match(node, (node, *(each.node for each, _ in site.readers)), chosen[site.key])
-            else:
-                yield NearMiss(_PATTERN, node, f"no factor leaves less than {site.left:g} of the rounding error")
+            found = self._place(ir, node, keys[node])
+            if isinstance(found, Place) or _is_norm(node):  # most other values are not meant for a linear at all
+                yield found
 
-    def _site(self, ir: Program, node: Node, key: str) -> Site | NearMiss:
+    def _place(self, ir: Program, node: Node, key: str) -> Place | NearMiss:
         readers = readers_of(ir, node)
         if isinstance(readers, tuple):
-            return NearMiss(_PATTERN, *readers)
-        assert self.scheme is not None
-        rules = ((each, quantized_rule(self.scheme, each, self.keep)) for each in readers.projections)
-        quantized = tuple((each, rule) for each, rule in rules if rule is not None)
-        if not quantized:
-            return NearMiss(_PATTERN, node, "nothing that reads it is quantized")
-        channels = channels_of(self.ranges, key)
-        if channels is None:
-            return NearMiss(_PATTERN, node, "the ranges of its channels were not measured")
+            return NearMiss(self.pattern, *readers)
         shift = dialect.op_name(node) == _LAYER_NORM and self.options.shift
-        return Site(
-            key, quantized, *channels, left=LEFT if _is_norm(node) else LEFT_BY_PRODUCT,
+        site = self.site(
+            key, readers.projections, left=LEFT if _is_norm(node) else LEFT_BY_PRODUCT,
             may_shift=shift and not any(_no_shift(ir, each) for each in readers.projections),
         )  # fmt: skip
+        if isinstance(site, str):
+            return NearMiss(self.pattern, node, site)
+        return Place(site, node, (node, *(each.node for each, _ in site.readers)))
 
-    def run(self, ir: Program, *, limit: int | None = None) -> tuple[list[Change], list[NearMiss]]:
-        """Choose once, then apply one by one: calls stay the nodes that they are."""
-        found = list(self.find(ir))
-        misses = [each for each in found if isinstance(each, NearMiss)]
-        matches = [each for each in found if isinstance(each, Match)]
-        return [self.apply(ir, match) for match in matches[:limit]], misses
-
-    def apply(self, ir: Program, match: Match) -> Change:
-        calls, stored = len(ir.calls()), parameters_stored(ir)
-        where = [provenance.module_path(each) for each in match.nodes]
-        _scale(ir, match.node, match.data)
-        shifted = "factor and shift" if match.data.shift is not None else "factor"
-        return Change(
-            what=f"a {shifted} a channel moved from {dialect.plain_name(match.node)} into its readers",
-            where=tuple(dict.fromkeys(where)), saved_nodes=calls - len(ir.calls()),
-            saved_parameters=stored - parameters_stored(ir),
-        )  # fmt: skip
+    def rewrite(self, ir: Program, place: Place, migration: Migration) -> tuple[str, Mapping[Node, Moved]]:
+        """Factor and shift go into the norm, or a product is added."""
+        shifted = "factor and shift" if migration.shift is not None else "factor"
+        what = f"a {shifted} a channel moved from {dialect.plain_name(place.value)} into its readers"
+        return what, _scale(ir, place.value, migration)
 
 
 def smoothed_channels(ir: Program) -> Wanted:
     """Which values the ranges of single channels are wanted of, for smoothing."""
-    values = {node for node in _values(ir) if not isinstance(readers_of(ir, node), tuple)}
-    return lambda node: Want(histogram=False, channel_axis=node.meta["val"].ndim - 1) if node in values else None
+    axes: dict[Node, int] = {}
+    for node in _values(ir):
+        readers = readers_of(ir, node)
+        if isinstance(readers, Readers):
+            axes[node] = node.meta["val"].ndim - 1
+            for each in readers.projections:  # behind a view or a mean it has other extremes
+                value = each.operand(each.x)
+                axes[value] = 1 if each.is_convolution else value.meta["val"].ndim - 1
+    return lambda node: Want(histogram=False, channel_axis=axes[node]) if node in axes else None
 
 
 def _values(ir: Program) -> list[Node]:
@@ -209,7 +146,7 @@ def _no_shift(ir: Program, reader: Projection) -> bool:
     return pads(ir, reader) or (reader.operand(reader.bias) is None and not reader.is_convolution)
 
 
-def _scale(ir: Program, node: Node, migration: Migration) -> None:
+def _scale(ir: Program, node: Node, migration: Migration) -> dict[Node, Moved]:
     readers = readers_of(ir, node)
     assert isinstance(readers, Readers)
     for each in readers.projections:
@@ -218,11 +155,14 @@ def _scale(ir: Program, node: Node, migration: Migration) -> None:
     # What lies between computes something else now; a value of the captured graph is computed by the readers only.
     users = dict.fromkeys(user for each in (node, *readers.passed) for user in each.users)
     last = next(user for user in reversed(users) if user not in readers.passed)
+    made = node
     if _is_norm(node):
         _narrow_norm(ir, node, migration)
-        restamp((node, *readers.passed), value_of=last, decision=SMOOTHED)
     else:
-        restamp((_product(ir, node, migration), *readers.passed), value_of=last, decision=SMOOTHED)
+        made = _product(ir, node, migration)
+    restamp((made, *readers.passed), value_of=last, decision=SMOOTHED)
+    sources = {made: node, **{each: each for each in readers.passed}}
+    return {value: Moved(was, migration.factor, migration.shift) for value, was in sources.items()}
 
 
 def _narrow_norm(ir: Program, node: Node, migration: Migration) -> None:

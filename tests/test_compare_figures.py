@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.compare_rows import ROWS
-from tests.benchmarks.compare_tables import comma_separated, machine, points, table
+from tests.benchmarks.compare_tables import comma_separated, machine, points, summary, table
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = json.loads((ROOT / "docs/measured/compare.json").read_text(encoding="utf-8"))
+MANY = ROOT / "docs/measured/compare_models.json"
 BUILT = {"seconds": 12.34, "peak_bytes": 2_000_000_000, "size_bytes": 23_000_000, "versions": {}, "load": 1.0}
 MACHINE = {"cpu": "a processor", "instruction_set": ["avx2"], "cores": 2}
 TIMED = {
@@ -37,6 +38,16 @@ def test_page_holds_every_table_when_rendered_from_the_record() -> None:
     for model in models:
         held = page.partition(f"<!-- {model} -->\n")[2].partition(f"\n<!-- /{model} -->")[0]
         assert held == table(RECORD, model), model
+
+
+def test_page_holds_the_line_of_every_model_when_many_were_measured() -> None:
+    page = (ROOT / "docs/compare.md").read_text(encoding="utf-8")
+    held = page.partition("<!-- many -->\n")[2].partition("\n<!-- /many -->")[0]
+    if not MANY.is_file():
+        assert held == "Not measured yet."
+        return
+    record = json.loads(MANY.read_text(encoding="utf-8"))
+    assert held == f"{machine(record, MANY.name)}\n\n{summary(record)}"
 
 
 def test_record_holds_no_path_and_every_row_by_its_name() -> None:
@@ -73,6 +84,23 @@ def test_table_marks_builds_that_others_disturbed() -> None:
     text = table({"machine": MACHINE, "cells": [cell("plain"), disturbed]}, "net")
     assert text.count("12.3 s †") == 1
     assert text.endswith("the seconds are too many.")
+
+
+def test_summary_has_a_line_a_model_and_their_geometric_mean() -> None:
+    cells = [
+        cell("vlexport-fp32"),
+        cell("vlexport-fp32", model="other", timed={**TIMED, "ratio": 0.5, "low": 0.4, "high": 0.6}),
+        cell("vlexport-fp32", model="noisy", timed={**TIMED, "ratio": None}), cell("plain"),
+        cell("vlexport-fp32", model="broken", built=None, judged=None, timed=None, failed="no"),
+    ]  # fmt: skip
+    assert summary({"machine": MACHINE, "cells": cells}).splitlines()[2:] == [
+        "| net | 40.0 ms | 20.0 ms | 2.00× (1.90 to 2.10) | 25 dB | 23.0 MB |",
+        "| other | 40.0 ms | 20.0 ms | 0.50× (0.40 to 0.60) | 25 dB | 23.0 MB |",
+        "| noisy | 40.0 ms | 20.0 ms | too noisy to tell | 25 dB | 23.0 MB |",
+        "| broken | `no` | | | | |",
+        "",
+        "Geometric mean of 2 models: 1.00×.",
+    ]
 
 
 def test_csv_and_figure_hold_every_timed_cell() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from tests.benchmarks.onnxruntime_fusions import PLAIN, Row, costs_of, table, wr
 from vlexport.targets.onnxruntime.fusions import FusionCost
 
 SOURCE = "a processor, 2 threads"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGE, RECORD = DOCS / "onnxruntime.md", DOCS / "measured" / "onnxruntime_fusions.json"
 
 
 def row(variant: str, against: str, ratio: float | None, *, spread: float = 0.01) -> Row:
@@ -50,10 +54,34 @@ def test_figures_replace_those_of_the_same_kind_and_keep_the_others(
 
 
 def test_table_has_a_line_a_variant_with_what_its_fusion_gains() -> None:
-    assert table({"rows": [asdict(each) for each in ROWS]}).splitlines()[2:] == [
+    machine = {"cpu": "a processor", "cores": 2}
+    rows = [asdict(each) for each in ROWS]
+    record = {"date": "2026-01-01", "machine": machine, "versions": "onnxruntime 1", "rows": rows}
+    assert table(record).splitlines()[4:] == [
         "| fp32 | 20.0 ms | 1.10× (1.09 to 1.11) |  | 22.5 MB |",
         "| fp32-attention | 20.0 ms | 1.15× (1.14 to 1.16) | too noisy | 22.5 MB |",
         "| static-qattention | 20.0 ms | 2.60× (2.59 to 2.61) | 1.15× (1.14 to 1.16) | 22.5 MB |",
+    ]
+
+
+def test_page_holds_the_table_of_the_record() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    found = re.search(r"(<!-- figures: onnxruntime_fusions -->\n)(.*?)(\n<!-- end of figures -->)", text, re.DOTALL)
+    assert found is not None
+    made = table(json.loads(RECORD.read_text(encoding="utf-8")))
+    if os.environ.get("UPDATE_GOLDEN"):
+        PAGE.write_text(text[: found.start(2)] + made + text[found.end(2) :], encoding="utf-8")
+        return
+    assert found.group(2) == made
+
+
+def test_shipped_costs_are_those_of_the_record() -> None:
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    kind = next(each for each in benchmark.KINDS if each in record["machine"]["instruction_set"])
+    made = costs_of([Row(**each) for each in record["rows"]], SOURCE, (kind,))
+    shipped = [each for each in benchmark.fusion_costs() if each.instruction_set == kind]
+    assert [each.model_copy(update={"source": ""}) for each in shipped] == [
+        each.model_copy(update={"source": ""}) for each in made
     ]
 
 

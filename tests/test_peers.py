@@ -194,5 +194,7 @@ def test_every_row_has_a_script_and_exact_requirements() -> None:
         if not each.ours:
             lines = environment.requirements.read_text(encoding="utf-8").split()
             assert all("==" in line for line in lines), each.name
-    assert {each.environment for each in rows_of(False)} == {OURS, "onnx_runtime"}
-    assert [each.name for each in rows_of(True, ("nncf",))] == [PLAIN, "openvino-nncf"]
+    assert {each.environment for each in rows_of("net", False)} == {OURS, "onnx_runtime"}
+    assert [each.name for each in rows_of("net", True, ("nncf",))] == [PLAIN, "openvino-nncf"]
+    assert [each.name for each in rows_of("net", True, ("tokens",))] == [PLAIN]
+    assert [each.name for each in rows_of("solar_cells", True, ("tokens",))] == [PLAIN, "vlexport-int8-tokens"]

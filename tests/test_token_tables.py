@@ -1,4 +1,7 @@
-"""The tables of docs/reduce_tokens_example.md are those that were recorded. ``UPDATE_GOLDEN=1`` writes them anew."""
+"""The tables of docs/reduce_tokens_example.md and docs/tokens.md are those that were recorded.
+
+``UPDATE_GOLDEN=1`` writes them anew.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ import pytest
 
 from tests.token_tables import MEASURED, TABLES, accuracy
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "reduce_tokens_example.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGES = {name: DOCS / ("tokens.md" if name == "freeze" else "reduce_tokens_example.md") for name in TABLES}
 RECORDED = [name for name in TABLES if (MEASURED / f"{name}.json").is_file()]
 
 
@@ -21,20 +25,22 @@ def block(name: str) -> re.Pattern[str]:
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_table_is_what_was_recorded_when_the_page_is_read(name: str) -> None:
-    text = PAGE.read_text(encoding="utf-8")
+    page = PAGES[name]
+    text = page.read_text(encoding="utf-8")
     found = block(name).search(text)
     assert found is not None, f"no place for {name}"
     if os.environ.get("UPDATE_GOLDEN"):
-        PAGE.write_text(text[: found.start(2)] + TABLES[name]() + text[found.end(2) :], encoding="utf-8")
+        page.write_text(text[: found.start(2)] + TABLES[name]() + text[found.end(2) :], encoding="utf-8")
         return
     assert found.group(2) == TABLES[name]()
 
 
-def test_page_has_a_place_for_every_table_and_nothing_in_it_when_there_is_no_record() -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    assert sorted(re.findall(r"<!-- figures: (\w+) -->", text)) == sorted(TABLES)
+def test_pages_have_a_place_for_every_table_and_nothing_in_it_when_there_is_no_record() -> None:
+    for page in set(PAGES.values()):
+        held = re.findall(r"<!-- figures: (\w+) -->", page.read_text(encoding="utf-8"))
+        assert sorted(held) == sorted(name for name in TABLES if PAGES[name] == page)
     for name in set(TABLES) - set(RECORDED):
-        found = block(name).search(text)
+        found = block(name).search(PAGES[name].read_text(encoding="utf-8"))
         assert found is not None
         assert found.group(2) == "", f"figures of {name} that no record holds"
 

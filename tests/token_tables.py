@@ -1,4 +1,4 @@
-"""Tables of ``docs/reduce_tokens_example.md`` from what the commands of ``tests/benchmarks/token_*.py`` recorded.
+"""Tables of docs about tokens, from what ``tests/benchmarks/token_*.py`` and ``freeze.py`` recorded.
 
 Intervals are computed here from the recorded counts, and what they do not show is said in words.
 """
@@ -139,6 +139,33 @@ def heatmaps(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def frozen(record: dict[str, Any]) -> str:
+    """One line a percentile behind that of the dynamic model."""
+    where = f"{record['machine']['cpu']} ({record['machine']['cores']} cores)"
+    lines = [
+        f"{record['date']}, {where}, by `{record['command']}`.", "",
+        "| model | K | MMACs | accuracy | drop in points | calibration digits of equal class | latency "
+        "| ratio over the plain export of the dynamic model |",
+        "|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for row in record["figures"]:
+        right = f"{100 * row['accuracy']:.1f} % ({100 * row['low']:.1f} % to {100 * row['high']:.1f} %)"
+        if "kept" not in row:
+            lines.append(f"| {row['model']} | of each digit | of each digit | {right} | | | | |")
+            continue
+        kept, found = ", then ".join(map(str, row["kept"])), row.get("latency")
+        drop = f"{row['drop']:+.1f} ({row['drop_low']:+.1f} to {row['drop_high']:+.1f})"
+        equal = f"{row['calibration_equal']} of {row['calibration']}"
+        cells = [row["model"], kept, f"{row['macs'] / 1e6:.2f}", right, drop, equal]
+        if found is None:
+            cells += ["not measured", "not measured"]
+        else:
+            ratio = {"ratio": found["ratio"], "low": found["ratio_low"], "high": found["ratio_high"]}
+            cells += [f"{found['baseline_p50_ms']:.2f} → {found['p50_ms']:.2f} ms", _ratio(ratio)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def _shown(found: Measured, sign: str = "") -> str:
     return f"{found.value:{sign}.2f} ({found.low:{sign}.2f} to {found.high:{sign}.2f})"
 
@@ -159,5 +186,6 @@ TABLES = {
     "tokens": lambda: accuracy(recorded("tokens"), recorded("tokens_latency")),
     "token_heatmaps": lambda: heatmaps(recorded("token_heatmaps")),
     "tokens_latency": lambda: latency(recorded("tokens_latency")),
+    "freeze": lambda: frozen(recorded("freeze")),
 }
 """Record → its table."""

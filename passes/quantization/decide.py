@@ -73,7 +73,7 @@ def decide(
                 call=keys[layer.node], op=dialect.plain_name(layer.node), module=provenance.module_path(layer.node),
                 operands=tuple(keys[node] for node in layer.operands),
                 weight=weight.type if weight is not None else "",
-                block=weight.block if weight is not None else 0, bias=layer.rule.bias,
+                block=_block(layer.node, weight), bias=layer.rule.bias,
                 output=keys[layer.output] if layer.output is not None else "",
                 dynamic=layer.rule.activation is not None and layer.rule.activation.dynamic,
             )
@@ -104,6 +104,14 @@ def scaling(low: float, high: float, rule: TensorRule, scales: str = "float32") 
         made = (symmetric if rule.symmetric else affine)(low, high, GRIDS[rule.type])
         scale, point = float(made.scale), int(made.zero_point)
     return float(half_scale(np.float32(scale)) if scales == "float16" else scale), point
+
+
+def _block(node: Node, weight: TensorRule | None) -> int:
+    """Neighbours that share a scale or a palette; channels that no group divides share one palette."""
+    if weight is None or weight.granularity != "group":
+        return weight.block if weight is not None else 0
+    stored = dict(zip(dialect.operand_names(node), dialect.operands(node), strict=True))["weight"]
+    return weight.block if stored.meta["val"].shape[0] % weight.block == 0 else 0
 
 
 def _of_result(scheme: QuantScheme, node: Node) -> TensorRule | None:

@@ -46,8 +46,9 @@ class LayerDecision(Frozen):
         op: Plain name of the operator.
         module: Module path.
         operands: Keys of the computed operands, in order.
-        weight: Grid of the stored operand, a scale an output channel; empty where there is none.
-        block: Input features of the stored operand that share a scale; 0 where a channel has one.
+        weight: Grid of the stored operand, a scale an output channel, or its palette; empty where there is none.
+        block: Input features of the stored operand that share a scale; 0 where a channel has one. Of a palette, output
+            channels that share it; 0 where all do.
         bias: ``int32`` at the product of both scales, or ``float``.
         output: Key of the value that is rounded again behind the call; empty where it stays in float.
         dynamic: What is computed is rounded by the range that it has at that run; ``operands`` is empty then.

@@ -148,7 +148,7 @@ def _weight(program: Program, node: Node, decision: LayerDecision, scales: str) 
     given = dict(zip(dialect.operand_names(node), dialect.operands(node), strict=True))
     stored = program.tensor_of(given["weight"])
     assert stored is not None
-    return rounded_weight(stored, decision.weight, scales=scales)
+    return rounded_weight(stored, decision.weight, block=decision.block, scales=scales)
 
 
 def _again(

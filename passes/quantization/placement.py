@@ -114,7 +114,7 @@ def _layer(program: Program, node: Node, rule: LayerRule) -> tuple[Layer | None,
             return None, "its weight is computed, not stored"
         if bias is not None and program.tensor_of(bias) is None:
             return None, "its bias is computed, not stored"
-        if rule.weight.block and weight.meta["val"].shape[1] % rule.weight.block:
+        if rule.weight.granularity == "block" and weight.meta["val"].shape[1] % rule.weight.block:
             features = int(weight.meta["val"].shape[1])
             return None, f"its {features} input features are no multiple of blocks of {rule.weight.block}"
         if rule.activation is None:

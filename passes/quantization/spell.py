@@ -14,12 +14,13 @@ from torch.fx import Node
 
 from vlexport.core.bundle_schema import Change
 from vlexport.core.grids import INT4
+from vlexport.core.palettes import PALETTES
 from vlexport.ir import dialect, provenance
 from vlexport.ir.cost import parameters_stored
 from vlexport.ir.program import Program
-from vlexport.ir.quant_ops import DEQUANTIZE, QUANTIZE
+from vlexport.ir.quant_ops import DEQUANTIZE, LOOK_UP, QUANTIZE
 from vlexport.passes.quantization.decisions import Decisions, LayerDecision, ValueDecision
-from vlexport.passes.quantization.weights import as_steps, dtype_of
+from vlexport.passes.quantization.weights import as_steps, by_palettes, dtype_of
 
 
 def spell(program: Program, decisions: Decisions, node: Node, layer: LayerDecision) -> Change:
@@ -81,15 +82,23 @@ def rounded(program: Program, value: Node, decision: ValueDecision) -> Node:
 
 
 def store_weight(program: Program, node: Node, layer: LayerDecision, *, scales: str = "float32") -> None:
-    """The weight of a call as integers or float8, a scale for each entry of dim 0 or for blocks along dim 1."""
+    """The weight of a call as integers or float8, a scale for each entry of dim 0 or for blocks along dim 1; or by its
+    palettes.
+    """
     names = dialect.operand_names(node)
     operands = list(dialect.operands(node))
     weight = operands[names.index("weight")]
     floats = program.tensor_of(weight)
     assert floats is not None
-    steps, scale, point = as_steps(floats, layer.weight, block=layer.block, scales=scales)
-    how = (1, layer.block, 4 if layer.weight == INT4.name else 8) if layer.block else (0,)
-    operands[names.index("weight")] = stored(program, node, str(weight.target), steps, scale, point, how)
+    name = str(weight.target)
+    if layer.weight in PALETTES:
+        places, tables = by_palettes(floats, layer.weight, group=layer.block, scales=scales)
+        made = _read(program, node, LOOK_UP, {f"{name}_places": places, f"{name}_tables": tables})
+    else:
+        steps, scale, point = as_steps(floats, layer.weight, block=layer.block, scales=scales)
+        how = (1, layer.block, 4 if layer.weight == INT4.name else 8) if layer.block else (0,)
+        made = stored(program, node, name, steps, scale, point, how)
+    operands[names.index("weight")] = made
     assert isinstance(node.target, torch._ops.OpOverload)
     node.args, node.kwargs = dialect.arguments(node.target, operands)
     program.erase_dead(weight)
@@ -103,15 +112,21 @@ def stored(
     What was stored for an earlier call is read again.
     """
     tensors = {f"{name}_{suffix}": _tensor(v) for suffix, v in (("int", steps), ("scale", scale), ("zero", point))}
-    for made in program.calls("vlexport.dequantize.default"):
+    return _read(program, node, DEQUANTIZE, tensors, how)
+
+
+def _read(program: Program, node: Node, target: Any, tensors: dict[str, Tensor], how: tuple[int, ...] = ()) -> Node:
+    for made in program.calls():
+        if made.target is not target:
+            continue
         same = [(n.target, program.tensor_of(n)) for n in made.all_input_nodes]
-        if made < node and made.args[3:] == how and all(
+        if made < node and made.args[len(tensors) :] == how and all(
             found == wanted and kept is not None and kept.dtype == each.dtype and torch.equal(kept, each)
             for (found, kept), (wanted, each) in zip(same, tensors.items(), strict=True)
         ):  # fmt: skip
             return made
     given = [program.add_tensor(key, each, before=node) for key, each in tensors.items()]
-    return program.add_call(DEQUANTIZE, (*given, *how), before=node, value_of=node)
+    return program.add_call(target, (*given, *how), before=node, value_of=node)
 
 
 def _tensor(values: Any) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vlexport.calibration.scales import float8, half_scale, symmetric
 from vlexport.core.grids import GRIDS, quantize
+from vlexport.core.palettes import PALETTES, palettize
 from vlexport.core.scheme import E4M3
 from vlexport.ir import quant_ops
 
@@ -34,11 +35,20 @@ def as_steps(weight: Tensor, kind: str, *, block: int = 0, scales: str = "float3
     return torch.from_numpy(quantize(array, scale, point.numpy(), GRIDS[kind], axis=axis, block=block)), made, point
 
 
-def rounded_weight(weight: Tensor, kind: str, *, scales: str = "float32") -> Tensor:
-    """A weight after rounding, a scale an output channel, as float32 of its shape; arguments as of :func:`as_steps`."""
-    steps, scale, point = as_steps(weight, kind, scales=scales)
-    found: Tensor = quant_ops.DEQUANTIZE(steps, scale, point, 0)
+def rounded_weight(weight: Tensor, kind: str, *, block: int = 0, scales: str = "float32") -> Tensor:
+    """A weight after rounding, as float32 of its shape; arguments as of :func:`as_steps`, or of :func:`by_palettes`."""
+    found: Tensor
+    if kind in PALETTES:
+        found = quant_ops.LOOK_UP(*by_palettes(weight, kind, group=block, scales=scales))
+    else:
+        found = quant_ops.DEQUANTIZE(*as_steps(weight, kind, block=block, scales=scales), 1 if block else 0, block)
     return found
+
+
+def by_palettes(weight: Tensor, kind: str, *, group: int = 0, scales: str = "float32") -> tuple[Tensor, Tensor]:
+    """A weight as places in tables, a table for so many output channels or for all; for ``look_up``."""
+    places, tables = palettize(weight.detach().numpy(), kind, group=group, scales=scales)
+    return torch.from_numpy(places), torch.from_numpy(tables)
 
 
 def dtype_of(kind: str) -> torch.dtype:

@@ -66,7 +66,7 @@ def _require_types(found: MilSummary, plan: Plan, precision: str) -> None:
 
 def _require_integers(found: MilSummary, plan: Plan) -> None:
     """No weight that the Program stores in integers was made float on the way."""
-    kept = sum(found.weight_bytes.get(name, 0) for name in ("INT8", "UINT8", "INT4"))
+    kept = sum(found.weight_bytes.get(name, 0) for name in ("INT8", "UINT8", "INT4", "UINT4", "UINT6"))
     stored = plan.integers
     if kept < stored:
         _equal("elements of weights in integers", kept, stored)

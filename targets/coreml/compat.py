@@ -119,6 +119,13 @@ def blockwise(mb: Any, stored: Any, scale: Any, zero_point: Any, *, bits: int, a
     return mb.constexpr_blockwise_shift_scale(data=stored.astype(kind), scale=scale, offset=offset, name=name)
 
 
+def by_palettes(places: Any, tables: Any, *, name: str) -> Any:
+    """A constant that is places in tables, each of them for an equal share of dim 0; before iOS 18 one for all."""
+    made = importlib.import_module("coremltools.converters.mil.frontend._utils")
+    shape = (tables.shape[0], *[1] * (places.ndim - 1), tables.shape[1], 1)
+    return made._construct_constexpr_lut_op(places, tables.reshape(shape), name=name)
+
+
 def load_spec(path: Path) -> Any:
     """The specification of a saved package.
 

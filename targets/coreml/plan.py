@@ -128,7 +128,7 @@ def plan_of(program: Program, brief: Brief, options: CoreMLOptions) -> Plan:
         typed=typed,
         keep=_kept(options.keep),
         copies=bool(shared_outputs(program)),
-        integers=stored_integers(program),
+        integers=stored_integers(program, deployment_target(brief)),
     )
 
 

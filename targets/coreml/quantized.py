@@ -1,7 +1,8 @@
 """Our quantization operators in Core ML: ``quantize`` and ``dequantize`` of MIL, and constants unpacked on load.
 
 A stored int8 or uint8 tensor becomes ``constexpr_affine_dequantize`` (iOS 17) or ``constexpr_blockwise_shift_scale``
-(iOS 18, which also takes int4 and blocks); a bias in int32, which MIL has no constant for, a float constant.
+(iOS 18, which also takes int4 and blocks); a bias in int32, which MIL has no constant for, a float constant. Places in
+palettes become ``constexpr_lut_to_dense``.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from vlexport.ir.program import Program
 from vlexport.ir.text import tensor_digest
 from vlexport.targets.coreml import compat
 
-TRANSLATED = frozenset({"vlexport.quantize.default", "vlexport.dequantize.default"})
+_LOOK_UP = "vlexport.look_up.default"
+TRANSLATED = frozenset({"vlexport.quantize.default", "vlexport.dequantize.default", _LOOK_UP})
 """Those with a translation; Core ML finds no ranges at run time."""
 ACTIVATIONS_IOS = 17
 """Operators that quantize at run time began with it."""
 BLOCKED_IOS = 18
-"""int4 and blocks began with it."""
+"""int4, blocks, and several palettes a tensor began with it."""
 
 WHAT_INSTEAD = (
     "quantize to int8 or uint8 with stored scales, or ask for a newer system with --set coreml.deployment_target"
@@ -35,6 +37,7 @@ def register() -> None:
     """Tell coremltools of the translations; once a process."""
     compat.translate("vlexport.quantize", _quantize)
     compat.translate("vlexport.dequantize", _dequantize)
+    compat.translate("vlexport.look_up", _look_up)
 
 
 def quantizes(node: Node) -> bool:
@@ -42,11 +45,21 @@ def quantizes(node: Node) -> bool:
     return dialect.op_name(node).startswith("vlexport.")
 
 
-def stored_integers(program: Program) -> int:
-    """Elements of weights that are stored in int8 or uint8 and dequantized; equal ones count once."""
-    sources = [node.args[0] for node in program.calls("vlexport.dequantize.default")]
-    kept = [each for each in map(program.tensor_of, sources) if each is not None and each.dtype is not quant_ops.BIAS]
-    return sum({tensor_digest(each): each.numel() for each in kept}.values())
+def stored_integers(program: Program, deployment: str) -> int:
+    """Elements of weights that are stored in int8 or uint8 and dequantized or looked up; equal ones count once.
+
+    Before iOS 18, places of fewer bits are packed, and counted by the byte.
+    """
+    found: dict[str, int] = {}
+    for node in program.calls("vlexport.dequantize.default", _LOOK_UP):
+        stored, numbers = (program.tensor_of(each) for each in node.args[:2])
+        if stored is None or numbers is None or stored.dtype is quant_ops.BIAS:
+            continue
+        bits = 8
+        if node.target is quant_ops.LOOK_UP and _number(deployment) < BLOCKED_IOS:
+            bits = numbers.shape[1].bit_length() - 1
+        found[tensor_digest(stored)] = -(-stored.numel() * bits // 8)
+    return sum(found.values())
 
 
 def why_not(node: Node, deployment: str) -> str:
@@ -61,6 +74,11 @@ def why_not(node: Node, deployment: str) -> str:
     if dialect.op_name(node) not in TRANSLATED:
         return "Core ML finds no range at run time"
     operands = dict(zip(dialect.operand_names(node), dialect.operands(node), strict=True))
+    if dialect.op_name(node) == _LOOK_UP:
+        if any(operands[name].op != "get_attr" for name in ("input", "tables")):
+            return "Core ML wants stored places and tables"
+        several = operands["tables"].meta["val"].shape[0] > 1 and _number(deployment) < BLOCKED_IOS
+        return f"several palettes a tensor began with iOS{BLOCKED_IOS}" if several else ""
     scale, point = operands["scale"], operands["zero_point"]
     if scale.op != "get_attr" or point.op != "get_attr":
         return "Core ML wants a stored scale and zero point"
@@ -104,6 +122,11 @@ def _dequantize(mb: Any, name: str, values: tuple[Any, ...]) -> Any:
     if block or bits == 4:
         return compat.blockwise(mb, stored, scales, points, bits=bits, axis=axis, name=name)
     return compat.unpacked(stored, points, scales, axis=axis, name=name)
+
+
+def _look_up(mb: Any, name: str, values: tuple[Any, ...]) -> Any:
+    places, tables = values
+    return compat.by_palettes(places.val, tables.val, name=name)
 
 
 def _given(rest: list[Any], position: int) -> int | None:

@@ -34,7 +34,13 @@ def translations(opset: int) -> dict[Any, Callable[..., Any]]:
 
 def unexpressible(program: Program, *, opset: int) -> list[CapabilityError]:
     """VLX0503 for every quantizing call that the opset has no spelling for."""
-    found = []
+    found = [
+        CapabilityError(
+            "VLX0503", "ONNX has no tables that weights are looked up in (vlexport.look_up)",
+            where=provenance.describe(node), hint="build from the model before it was quantized",
+        )
+        for node in program.calls("vlexport.look_up.default")
+    ]  # fmt: skip
     for node in program.calls("vlexport.quantize.default", "vlexport.dequantize.default"):
         operands = dict(zip(dialect.operand_names(node), dialect.operands(node), strict=True))
         why = _why_not(operands, opset)

@@ -50,17 +50,15 @@ class FuseBiasedAttention(Pass[OnnxModel]):
     effect: ClassVar[Effect] = "exact"
 
     def find(self, ir: OnnxModel) -> Iterator[Match[onnx_ir.Node] | NearMiss[onnx_ir.Node]]:
-        """Every softmax that a product reads and that a mask stands before."""
+        """Every softmax that a product reads."""
         for softmax in filter(looks_like_one, ir.nodes("Softmax")):
             try:
                 found = site(ir, softmax)
-                if found.bias is None and not found.guarded:
-                    continue
+                linears = projections(found)
                 if found.bias is None:
-                    raise NoSite("rows that are not a number become zeros, and no mask tells which")
+                    raise NoSite("no mask tells which rows become zeros" if found.guarded else "nothing is added to the scores")
                 if found.guarded and may_mask_whole_rows(found.bias) and not is_same_for_all_heads(found.bias):
                     raise NoSite("each head has a mask of its own, and a row of it may be masked as a whole")
-                linears = projections(found)
             except NoSite as miss:
                 yield NearMiss(_PATTERN, softmax, str(miss))
                 continue

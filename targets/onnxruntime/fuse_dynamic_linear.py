@@ -26,26 +26,18 @@ from typing import ClassVar
 
 import onnx_ir
 
-from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
-from vlexport.passes.statistic import Statistic
+from vlexport.passes.base import Change, Match, NearMiss
 from vlexport.targets.onnx.model import OnnxModel, module_path
 from vlexport.targets.onnx.rewriting import CONTRIB, put, stored
-from vlexport.targets.onnxruntime.integer_linear import TIPPED, IntegerLinear, NoLinear, integer_linear
+from vlexport.targets.onnxruntime.integer_linear import IntegerFusion, IntegerLinear, NoLinear, integer_linear
 
 _PATTERN = "rounded at run time → linear"
 
 
-class FuseDynamicLinear(Pass[OnnxModel]):
+class FuseDynamicLinear(IntegerFusion):
     """A linear whose input is rounded at run time becomes one operator of ONNX Runtime."""
 
     name: ClassVar[str] = "fuse-dynamic-linear"
-    stage: ClassVar[Stage] = "legalize"
-    effect: ClassVar[Effect] = "approximate"
-
-    @property
-    def statistic(self) -> Statistic:
-        """A rounding of float that tips an integer over is a whole step further on: noise like quantization's."""
-        return TIPPED
 
     def find(self, ir: OnnxModel) -> Iterator[Match[onnx_ir.Node] | NearMiss[onnx_ir.Node]]:
         """Every product behind a value that is rounded at run time."""

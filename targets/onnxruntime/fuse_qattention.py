@@ -24,27 +24,19 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir
 
-from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
-from vlexport.passes.statistic import Statistic
+from vlexport.passes.base import Change, Match, NearMiss
 from vlexport.targets.onnx.attention_site import NoSite, Site, become, looks_like_one, plain_site
 from vlexport.targets.onnx.model import OnnxModel, module_path
 from vlexport.targets.onnx.rewriting import stored
-from vlexport.targets.onnxruntime.integer_linear import TIPPED, IntegerLinear, NoLinear, integer_linear
+from vlexport.targets.onnxruntime.integer_linear import IntegerFusion, IntegerLinear, NoLinear, integer_linear
 
 _PATTERN = "integer projections → attention"
 
 
-class FuseQattention(Pass[OnnxModel]):
+class FuseQattention(IntegerFusion):
     """As fuse-attention, where the projections compute with integers."""
 
     name: ClassVar[str] = "fuse-qattention"
-    stage: ClassVar[Stage] = "legalize"
-    effect: ClassVar[Effect] = "approximate"
-
-    @property
-    def statistic(self) -> Statistic:
-        """A rounding of float that tips an integer over is a whole step further on: noise like quantization's."""
-        return TIPPED
 
     def find(self, ir: OnnxModel) -> Iterator[Match[onnx_ir.Node] | NearMiss[onnx_ir.Node]]:
         """Every softmax that a product reads."""

@@ -10,20 +10,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir
 
+from vlexport.passes.base import Effect, Pass, Stage
 from vlexport.passes.statistic import Statistic
 from vlexport.targets.onnx.layout import origin
+from vlexport.targets.onnx.model import OnnxModel
 
-TIPPED = Statistic(
-    "sqnr_db", 10.0, place=40.0, hint="switch the fusion off with --set onnxruntime.NAME=false, and report this"
-)
-"""What a fusion between quantizing operators promises. On a deep model, integers that rounding tips over cost about as
-much as quantization itself (33 dB beside 31 dB on deit_small), so that outputs prove little. What proves is each place
-alone, given what stood before it: one integer in a hundred tipped over leaves 46 dB, a wrong row or bias none of it."""
 Array = npt.NDArray[np.generic]
 _INTEGERS = ("uint8", "int8")
 
@@ -55,6 +52,26 @@ class IntegerLinear:
     weight_scale: Array
     weight_zero: Array
     bias: Array | None
+
+
+class IntegerFusion(Pass[OnnxModel]):
+    """A fusion of nodes that compute with integers.
+
+    A rounding of float that tips an integer over is a whole step further on: noise like quantization's. On a deep
+    model it costs about as much as quantization itself (33 dB beside 31 dB on deit_small), so that outputs prove
+    little. What proves is each place alone, given what stood before it: one integer in a hundred tipped over leaves
+    46 dB, a wrong row or bias none of it.
+    """
+
+    stage: ClassVar[Stage] = "legalize"
+    effect: ClassVar[Effect] = "approximate"
+
+    @property
+    def statistic(self) -> Statistic:
+        """Signal to noise ratio, of outputs and of each place."""
+        option = f"onnxruntime.{self.name.replace('-', '_')}"
+        hint = f"switch the fusion off with --set {option}=false, and report this"
+        return Statistic("sqnr_db", 10.0, place=40.0, hint=hint)
 
 
 def integer_linear(value: onnx_ir.Value) -> IntegerLinear:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
 
 from vlexport.core.artifact import Artifact, Frozen
+from vlexport.core.device_profiles import DeviceProfile, Fact
 from vlexport.core.devices import this_machine
 from vlexport.core.errors import VlexportError
 from vlexport.core.scheme import QUANTIZED, QuantScheme, read_schemes
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from vlexport.passes.quantization.decisions import Decisions, LayerDecision
 
 __all__ = ["TensorRTOptions", "TensorRTTarget"]
+
+_CAPABILITY = "compute-capability"
 
 
 class TensorRTTarget(Target):
@@ -45,6 +48,14 @@ class TensorRTTarget(Target):
     def float_precision(self, precision: str) -> str:
         """Half: what is not quantized is computed as in an fp16 artifact."""
         return "fp16"
+
+    def quantized_for(self, brief: Brief) -> DeviceProfile:
+        """The device; of one whose compute capability is not known, the least that an engine is asked for."""
+        asked = cast("TensorRTOptions", brief.options).compute_capabilities
+        if not asked or _CAPABILITY in brief.device.facts:
+            return brief.device
+        fact = Fact(value=min(asked.split(","), key=float), source="option tensorrt.compute_capabilities")
+        return brief.device.model_copy(update={"facts": {**brief.device.facts, _CAPABILITY: fact}})
 
     def fallback_precision(self, brief: Brief) -> str:
         """fp16 beside int8 and fp8, which may be no faster on the device."""
@@ -122,9 +133,7 @@ class TensorRTTarget(Target):
         opset = choose_opset(options, brief.device)
         choose_engine(options, brief.device, precision=brief.precision)
         facts = brief.device.facts
-        known = {
-            name: facts[name].value for name in ("tensorrt", "tensorrt-rtx", "compute-capability") if name in facts
-        }
+        known = {name: facts[name].value for name in ("tensorrt", "tensorrt-rtx", _CAPABILITY) if name in facts}
         return {
             "opset": str(opset),
             "domains": "ai.onnx",

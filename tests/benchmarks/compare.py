@@ -26,15 +26,17 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.compare_cells import Built, Judged, Place, Timed, build, judge, time_cell
-from tests.benchmarks.compare_models import MODELS, Model, Sizes, prepared
+from tests.benchmarks.compare_models import MODELS, SHORT, Model, Sizes, prepared
 from tests.benchmarks.compare_rows import ROWS, Row, rows_of
-from tests.benchmarks.compare_tables import comma_separated, machine, points, table
+from tests.benchmarks.compare_tables import comma_separated, machine, points, summary, table
 from tests.benchmarks.peers import Environment, PeerError, installed
 from vlexport.core.devices import available_cores, this_machine
 from vlexport.core.progress import Silent
 from vlexport.stages.profile import FULL, Plan
 
 STAGES = ("build", "judge", "time")
+MANY = "compare_models.json"
+"""The record of many models."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +105,15 @@ def _portable(arguments: list[str]) -> list[str]:
 
 
 def render(record: dict[str, Any], page: Path | None, figure: Path | None, text: Path | None, scratch: Path) -> None:
-    """Write the tables into a page, between its marks; the figure; the CSV."""
+    """Write the tables into a page, between its marks (of many models a line each); the figure; the CSV."""
     if page is not None:
         whole = page.read_text(encoding="utf-8")
         models = dict.fromkeys(cell["model"] for cell in record["cells"])
-        for name, said in {"machine": machine(record), **{each: table(record, each) for each in models}}.items():
+        many = len(models) > len(SHORT)
+        said_of = {"many": f"{machine(record, MANY)}\n\n{summary(record)}"} if many else {"machine": machine(record)}
+        if not many:
+            said_of |= {each: table(record, each) for each in models}
+        for name, said in said_of.items():
             before, mark, rest = whole.partition(f"<!-- {name} -->\n")
             if mark:
                 whole = before + mark + said + rest[rest.index(f"\n<!-- /{name} -->") :]
@@ -152,7 +158,7 @@ def main() -> int:
     chosen = list(MODELS) if given.models == "all" else given.models.split(",")
     wanted = tuple(filter(None, given.rows.split(",")))
     plan = Plan(rounds=given.rounds, block_seconds=given.seconds)
-    work = [(MODELS[name], row) for name in chosen for row in rows_of(MODELS[name].everyone, wanted)]
+    work = [(MODELS[name], row) for name in chosen for row in rows_of(name, MODELS[name].everyone, wanted)]
     cells, started = [], time.monotonic()
     for done, (model, row) in enumerate(work, 1):
         source = prepared(model, sizes, scratch)

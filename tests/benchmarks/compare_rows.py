@@ -7,6 +7,7 @@ from dataclasses import dataclass
 OURS = "vlexport_here"
 PLAIN = "plain"
 _CALIBRATED = "--calib {source}/calibration.npz"
+_TOME = "tome:r=28,layers=4+5+6+7+8+9+10+11"
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Row:
         environment: Of ``peer_scripts``.
         recipe: Of that script; ours is a line of flags.
         precision: What most of its arithmetic is, in words.
+        models: That alone are built so; none is all.
     """
 
     name: str
@@ -26,6 +28,7 @@ class Row:
     environment: str
     recipe: str
     precision: str
+    models: tuple[str, ...] = ()
 
     @property
     def ours(self) -> bool:
@@ -37,6 +40,14 @@ ROWS = (
     Row(PLAIN, "plain export, ONNX Runtime", "onnx_runtime", "plain", "fp32"),
     Row("vlexport-fp32", "vlexport", OURS, "", "fp32"),
     Row("vlexport-int8", "vlexport --precision int8", OURS, f"--precision int8 {_CALIBRATED}", "int8"),
+    Row(
+        "vlexport-dynamic", "vlexport --precision int8, dynamic", OURS,
+        f"--precision int8 {_CALIBRATED} --set quantize.activations=dynamic", "int8",
+    ),
+    Row(
+        "vlexport-int8-tokens", "vlexport --precision int8 --tokens tome", OURS,
+        f"--precision int8 {_CALIBRATED} --tokens {_TOME}", "int8", ("solar_cells",),
+    ),
     Row("ort-transformers", "onnxruntime.transformers optimizer", "onnx_runtime", "transformers-optimizer", "fp32"),
     Row("ort-onnxscript", "onnxscript optimize_for_ort", "onnx_runtime", "optimize-for-ort", "fp32"),
     Row("ort-static-minmax", "ONNX Runtime static, min-max", "onnx_runtime", "static-minmax", "int8"),
@@ -56,20 +67,22 @@ ROWS = (
     Row("executorch-fp32", "ExecuTorch, XNNPACK", "execu_torch", "fp32", "fp32"),
     Row("executorch-int8", "ExecuTorch, XNNPACK quantizer", "execu_torch", "int8", "int8"),
     Row("litert-fp32", "LiteRT", "lite_rt", "fp32", "fp32"),
-)
+)  # fmt: skip
 """The first is what every other is compared with."""
 FOR_ALL_MODELS = (PLAIN, "vlexport-fp32")
 """Rows of models that not everyone builds."""
 
 
-def rows_of(everyone: bool, wanted: tuple[str, ...] = ()) -> tuple[Row, ...]:
+def rows_of(model: str, everyone: bool, wanted: tuple[str, ...] = ()) -> tuple[Row, ...]:
     """The rows of a model, the plain export first.
 
     Args:
+        model: Its name.
         everyone: Whether all peers build it.
         wanted: Names, or parts of names; none takes all. The plain export is always there.
     """
     found = [row for row in ROWS if everyone or row.name in FOR_ALL_MODELS]
+    found = [row for row in found if not row.models or model in row.models]
     if wanted:
         found = [row for row in found if row.name == PLAIN or any(each in row.name for each in wanted)]
     return tuple(found)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from tests.benchmarks.compare_rows import OURS, PLAIN, ROWS
+from tests.benchmarks.compare_rows import FOR_ALL_MODELS, OURS, PLAIN, ROWS
 from vlexport.core.intervals import wilson
 from vlexport.core.verdict import measured_drop
 
@@ -73,13 +73,39 @@ def _fidelity(cell: Mapping[str, Any]) -> list[str]:
     return [same, "∞" if judged["sqnr_db"] is None else f"{judged['sqnr_db']:.1f} dB"]
 
 
-def machine(record: Record) -> str:
-    """The sentence before the tables."""
+def summary(record: Record) -> str:
+    """A line a model: how much faster vlexport's fp32 artifact is than the plain export, and their geometric mean."""
+    lines = ["| model | plain export | vlexport | ratio (95 %) | SQNR | size |", "|---|---|---|---|---|---|"]
+    ratios = []
+    for cell in record["cells"]:
+        timed, judged, built = cell["timed"], cell["judged"], cell["built"]
+        if cell["row"] != FOR_ALL_MODELS[1]:
+            continue
+        if timed is None or judged is None or built is None:
+            lines.append(f"| {cell['model']} | `{cell['failed']}` | | | | |")
+            continue
+        noise = "∞" if judged["sqnr_db"] is None else f"{judged['sqnr_db']:.0f} dB"
+        cells = [
+            cell["model"],
+            f"{timed['plain_ms']:.1f} ms",
+            *_latency(timed),
+            noise,
+            f"{built['size_bytes'] / 1e6:.1f} MB",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+        ratios += [timed["ratio"]] if timed["ratio"] is not None else []
+    if ratios:
+        lines += ["", f"Geometric mean of {len(ratios)} models: {math.prod(ratios) ** (1 / len(ratios)):.2f}×."]
+    return "\n".join(lines)
+
+
+def machine(record: Record, file: str = "compare.json") -> str:
+    """The sentence before the tables, which names the record's file."""
     about, count = record["machine"], record["threads"]
     said = (
         f"Measured {record['date']} on {about['cpu']} ({', '.join(about['instruction_set'])}), {count} "
         f"thread{'s' * (count > 1)}, {record['calibration']} calibration samples "
-        "([measured/compare.json](measured/compare.json))."
+        f"([measured/{file}](measured/{file}))."
     )
     return said if any(cell["timed"] for cell in record["cells"]) else f"{said} Nothing was timed in that run."
 

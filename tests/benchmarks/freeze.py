@@ -12,6 +12,7 @@ rounds, each session alone in its own process, and the ratio is baseline / froze
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import sys
@@ -78,7 +79,7 @@ def latency(source: Program, after: Program, rounds: int) -> dict[str, Any]:
         ours.mkdir()
         baseline = Measurable("dynamic", target, plain, target.lower_naive(source, plain))
         measured = Measurable("frozen", target, ours, target.lower(after, ours, Brief(target.Options())))
-        plan = type(FULL)(rounds=rounds, block_seconds=FULL.block_seconds)
+        plan = dataclasses.replace(FULL, rounds=rounds)
         result = measure_latency(
             measured, inputs, baseline=baseline, plan=plan, threads=available_cores(), reporter=Silent()
         )

@@ -6,7 +6,7 @@ against the same artifact without it.
 
 Latency is measured as ``vlexport profile --against`` does it: interleaved rounds, each session alone in its own
 process, rounds in which the baseline drifts by more than 5 % repeated, 95 % interval of the ratio. Bundles are built
-once a scratch folder, and figures that the record holds already are not measured again: a run that is stopped goes on.
+once a scratch folder, and ratios that the record holds already are not measured again: a run that is stopped goes on.
 ``--costs`` writes what was found for this kind of processor into the table that builds choose by. Weights are random,
 which decides no latency. Run it on a machine that does nothing else: about 8 minutes, after 10 for the builds.
 """
@@ -176,8 +176,11 @@ def line(found: Row) -> str:
 
 
 def table(record: dict[str, Any]) -> str:
-    """The Markdown table of a record: a line a variant."""
+    """The Markdown table of a record, under the line that says where it is from: a line a variant."""
+    machine = record["machine"]
     lines = [
+        f"{record['date']}, {machine['cpu']} ({machine['cores']} cores), batch 1, with {record['versions']}.",
+        "",
         "| built as | median | against the plain export (95 %) | against the same without the fusion | size |",
         "|---|---|---|---|---|",
     ]
@@ -225,8 +228,10 @@ def main() -> int:
     versions = ", ".join(f"{name} {version(name).split('+')[0]}" for name in ("onnxruntime", "torch", "timm"))
     for variant in wanted:
         for against in filter(None, (PLAIN, variant.without)):
-            if any((each.variant, each.against) == (variant.name, against) for each in rows):
+            known = [each for each in rows if (each.variant, each.against) == (variant.name, against)]
+            if any(each.ratio is not None for each in known):
                 continue
+            rows = [each for each in rows if each not in known]
             rows.append(row(variant, against, given.scratch, threads=threads, quick=given.quick))
             print(line(rows[-1]), flush=True)
             if given.record is not None:

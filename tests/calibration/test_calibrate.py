@@ -69,11 +69,15 @@ def test_table_is_found_again_only_while_nothing_that_decides_it_changed(net: Pr
     assert hits == [False, True, False, False, False, False, False]
 
 
-def test_table_is_made_anew_when_the_kept_one_has_too_few_samples(net: Program, tmp_path: Path) -> None:
-    cache = Cache(tmp_path / "cache")
-    calibrate(net, dataset(images(5), net), wanted, METHOD, cache=cache)
-    with pytest.raises(DataError) as error:
-        calibrate(net, dataset(images(5), net), wanted, METHOD, cache=cache, at_least=6)
+def test_samples_are_refused_without_a_run_when_too_few_of_them_differ(
+    net: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, values = Cache(tmp_path / "cache"), images(6)
+    values[4:] = values[3]
+    calibrate(net, dataset(values, net), wanted, METHOD, cache=cache, at_least=4)
+    monkeypatch.delattr(Program, "run")
+    with pytest.raises(DataError, match="6 calibration samples, no more than 4 different ones") as error:
+        calibrate(net, dataset(values, net), wanted, METHOD, cache=cache, at_least=5)
     assert error.value.code == "VLX0214"
 
 

@@ -116,6 +116,23 @@ def test_too_few_samples_are_refused_with_the_number_that_is_needed(net: Program
     assert "4 calibration samples are too few: 32 are needed" in error.value.message
 
 
+@pytest.mark.parametrize(
+    ("different", "said"),
+    [
+        (1, "16 calibration samples, all the same, are too few: 16 different ones are needed"),
+        (15, "16 calibration samples, no more than 15 different ones, are too few: 16 different ones are needed"),
+    ],
+)
+def test_copies_count_once_when_samples_are_counted(net: Program, different: int, said: str) -> None:
+    values = images(16)
+    values[different - 1 :] = values[different - 1]
+    with pytest.raises(DataError) as error:
+        collect(net, dataset(values, net), products, at_least=16)
+    assert (error.value.code, error.value.message) == ("VLX0214", said)
+    found = collect(net, dataset(values, net), products, at_least=different)
+    assert found.samples == 16, "enough of them differ: copies are no error"
+
+
 def test_progress_is_shown_when_samples_run(net: Program) -> None:
     class Counting(Silent):
         total = done = 0

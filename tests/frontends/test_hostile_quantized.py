@@ -14,7 +14,7 @@ import vlexport
 from vlexport.core.errors import ModelFileError
 from vlexport.frontends.archive import check_archive
 from vlexport.frontends.archive_zip import read_members, write_members
-from vlexport.ir.quant_ops import DEQUANTIZE, QUANTIZE
+from vlexport.ir.quant_ops import DEQUANTIZE, LOOK_UP, QUANTIZE
 
 PROGRAM = "models/model.json"
 _BY_KEYWORD = 2
@@ -25,9 +25,12 @@ class Rounded(nn.Module):
         super().__init__()
         self.register_buffer("scale", torch.tensor([0.1, 0.2, 0.3]))
         self.register_buffer("point", torch.zeros(3, dtype=torch.int8))
+        self.register_buffer("places", torch.tensor([[1, 0, 15]], dtype=torch.uint8))
+        self.register_buffer("tables", torch.arange(16.0)[None])
 
     def forward(self, x: Tensor) -> Tensor:
-        return DEQUANTIZE(QUANTIZE(x, self.scale, self.point, 1), self.scale, self.point, 1, 0, 8)  # type: ignore[no-any-return]
+        rounded = DEQUANTIZE(QUANTIZE(x, self.scale, self.point, 1), self.scale, self.point, 1, 0, 8)
+        return rounded + LOOK_UP(self.places, self.tables)  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +60,17 @@ def points_that_are_scales(program: Any) -> None:
     by_name["zero_point"]["arg"] = by_name["scale"]["arg"]
 
 
+def read_as(name: str, operator: str, other: str) -> Callable[[Any], None]:
+    """``look_up`` reads for ``name`` what another call reads as ``other``."""
+
+    def edit(program: Any) -> None:
+        (node,), (giver,) = calls(program, "look_up"), calls(program, operator)
+        (given,) = [each["arg"] for each in giver["inputs"] if each["name"] == other]
+        next(each for each in node["inputs"] if each["name"] == name)["arg"] = given
+
+    return edit
+
+
 def no_axis(program: Any) -> None:
     (node,) = calls(program, "quantize")
     (place,) = [each for each in node["inputs"] if each["name"] == "axis"]
@@ -73,8 +87,22 @@ def no_axis(program: Any) -> None:
         (with_number("bits", 99), "bits are 99"),
         (points_that_are_scales, "it does not take"),
         (no_axis, "scale and zero point have shapes"),
+        (read_as("input", "quantize", "scale"), "it takes places in uint8"),
+        (read_as("tables", "look_up", "input"), "it takes places in uint8"),
+        (read_as("tables", "quantize", "scale"), "do not divide places"),
     ],
-    ids=["axis", "other axis", "negative block", "huge block", "bits", "dtype", "no axis"],
+    ids=[
+        "axis",
+        "other axis",
+        "negative block",
+        "huge block",
+        "bits",
+        "dtype",
+        "no axis",
+        "places",
+        "no floats",
+        "tables",
+    ],
 )
 def test_archive_is_refused_when_a_quantization_operator_cannot_be_computed(
     members: dict[str, bytes], edit: Callable[[Any], None], why: str

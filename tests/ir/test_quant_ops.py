@@ -15,12 +15,13 @@ import vlexport
 from tests.harness import captured
 from vlexport.core.config import BuildConfig
 from vlexport.core.grids import INT4, INT8, INT32, UINT8, Grid, dequantize, quantize
+from vlexport.core.palettes import looked_up, palettize
 from vlexport.frontends.archive_targets import refusal_of
 from vlexport.frontends.sources import open_sources
 from vlexport.ir import dialect
 from vlexport.ir.exported import exported_from_program, program_from_exported
 from vlexport.ir.program import Program
-from vlexport.ir.quant_ops import CHOOSE_QPARAMS, DEQUANTIZE, OPERATORS, QUANTIZE
+from vlexport.ir.quant_ops import CHOOSE_QPARAMS, DEQUANTIZE, LOOK_UP, OPERATORS, QUANTIZE
 from vlexport.ir.text import fingerprint, text
 from vlexport.passes.canonicalize import Canonicalize
 from vlexport.passes.eliminate_dead import EliminateDead
@@ -113,6 +114,7 @@ class Quantized(nn.Module):
             "xs": np.float32(0.02), "xz": np.uint8(128), "ys": np.float32(0.01), "yz": np.uint8(100),
             "w4": rng.integers(-8, 8, (6, 8)).astype(np.int8), "s4": rng.uniform(0.01, 0.1, (6, 2)).astype(np.float32),
             "z4": np.zeros((6, 2), np.int8),
+            "p": rng.integers(0, 16, (4, 3)).astype(np.uint8), "t": np.sort(rng.normal(size=(2, 16)).astype(np.float32)),
         }.items():  # fmt: skip
             self.register_buffer(name, torch.from_numpy(np.array(value)))
         self.register_buffer("bs", self.ws * self.xs)
@@ -130,7 +132,8 @@ class Quantized(nn.Module):
         x = nn.functional.linear(x, DEQUANTIZE(self.w4, self.s4, self.z4, 1, 4, 4))
         scale, point = CHOOSE_QPARAMS(x)
         x = DEQUANTIZE(QUANTIZE(x, scale, point), scale, point)
-        return nn.functional.linear(x, DEQUANTIZE(self.w8, self.s8, self.z8, 0))
+        x = nn.functional.linear(x, DEQUANTIZE(self.w8, self.s8, self.z8, 0))
+        return nn.functional.linear(x, LOOK_UP(self.p, self.t))
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +150,14 @@ def calls(of: Program) -> list[str]:
     return [dialect.plain_name(n) for n in of.calls() if dialect.op_name(n).startswith("vlexport.")]
 
 
+def test_values_are_those_of_the_table_of_their_group_when_looked_up() -> None:
+    places, tables = palettize(np.random.default_rng(4).standard_normal((6, 5)).astype(np.float32), "palette4", group=2)
+    found = LOOK_UP(torch.from_numpy(places), torch.from_numpy(tables))
+    assert np.array_equal(found.numpy(), looked_up(places, tables))
+    beyond = LOOK_UP(torch.full((6, 1), 200, dtype=torch.uint8), torch.from_numpy(tables))
+    assert np.array_equal(beyond.numpy()[::2, 0], tables[:, -1]), "a place beyond the table is its last"
+
+
 def test_program_holds_the_operators_and_their_dtypes_when_captured(program: Program, example: Tensor) -> None:
     assert calls(program).count("dequantize") == 7
     assert [n for n in program.calls() if dialect.is_opaque(n)] == []
@@ -154,6 +165,7 @@ def test_program_holds_the_operators_and_their_dtypes_when_captured(program: Pro
     assert "vlexport.quantize(x, @xs: f32[], @xz: u8[]) -> u8[batch,4]" in shown
     assert "vlexport.dequantize(@w4: i8[6,8], @s4: f32[6,2], @z4: i8[6,2], 1, 4, 4) -> f32[6,8]" in shown
     assert "@w8: f8e4m3[3,6]" in shown
+    assert "vlexport.look_up(@p: u8[4,3], @t: f32[2,16]) -> f32[4,3]" in shown
     assert torch.equal(program.run(example)[0], Quantized()(example))
 
 

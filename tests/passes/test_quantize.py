@@ -12,6 +12,7 @@ from tests.harness import check_golden, check_pass
 from tests.passes.quantizing import SCHEMES, Joined, Mixed, images, program_of, quantizer, ranges
 from tests.strategies import programs
 from vlexport.calibration.calibrate import calibrate
+from vlexport.calibration.collect import Want, together
 from vlexport.calibration.keys import value_keys
 from vlexport.calibration.methods import Method
 from vlexport.calibration.table import CalibrationTable
@@ -25,6 +26,7 @@ from vlexport.passes.equalize_ranges import EqualizeRanges, equalized_channels
 from vlexport.passes.gate import NumericGate
 from vlexport.passes.pipeline import run_pass, verify
 from vlexport.passes.probes import Probe
+from vlexport.passes.quantization.even_channels import EvenChannels
 from vlexport.passes.quantize import Quantize
 from vlexport.passes.smooth_activations import SmoothActivations, smoothed_channels
 
@@ -176,13 +178,26 @@ def evened(program: Program, example: Tensor) -> Program:
     for kind, wanted in ((SmoothActivations, smoothed_channels), (EqualizeRanges, equalized_channels)):
         channels = wanted(program)
         if any(channels(node) for node in program.calls()):
-            table = calibrate(program, dataset(example.numpy(), program), channels, Method())
+            seen = together(channels, lambda _: Want(histogram=False))
+            table = calibrate(program, dataset(example.numpy(), program), seen, Method())
             pass_ = kind(scheme=SCHEMES["static-u8s8"], ranges=table.by_value(), samples=[(example,)])
             before, program = program, program.copy()
             pass_.run(program)
+            carried_over(pass_, program, example)
             verify(program, made_by=f"{pass_.name} of {len(before.calls())} calls")
             assert not pass_.run(program)[0], "it does not do the same twice"
     return program
+
+
+def carried_over(pass_: EvenChannels, program: Program, example: Tensor) -> None:
+    """What the pass says of the ranges of its result is what a run of it shows."""
+    measured = calibrate(program, dataset(example.numpy(), program), lambda _: Want(histogram=False), Method())
+    assert pass_.behind
+    for entry in measured.values:
+        said = pass_.behind.get(entry.value, entry)
+        assert (said.op, said.place) == (entry.op, entry.place)
+        near = 1e-4 * max(-entry.low, entry.high)
+        assert (said.low, said.high) == pytest.approx((entry.low, entry.high), rel=0, abs=near)
 
 
 def test_nothing_is_found_when_nothing_was_calibrated(mixed: Program) -> None:

@@ -31,6 +31,8 @@ from vlexport.stages.component import Optimized
 from vlexport.stages.order import order_of
 from vlexport.stages.quantized import require_calibrated, with_fallback
 from vlexport.stages.smoothed import smooth_component
+from vlexport.targets.tensorrt.engine import choose_engine
+from vlexport.targets.tensorrt.options import TensorRTOptions
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +99,7 @@ def test_float8_is_not_smoothed_and_says_so_when_asked(folder: Path) -> None:
     program = captured(Mixed().eval(), images(2, 0))
     held = Optimized(program, (), None, ())
     samples, tried = dataset(images(16, 1).numpy(), program), [(images(2, 2),)]
-    assert smooth_component(held, scheme, asked, samples=samples, tried=tried, dump=None) is held
+    assert smooth_component(held, scheme, asked, samples=samples, tried=tried, dump=None) == (held, None)
     with pytest.raises(VlexportError, match="'smooth-activations' is not run"):
         order_of(asked.model_copy(update={"options": {"smooth-activations.shift": "false"}}))
 
@@ -108,6 +110,20 @@ def test_float8_is_not_smoothed_and_says_so_when_asked(folder: Path) -> None:
         ({"calib": None}, "VLX0218", "there are none"),
         ({"precision": "fp8", "device_profile": "jetson-orin-jp6"}, "VLX0502", "compute-capability 8.9 is needed"),
         ({"precision": "fp8"}, "VLX0502", "nothing is known of the compute-capability"),
+        (
+            {"precision": "fp8", "options": {"tensorrt.compute_capabilities": "8.9,8.6"}},
+            "VLX0502",
+            "compute-capability 8.9 is needed",
+        ),
+        (
+            {
+                "precision": "fp8",
+                "device_profile": "jetson-orin-jp6",
+                "options": {"tensorrt.compute_capabilities": "8.9"},
+            },
+            "VLX0502",
+            "compute-capability 8.9 is needed, jetson-orin-jp6 has 8.7",
+        ),
         ({"options": {"quantize.weights_only": "int4"}}, "VLX0502", "the target has no such scheme"),
         ({"options": {"quantize.weights_only": "int5"}}, "VLX0703", "quantize.weights_only"),
         ({"precision": "fp16", "options": {"quantize.weights_only": "int8"}}, "VLX0703", "pass 'quantize' is not run"),
@@ -120,6 +136,15 @@ def test_order_is_refused_when_it_cannot_be_quantized_so(
     with pytest.raises(VlexportError) as error:
         order_of(config(folder, **given))
     assert (error.value.code, said in error.value.message) == (code, True), error.value.message
+
+
+def test_float8_needs_no_device_when_options_name_what_the_engine_is_for(folder: Path) -> None:
+    asked = config(folder, precision="fp8", options={"tensorrt.compute_capabilities": "8.9,12.0"})
+    order = order_of(asked)
+    assert require_calibrated(asked, order.brief, order.target).id == "static-e4m3"
+    options = order.brief.options
+    assert isinstance(options, TensorRTOptions)
+    assert choose_engine(options, order.brief.device, precision="fp8").capabilities == ("8.9", "12.0")
 
 
 def test_no_samples_are_asked_for_when_weights_alone_are_rounded(folder: Path) -> None:

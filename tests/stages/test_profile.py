@@ -24,7 +24,6 @@ from vlexport.core.progress import Silent
 from vlexport.stages.profile import (
     DRIFT,
     FULL,
-    MAX_REPEATS,
     QUICK,
     REST_SECONDS,
     Measurable,
@@ -187,7 +186,7 @@ def test_large_batch_is_measured_apart_when_asked_for(tmp_path: Path) -> None:
     assert (found.large_batch, found.large_batch_p50_ms, found.large_batch_throughput) == (8, 16, 500)
 
 
-@pytest.mark.parametrize(("share", "repeated"), [(0.9, 0), (1.1, MAX_REPEATS + 1)])
+@pytest.mark.parametrize(("share", "repeated"), [(0.9, 0), (1.1, FULL.repeats + 1)])
 def test_drift_bound_is_five_percent_when_compared(share: float, repeated: int, tmp_path: Path) -> None:
     script = itertools.cycle([10.0 * (1 + share * DRIFT), 10.0])
     baseline = Scripted(itertools.chain([10.0], script))
@@ -198,7 +197,7 @@ def test_drift_bound_is_five_percent_when_compared(share: float, repeated: int, 
 def test_verdict_is_too_noisy_when_the_control_never_holds(tmp_path: Path) -> None:
     growing = (10 * 1.2**i for i in itertools.count())
     found = measured(Scripted(itertools.repeat(5.0)), Scripted(growing), tmp_path)
-    assert (found.verdict, found.rounds, found.repeated) == ("too noisy to tell", 0, MAX_REPEATS + 1)
+    assert (found.verdict, found.rounds, found.repeated) == ("too noisy to tell", 0, FULL.repeats + 1)
     assert (found.ratio, found.ratio_low, found.ratio_high) == (None, None, None)
 
 
@@ -258,7 +257,7 @@ def test_profile_exits_5_without_a_ratio_when_it_is_too_noisy(
     paced(lambda block: 1.2**block)
     assert main(["profile", "bundle", "--against", "other"]) == 5
     out = capfd.readouterr().out
-    assert "too noisy to tell (8 rounds drifted)" in out
+    assert f"too noisy to tell ({FULL.repeats + 1} rounds drifted)" in out
     assert "×" not in out
 
 

@@ -7,13 +7,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from tests.harness import captured
-from tests.targets.quantized_nets import quantized
+from tests.passes.quantizing import images
+from tests.targets.quantized_nets import program_of, quantized, scheme_of
 from tests.targets.test_onnx_quantized import AtRunTime, Bias, Blocks, Float8, Integers, drawn
+from vlexport.core.devices import this_machine
 from vlexport.core.errors import CapabilityError, GateError
 from vlexport.core.grids import dequantize
+from vlexport.core.numerics import sqnr_db
+from vlexport.core.palettes import palettize
+from vlexport.core.scheme import choose_scheme
+from vlexport.ir.quant_ops import LOOK_UP
+from vlexport.passes.quantize import Quantize
 from vlexport.targets import open_target
 from vlexport.targets.base import Brief
 from vlexport.targets.coreml import CoreMLOptions
@@ -41,6 +49,20 @@ def stored_beside(folder: Path) -> bytes:
 
 def constant(found: MilSummary, operation: Any, parameter: str) -> Any:
     return found.constants[operation.inputs[parameter][0]]
+
+
+class Palettes(nn.Module):
+    """A linear whose weight is looked up, a table for so many output channels."""
+
+    def __init__(self, kind: str = "palette4", group: int = 4) -> None:
+        super().__init__()
+        weight = np.random.default_rng(2).standard_normal((8, 32)).astype(np.float32)
+        places, tables = palettize(weight, kind, group=group, scales="float16")
+        self.register_buffer("w", torch.from_numpy(places))
+        self.register_buffer("t", torch.from_numpy(tables))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, LOOK_UP(self.w, self.t))
 
 
 def test_activations_are_quantized_as_in_the_program_when_lowered(tmp_path: Path) -> None:
@@ -87,8 +109,30 @@ def test_blocks_are_kept_in_four_bits_when_the_system_has_them(precision: str, t
 
 
 @pytest.mark.parametrize(
+    ("kind", "group", "system", "types"),
+    [
+        ("palette4", 4, "iOS18", {"UINT4": 256}), ("palette6", 0, "iOS18", {"UINT6": 256}),
+        ("palette4", 0, "iOS17", {"UINT8": 128}), ("palette6", 0, "iOS16", {"UINT8": 192}),
+    ],
+)  # fmt: skip
+def test_places_and_tables_are_those_of_the_program_when_weights_are_looked_up(
+    kind: str, group: int, system: str, types: dict[str, int], tmp_path: Path
+) -> None:
+    net = Palettes(kind, group)
+    found = lowered(net, (1, 32), brief(system, "fp32"), tmp_path)
+    assert found.histogram() == {"constexpr_lut_to_dense": 1, "linear": 1}
+    assert {name: count for name, count in found.weight_bytes.items() if name != "FLOAT32"} == types
+    bits = int(kind[-1])
+    flat = np.unpackbits(net.w.numpy().reshape(-1, 1), axis=1, bitorder="little")[:, :bits]  # type: ignore[operator]
+    beside = stored_beside(tmp_path) + b"".join(each.tobytes() for each in found.constants.values())
+    assert np.packbits(flat, bitorder="little").tobytes() in beside, "the least bit first"
+    assert net.t.numpy().tobytes() in beside  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
     ("module", "shape", "system", "reasons"),
     [
+        (Palettes, (1, 32), "iOS17", {"several palettes a tensor began with iOS18"}),
         (Blocks, (1, 32), "iOS17", {"int4 and blocks of stored values began with iOS18"}),
         (Float8, (1, 8), "iOS18", {"Core ML has no float8"}),
         (
@@ -131,7 +175,7 @@ KEPT = {
 def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, MilSummary]:
     asked = [
         ("vit", "w8a8", "iOS17"), ("cnn", "w8a8", "iOS18"), ("vit", "weights-s8", "iOS17"),
-        ("vit", "weights-s4", "iOS18"),
+        ("vit", "weights-s4", "iOS18"), ("vit", "weights-p4-groups", "iOS18"), ("cnn", "weights-p6", "iOS17"),
     ]  # fmt: skip
     found = {}
     for net, scheme, system in asked:
@@ -162,6 +206,46 @@ def test_weights_alone_are_kept_in_the_bits_that_were_asked_for(packages: dict[s
     assert not {"quantize", "dequantize"} & {*eight.histogram(), *four.histogram()}
     assert eight.weight_bytes["INT8"] >= KEPT["vit"]
     assert four.weight_bytes["INT4"] == KEPT["vit"] - 3 * 16 * 64
+
+
+def test_weights_are_looked_up_when_palettes_were_asked_for(packages: dict[str, MilSummary]) -> None:
+    groups, one = packages["vit weights-p4-groups"], packages["cnn weights-p6"]
+    assert groups.histogram()["constexpr_lut_to_dense"] == one.histogram()["constexpr_lut_to_dense"] == 6
+    assert groups.weight_bytes["UINT4"] == KEPT["vit"], "counted a byte an element"
+    assert KEPT["cnn"] * 6 // 8 <= one.weight_bytes["UINT8"] <= KEPT["cnn"] * 6 // 8 + 6
+    for found in (groups, one):
+        assert not {"quantize", "dequantize"} & {*found.histogram()}
+        assert {t for op in found.operations if op.type in ("linear", "conv") for t in op.dtypes} == {"FLOAT16"}
+    decided = {
+        node.args[1].meta["val"].shape[0]
+        for node in quantized("vit", "coreml", "weights-p4-groups").calls("vlexport.look_up.default")
+    }
+    assert decided == {1, 4, 8, 12}, "a head of ten channels, which 16 does not divide, has one table"
+
+
+@pytest.mark.parametrize(
+    ("name", "least"), [("weights-p4-groups", 18.0), ("weights-p4", 15.0), ("weights-p6", 26.0), ("weights-p8", 35.0)]
+)
+def test_program_keeps_so_much_when_weights_are_looked_up(name: str, least: float) -> None:
+    image = images(8, 4)
+    after = program_of("vit").copy()
+    Quantize(scheme=scheme_of("coreml", name), emit=open_target("coreml").emit_quant).run(after)
+    found = [torch.cat([each.run(row[None])[0] for row in image]).numpy() for each in (after, program_of("vit"))]
+    assert sqnr_db(*found) >= least
+
+
+@pytest.mark.parametrize(
+    ("weight", "system", "scheme"),
+    [
+        ("palette4", "18", "weights-p4-groups"), ("palette4", "17", "weights-p4"),
+        ("palette6", "16", "weights-p6"), ("palette8", "18", "weights-p8"),
+    ],
+)  # fmt: skip
+def test_scheme_has_groups_when_the_system_takes_them(weight: str, system: str, scheme: str) -> None:
+    target = open_target("coreml")
+    device = target.quantized_for(brief(f"iOS{system}"))
+    found = choose_scheme(target.schemes(), "int8", device, this_machine(), kind="weights", weight=weight)
+    assert found.id == scheme
 
 
 def test_package_is_refused_when_weights_were_made_float_on_the_way(packages: dict[str, MilSummary]) -> None:

@@ -19,6 +19,7 @@ from vlexport.core.bundle_schema import Machine
 from vlexport.core.device_profiles import THIS, DeviceProfile
 from vlexport.core.errors import CapabilityError
 from vlexport.core.grids import GRIDS
+from vlexport.core.palettes import PALETTES
 
 Kind = Literal["static", "dynamic", "weights"]
 QUANTIZED = ("int8", "fp8")
@@ -33,27 +34,30 @@ class TensorRule(Frozen):
     """How one tensor of a call is quantized.
 
     Attributes:
-        type: Name of a grid, or ``e4m3``.
+        type: Name of a grid, ``e4m3``, or a palette.
         symmetric: No zero point, or that in the grid's middle.
-        granularity: One scale for the tensor, for each output channel, or for each block of neighbours.
-        block: Neighbours that share a scale.
+        granularity: One scale for the tensor, for each output channel, or for each block of neighbours; one palette for
+            the tensor or for each group of output channels.
+        block: Neighbours that share a scale, or output channels that share a palette.
         dynamic: The range is found when the model runs.
         fixed_scale: A scale that holds whatever is measured, as of a softmax, whose values are known.
     """
 
     type: str
     symmetric: bool
-    granularity: Literal["tensor", "channel", "block"] = "tensor"
+    granularity: Literal["tensor", "channel", "block", "group"] = "tensor"
     block: int = Field(default=0, ge=0)
     dynamic: bool = False
     fixed_scale: float | None = Field(default=None, gt=0.0)
 
     @model_validator(mode="after")
     def _consistent(self) -> TensorRule:
-        if self.type not in (*GRIDS, E4M3):
+        if self.type not in (*GRIDS, E4M3, *PALETTES):
             raise ValueError(f"no type '{self.type}'")
-        if (self.granularity == "block") != (self.block > 0):
-            raise ValueError("blocks have a size, and nothing else has")
+        if (self.granularity in ("block", "group")) != (self.block > 0):
+            raise ValueError("blocks and groups have a size, and nothing else has")
+        if self.granularity not in (("tensor", "group") if self.type in PALETTES else ("tensor", "channel", "block")):
+            raise ValueError(f"{self.type} goes by no {self.granularity}")
         if self.type == E4M3 and not self.symmetric:
             raise ValueError("e4m3 has no zero point")
         return self

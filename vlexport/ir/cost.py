@@ -117,15 +117,15 @@ def parameters_stored(program: Program) -> int:
 
 
 _PACKED = (torch.int8, torch.uint8, torch.int32)
-"""What a ``dequantize`` may read; float8 is of floats as it is."""
+"""What a ``dequantize`` or ``look_up`` may read; float8 is of floats as it is."""
 
 
 def parameter_names(program: Program) -> set[str]:
-    """Stored tensors that count as parameters: of floats, and integers that a ``dequantize`` makes floats of."""
+    """Stored tensors that count as parameters: of floats, and integers that become floats when they are read."""
     found = {name for name, tensor in program.tensors.items() if tensor.is_floating_point()}
     if not any(tensor.dtype in _PACKED for tensor in program.tensors.values()):
         return found  # passes ask after each change
-    packed = [node.args[0] for node in program.calls("vlexport.dequantize.default")]
+    packed = [node.args[0] for node in program.calls("vlexport.dequantize.default", "vlexport.look_up.default")]
     return found | {str(each.target) for each in packed if isinstance(each, Node) and each.op == "get_attr"}
 
 

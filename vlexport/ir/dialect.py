@@ -166,7 +166,7 @@ OPS: dict[str, OpInfo] = {
     ),
     **_row("make", "new_zeros.default new_ones.default new_full.default new_empty.default"),
     **_row("shape", "sym_size.int sym_numel.default item.default _local_scalar_dense.default"),
-    **{f"vlexport.{name}.default": OpInfo("quant") for name in ("quantize", "dequantize", "choose_qparams")},
+    **{f"vlexport.{name}.default": OpInfo("quant") for name in ("quantize", "dequantize", "choose_qparams", "look_up")},
     **_row("shape", "_assert_scalar.default sym_constrain_range_for_size.default sym_constrain_range.default"),
 }
 """``aten.NAME.OVERLOAD``, or that of our own operators (``ir/quant_ops``) → what it is."""

@@ -22,6 +22,8 @@ def problem(node: Node) -> str:
     if name == "vlexport.choose_qparams.default":
         value = _tensor(node.args[0]) if node.args else None
         return "" if value is not None and value.is_floating_point() else "it takes a tensor of floats"
+    if name == "vlexport.look_up.default":
+        return _look_up_problem(*map(_tensor, dialect.operands(node)[:2]))
     if name not in ("vlexport.quantize.default", "vlexport.dequantize.default"):
         return ""
     given = dialect.operands(node)
@@ -41,6 +43,14 @@ def problem(node: Node) -> str:
     shapes = {tuple(scale.shape), tuple(point.shape)}
     if shapes - {wanted} and not (axis is None and scale.numel() == point.numel() == 1):
         return f"scale and zero point have shapes {sorted(map(str, shapes))}, {wanted} is wanted"
+    return ""
+
+
+def _look_up_problem(places: torch.Tensor | None, tables: torch.Tensor | None) -> str:
+    if places is None or tables is None or places.dtype is not torch.uint8 or not tables.is_floating_point():
+        return "it takes places in uint8, and tables of floats"
+    if tables.ndim != 2 or not places.ndim or places.shape[0] % tables.shape[0]:
+        return f"tables of shape {tuple(tables.shape)} do not divide places of shape {tuple(places.shape)}"
     return ""
 
 

@@ -37,7 +37,6 @@ from vlexport.targets.base import Target
 
 DRIFT = 0.05
 """Largest relative difference between the baseline's two medians of a round."""
-MAX_REPEATS = 7
 _NEEDED_FOR_INTERVAL = 7
 REST_SECONDS = 0.1
 """Before each block: until then the other process has stopped spinning."""
@@ -57,16 +56,18 @@ class Plan:
         rounds: Rounds whose control must hold.
         block_seconds: Seconds per block of runs.
         limit_seconds: No further round is begun after so long, once one has held; None means no limit.
+        repeats: Rounds whose control did not hold before the machine is called too noisy.
     """
 
     rounds: int
     block_seconds: float
     limit_seconds: float | None = None
+    repeats: int = 7
 
 
 QUICK = Plan(rounds=3, block_seconds=0.7, limit_seconds=20.0)
 """About 20 s, or one round of a model that takes longer; too few rounds for an interval, and marked so."""
-FULL = Plan(rounds=7, block_seconds=1.5)
+FULL = Plan(rounds=7, block_seconds=1.5, repeats=21)
 
 
 class Timeable(Protocol):
@@ -305,7 +306,7 @@ def interleaved(
     drifted: list[tuple[list[float], list[float]]] = []
     started = time.monotonic()
     with reporter.steps("profile", plan.rounds) as advance:
-        while len(ratios) < plan.rounds and len(drifted) <= MAX_REPEATS:
+        while len(ratios) < plan.rounds and len(drifted) <= plan.repeats:
             if ratios and plan.limit_seconds is not None and time.monotonic() - started > plan.limit_seconds:
                 break
             before = _block(baseline, inputs, baseline_runs)
@@ -319,7 +320,7 @@ def interleaved(
             baseline_times += [*before, *after]
             ratios.append(statistics.median([*before, *after]) / statistics.median(mine))
             advance()
-    steady = bool(ratios) and len(drifted) <= MAX_REPEATS
+    steady = bool(ratios) and len(drifted) <= plan.repeats
     low, high = median_interval(ratios)
     if not ratios:  # better a rough figure, marked as noisy, than none
         our_times = [t for mine, _ in drifted for t in mine]

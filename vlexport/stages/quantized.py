@@ -227,10 +227,12 @@ def calibrated(
     if options.kind != "static":
         return Calibrated(optimized, None)
     assert samples is not None
-    optimized = smooth_component(
+    optimized, table = smooth_component(
         optimized, scheme, config, samples=samples, tried=rows[::TRIED_EACH], dump=dump and dump / "smoothed",
         hooks=hooks, cache=cache, reporter=reporter,
     )  # fmt: skip
+    if table is not None:
+        return Calibrated(optimized, table)
     program, method = optimized.program, options.calibration_method()
     wanted = wanted_values(program, scheme)
     if options.table:
