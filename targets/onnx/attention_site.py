@@ -2,8 +2,8 @@
 
 ::
 
-    softmax((q · kᵀ) · scale) · v  →  heads joined     q, k, v: (batch, heads, length, width), moved about from one root
-                                                       or several, each (batch · length, columns)
+    softmax((q · kᵀ) · scale + bias) · v  →  heads     q, k, v: (batch, heads, length, width), moved about from one root
+                                             joined    or several, each (batch · length, columns)
 
 Where q, k and v come from is told by :mod:`layout`, whatever the spelling: for every head and each of its values the
 column of the root that holds it.
@@ -23,6 +23,7 @@ from vlexport.targets.onnx.model import OnnxModel
 from vlexport.targets.onnx.rewriting import CONTRIB, put
 
 _RANK = 4
+ADDED = "a mask or bias is added to the scores"
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ class Site:
         heads: Their number.
         scale: What products of query and key are multiplied by.
         made: The result with heads joined: (batch, length, heads · width), or the same as rows.
+        bias: What is added to the scores, as it is before broadcasting; None for nothing.
+        shape: (batch, heads, length, length) of the scores, with the sizes that stand for dims without one.
+        guarded: Whether a row of the softmax that is not a number, as where all of it is masked, becomes zeros.
     """
 
     softmax: onnx_ir.Node
@@ -55,12 +59,21 @@ class Site:
     heads: int
     scale: float
     made: onnx_ir.Value
+    bias: onnx_ir.Value | None
+    shape: tuple[int, ...]
+    guarded: bool
 
-    def attributes(self) -> dict[str, int | float]:
+    @property
+    def rows(self) -> bool:
+        """Whether the result has batch and length in one dim."""
+        return self.made.shape is not None and len(self.made.shape) == 2
+
+    def attributes(self) -> dict[str, int | float | list[int]]:
         """As com.microsoft spells it; the usual scale is left out, which older releases do not know."""
-        width = len(self.parts[0].columns) // self.heads
-        usual = math.isclose(self.scale, width**-0.5, rel_tol=1e-6)
-        return {"num_heads": self.heads, **({} if usual else {"scale": self.scale})}
+        widths = [len(part.columns) for part in self.parts]
+        usual = math.isclose(self.scale, (widths[0] // self.heads) ** -0.5, rel_tol=1e-6)
+        unlike = {} if widths[2] == widths[0] else {"qkv_hidden_sizes": widths}
+        return {"num_heads": self.heads, **({} if usual else {"scale": self.scale}), **unlike}
 
 
 class NoSite(Exception):  # noqa: N818  a near miss: its text is the reason
@@ -68,8 +81,9 @@ class NoSite(Exception):  # noqa: N818  a near miss: its text is the reason
 
 
 def looks_like_one(softmax: onnx_ir.Node) -> bool:
-    """Whether a product reads a softmax, as nothing but attention has it."""
-    readers = [user for user, position in softmax.outputs[0].uses() if position == 0]
+    """Whether a product reads a softmax, or what guards it, as nothing but attention has it."""
+    guard = _guard(softmax)
+    readers = [user for user, position in (guard or softmax).outputs[0].uses() if position == 0]
     return any(user.op_type == "MatMul" for user in readers)
 
 
@@ -85,12 +99,23 @@ def site(model: OnnxModel, softmax: onnx_ir.Node) -> Site:
         raise NoSite(str(error)) from error
 
 
+def plain_site(model: OnnxModel, softmax: onnx_ir.Node) -> Site:
+    """The same, for operators that add nothing to the scores.
+
+    Raises:
+        NoSite: With the reason.
+    """
+    found = site(model, softmax)
+    if found.bias is not None or found.guarded:
+        raise NoSite(ADDED)
+    return found
+
+
 def become(model: OnnxModel, found: Site, kind: str, operands: Sequence[onnx_ir.Value | None]) -> onnx_ir.Node:
     """Put one operator of ONNX Runtime's own in the place of all of a site."""
-    rows = found.made.shape is not None and len(found.made.shape) == 2
     return put(
         model, found.made, kind, operands, domain=CONTRIB, attributes=found.attributes(), origin=found.softmax,
-        rows=rows,
+        rows=found.rows,
     )  # fmt: skip
 
 
@@ -99,13 +124,15 @@ def _site(model: OnnxModel, softmax: onnx_ir.Node) -> Site:
     assert scores is not None
     if _axis(softmax) not in (-1, _RANK - 1):
         raise NoSite("the softmax is not over the last dim")
+    scores, bias = _biased(scores)
     weighed = origin(scores)
     product = weighed.root.producer()
     if product is None or product.op_type != "MatMul" or any(n.op_type not in ("Mul", "Div") for n in weighed.between):
         what = product.op_type if product is not None else "an input"
         masked = product is not None and product.op_type in ("Add", "Where")
-        raise NoSite("a mask or bias is added to the scores" if masked else f"its scores come from {what}")
-    context = _only_reader(softmax.outputs[0])
+        raise NoSite("its scores are masked in several steps" if masked else f"its scores come from {what}")
+    guard = _guard(softmax)
+    context = _only_reader((guard or softmax).outputs[0])
     query, key, value = product.inputs[0], product.inputs[1], context.inputs[1]
     assert query is not None
     assert key is not None
@@ -126,7 +153,50 @@ def _site(model: OnnxModel, softmax: onnx_ir.Node) -> Site:
         if not all_between(model, made, part.root):
             raise NoSite("what it is projected from is read by others, too")
     scale = weighed.factor * origins[0].factor * origins[1].factor
-    return Site(softmax, (parts[0], parts[1], parts[2]), found[0].shape[1], scale, made)
+    batch, heads, length, _ = found[0].shape
+    shape = (batch, heads, length, length)
+    if bias is not None:
+        _require_fitting(bias, shape, sizes)
+    return Site(softmax, (parts[0], parts[1], parts[2]), heads, scale, made, bias, shape, guard is not None)
+
+
+def _biased(scores: onnx_ir.Value) -> tuple[onnx_ir.Value, onnx_ir.Value | None]:
+    """Scores as a product gives them, and what is added."""
+    node = scores.producer()
+    if node is None or node.op_type != "Add":
+        return scores, None
+    first, second = node.inputs
+    assert first is not None
+    assert second is not None
+    made = [each for each in (first, second) if _is_product(each)]
+    if len(made) != 1:
+        raise NoSite("its scores are masked in several steps")
+    return made[0], second if made[0] is first else first
+
+
+def _is_product(value: onnx_ir.Value) -> bool:
+    node = origin(value).root.producer()
+    return node is not None and node.op_type == "MatMul"
+
+
+def _require_fitting(bias: onnx_ir.Value, shape: tuple[int, ...], sizes: Sizes) -> None:
+    own = sizes.of(bias)
+    if len(own) > _RANK or any(a not in (1, b) for a, b in zip(own[::-1], shape[::-1], strict=False)):
+        raise NoSite("what is added to the scores has dims of its own")
+
+
+def _guard(softmax: onnx_ir.Node) -> onnx_ir.Node | None:
+    """What puts zeros in the place of a row that is not a number."""
+    made = softmax.outputs[0]
+    readers = {user.op_type: user for user, _ in made.uses()}
+    test, choice = readers.get("IsNaN"), readers.get("Where")
+    if test is None or choice is None or len(list(made.uses())) != 2 or len(list(test.outputs[0].uses())) != 1:
+        return None
+    condition, zero, otherwise = choice.inputs
+    known = zero.const_value if zero is not None else None
+    if condition is not test.outputs[0] or otherwise is not made or known is None or known.numpy().any():
+        return None
+    return choice
 
 
 def _part(root: onnx_ir.Value, found: Numbers, sizes: Sizes) -> Part:

@@ -7,7 +7,7 @@ their number stays what it was: what loses a rounding on the way is found.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,8 @@ from vlexport.targets.onnx.model import STANDS_FOR, OnnxModel, inherit
 
 CONTRIB = "com.microsoft"
 """Domain of ONNX Runtime's own operators."""
+Attributes = Mapping[str, int | float | list[int]]
+"""Of a new node."""
 
 
 def stored(model: OnnxModel, name: str, values: npt.NDArray[np.generic]) -> onnx_ir.Value:
@@ -33,7 +35,7 @@ def stored(model: OnnxModel, name: str, values: npt.NDArray[np.generic]) -> onnx
 
 def put(
     model: OnnxModel, old: onnx_ir.Value, kind: str, operands: Sequence[onnx_ir.Value | None], *,
-    domain: str = "", attributes: dict[str, int | float] | None = None, origin: onnx_ir.Node, rows: bool = False,
+    domain: str = "", attributes: Attributes | None = None, origin: onnx_ir.Node, rows: bool = False,
 ) -> onnx_ir.Node:  # fmt: skip
     """Let a new node make ``old``.
 
@@ -49,15 +51,9 @@ def put(
     """
     graph, last, quantizing = model.model.graph, old.producer(), model.quantizing
     assert last is not None
-    if domain:
-        model.model.opset_imports.setdefault(domain, 1)
-    made = [onnx_ir.Attr(k, _kind(v), v) for k, v in (attributes or {}).items()]
-    name = f"{origin.name}_{kind.lower()}"
-    new = onnx_ir.Node(domain, kind, list(operands), made, name=name, num_outputs=1)
-    inherit(new, origin)
     before = last
-    graph.insert_before(before, new)
-    result = new.outputs[0]
+    new = insert(model, before, kind, operands, domain=domain, attributes=attributes, origin=origin)
+    name, result = new.name, new.outputs[0]
     result.type = old.type
     if rows:
         width = old.shape[-1] if old.shape is not None else None
@@ -75,6 +71,32 @@ def put(
     drop_unread(model, last)
     if lost := quantizing - model.quantizing:
         new.metadata_props[STANDS_FOR] = str(lost)
+    return new
+
+
+def insert(
+    model: OnnxModel, before: onnx_ir.Node, kind: str, operands: Sequence[onnx_ir.Value | None], *,
+    domain: str = "", attributes: Attributes | None = None, origin: onnx_ir.Node, name: str = "",
+) -> onnx_ir.Node:  # fmt: skip
+    """A new node in front of another, whose value has neither type nor shape yet.
+
+    Args:
+        model: Changed in place.
+        before: The node behind it.
+        kind: Operator.
+        operands: Its inputs.
+        domain: Of the operator.
+        attributes: Its attributes.
+        origin: The node whose module it belongs to.
+        name: Of the node and, with ``_value``, of what it makes; by default after ``origin``.
+    """
+    if domain:
+        model.model.opset_imports.setdefault(domain, 1)
+    made = [onnx_ir.Attr(k, _kind(v), v) for k, v in (attributes or {}).items()]
+    new = onnx_ir.Node(domain, kind, list(operands), made, name=name or f"{origin.name}_{kind.lower()}", num_outputs=1)
+    new.outputs[0].name = f"{new.name}_value"
+    inherit(new, origin)
+    model.model.graph.insert_before(before, new)
     return new
 
 
@@ -100,5 +122,7 @@ def drop_unread(model: OnnxModel, last: onnx_ir.Node) -> None:
                 graph.initializers.pop(str(value.name), None)
 
 
-def _kind(value: float) -> onnx_ir.AttributeType:
+def _kind(value: float | list[int]) -> onnx_ir.AttributeType:
+    if isinstance(value, list):
+        return onnx_ir.AttributeType.INTS
     return onnx_ir.AttributeType.INT if isinstance(value, int) else onnx_ir.AttributeType.FLOAT

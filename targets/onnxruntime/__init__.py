@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -50,6 +50,8 @@ class OnnxRuntimeOptions(Frozen):
         provider_fallback: The CPU may stand in for a missing provider; its times are then not measured.
         fuse_attention: Write attention as one operator of ONNX Runtime's own (com.microsoft.Attention), which no other
             runtime opens. Left out, it is done where that was measured to be faster on such a processor.
+        fuse_biased_attention: The same where a mask or bias is added to the scores. Left out, it is as fuse_attention is
+            given, or done where it was itself measured to be faster.
         fuse_qattention: The same where projections are in integers (com.microsoft.QAttention).
         fuse_dynamic_linear: Write linears that are rounded by the range of each run as one operator of ONNX Runtime's
             own (com.microsoft.DynamicQuantizeMatMul). Left out, it is done: without, they are slower than in float.
@@ -66,6 +68,7 @@ class OnnxRuntimeOptions(Frozen):
     provider: str = Field(default=CPU, pattern=f"^({'|'.join(PROVIDERS)})$")
     provider_fallback: bool = False
     fuse_attention: bool | None = None
+    fuse_biased_attention: bool | None = None
     fuse_qattention: bool | None = None
     fuse_dynamic_linear: bool | None = None
 
@@ -86,6 +89,12 @@ def _session_options(options: OnnxRuntimeOptions) -> dict[str, str | int | float
     if options.provider != CPU:
         names += ["provider", "provider_fallback"]
     return {name: getattr(options, name) for name in names}
+
+
+def _biased_too(options: OnnxRuntimeOptions, flags: Iterable[str]) -> bool:
+    """Whether attention with a mask becomes one operator where nobody has said so: as without, where that is given."""
+    given = options.fuse_attention
+    return is_worth_it("fuse-biased-attention", "fp32", flags) if given is None else given
 
 
 def _as_text(value: object) -> str:
@@ -111,6 +120,11 @@ class OnnxRuntimeTarget(Target):
         LoweredPass(
             name="fuse-attention", value="vlexport.targets.onnxruntime.fuse_attention:FuseAttention",
             option="fuse_attention",
+        ),
+        LoweredPass(
+            name="fuse-biased-attention",
+            value="vlexport.targets.onnxruntime.fuse_biased_attention:FuseBiasedAttention",
+            option="fuse_biased_attention",
         ),
         LoweredPass(
             name="fuse-dynamic-linear", value="vlexport.targets.onnxruntime.fuse_dynamic_linear:FuseDynamicLinear",
@@ -167,6 +181,7 @@ class OnnxRuntimeTarget(Target):
         own = chosen.provider == CPU and precision in ("fp32", "int8")
         worth = {
             "fuse_attention": own and is_worth_it("fuse-attention", "fp32", flags),
+            "fuse_biased_attention": own and _biased_too(chosen, flags),
             "fuse_qattention": own and precision == "int8" and is_worth_it("fuse-qattention", "int8", flags),
             "fuse_dynamic_linear": own and precision == "int8",
         }

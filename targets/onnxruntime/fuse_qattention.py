@@ -25,7 +25,7 @@ import numpy as np
 import onnx_ir
 
 from vlexport.passes.base import Change, Match, NearMiss
-from vlexport.targets.onnx.attention_site import NoSite, Site, become, looks_like_one, site
+from vlexport.targets.onnx.attention_site import NoSite, Site, become, looks_like_one, plain_site
 from vlexport.targets.onnx.model import OnnxModel, module_path
 from vlexport.targets.onnx.rewriting import stored
 from vlexport.targets.onnxruntime.integer_linear import IntegerFusion, IntegerLinear, NoLinear, integer_linear
@@ -42,7 +42,9 @@ class FuseQattention(IntegerFusion):
         """Every softmax that a product reads."""
         for softmax in filter(looks_like_one, ir.nodes("Softmax")):
             try:
-                found = site(ir, softmax)
+                found = plain_site(ir, softmax)
+                if "qkv_hidden_sizes" in found.attributes():
+                    raise NoSite("values are of another width than queries")
                 linears = [integer_linear(part.root) for part in found.parts]
                 if len({each.integers for each in linears}) > 1:
                     raise NoSite("query, key and value are projected from several values")

@@ -16,6 +16,7 @@ LOWERED = {
     "optimize-onnx": "optimize",
     "fuse-qattention": "fuse_qattention",
     "fuse-attention": "fuse_attention",
+    "fuse-biased-attention": "fuse_biased_attention",
     "fuse-dynamic-linear": "fuse_dynamic_linear",
 }
 UNFUSED = ("--set", "onnxruntime.fuse_attention=false")

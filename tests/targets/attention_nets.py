@@ -61,6 +61,55 @@ class Masked(Packed):
         return scaled_dot_product_attention(query, key, value, attn_mask=bias)
 
 
+class Causal(Packed):
+    """Each token looks at itself and those before it."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        mask = torch.full((TOKENS, TOKENS), -torch.inf).triu(1)
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+class Placed(Packed):
+    """Each head has a learnt bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(HEADS, TOKENS, TOKENS))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return scaled_dot_product_attention(query, key, value, attn_mask=self.bias.unsqueeze(0))
+
+
+class Padded(Packed):
+    """Tokens with a negative first number are no tokens; a sample may have none at all."""
+
+    def forward(self, image: Tensor, kept: Tensor | None = None) -> Tensor:
+        self.kept = image[:, None, None, :, 0] > 0 if kept is None else kept
+        return super().forward(image)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return scaled_dot_product_attention(query, key, value, attn_mask=self.kept)
+
+
+class Layers(nn.Module):
+    """Two layers that share a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Padded(), Padded()
+
+    def forward(self, image: Tensor) -> Tensor:
+        kept = image[:, None, None, :, 0] > 0
+        return self.second(self.first(image, kept), kept)
+
+
+class HeadMasked(Packed):
+    """Each head has a mask of its own, made of the input."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return scaled_dot_product_attention(query, key, value, attn_mask=query[..., :1] > 0)
+
+
 class FirstQuery(Packed):
     """The first token alone asks."""
 

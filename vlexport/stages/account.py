@@ -30,7 +30,9 @@ _ATTENTION = ("scaled_dot_product_attention",)
 _NORMS = ("layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm")
 _STATISTICS = ("mean", "var", "var_mean", "std", "sum", "linalg_vector_norm", "norm")
 _ACTIVATIONS = ("gelu", "silu", "hardswish", "hardsigmoid", "mish", "quick_gelu")
-_FUSIONS = {"fuse-qattention": "QAttention", "fuse-attention": "Attention"}
+_FUSIONS = {
+    "fuse-qattention": "QAttention", "fuse-attention": "Attention", "fuse-biased-attention": "Attention",
+}  # fmt: skip
 """Lowered pass → the operator that it makes of attention."""
 _SHOWN = 6
 """Operators that a reason lists."""
