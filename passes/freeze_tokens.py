@@ -177,8 +177,8 @@ class FreezeTokens(SampledPass[Program]):
         if not found:
             raise UsageError(
                 "VLX0413", "the model has no selection of tokens whose length the data decides", where="--tokens",
-                hint="leave --tokens freeze out; for a plain ViT, see --tokens evit or tome; masks that leave every token "
-                "in its place are found in models saved at batch 1 (vlexport.save(…, dynamic=False))",
+                hint="leave --tokens freeze out; for a plain ViT, see --tokens evit or tome; masks that leave every "
+                "token in its place are found in models saved at batch 1 (vlexport.save(…, dynamic=False))",
             )  # fmt: skip
         selections = {each.node: each.data for each in found if isinstance(each, Match)}
         masks = list(dict.fromkeys(selections.values()))

@@ -50,8 +50,8 @@ class OnnxRuntimeOptions(Frozen):
         provider_fallback: The CPU may stand in for a missing provider; its times are then not measured.
         fuse_attention: Write attention as one operator of ONNX Runtime's own (com.microsoft.Attention), which no other
             runtime opens. Left out, it is done where that was measured to be faster on such a processor.
-        fuse_biased_attention: The same where a mask or bias is added to the scores. Left out, it is as fuse_attention is
-            given, or done where it was itself measured to be faster.
+        fuse_biased_attention: The same where a mask or bias is added to the scores. Left out, it is as fuse_attention
+            is given, or done where it was itself measured to be faster.
         fuse_qattention: The same where projections are in integers (com.microsoft.QAttention).
         fuse_dynamic_linear: Write linears that are rounded by the range of each run as one operator of ONNX Runtime's
             own (com.microsoft.DynamicQuantizeMatMul). Left out, it is done: without, they are slower than in float.

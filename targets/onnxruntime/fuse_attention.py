@@ -13,9 +13,9 @@ Equation: ``Attention(x, [Wq Wk Wv], [bq bk bv]) = softmax(scale · q kᵀ) v`` 
 the weights are put in the order of heads, whatever order the model keeps them in; three projections of one value
 become one.
 
-Does not apply when: a mask or bias is added to the scores (see fuse-biased-attention), the query is not of all positions (as where the last block
-computes one token alone), the heads of key and value are fewer, one of the parts is not a stored linear of the same
-value, or the projections have other readers.
+Does not apply when: a mask or bias is added to the scores (see fuse-biased-attention), the query is not of all
+positions (as where the last block computes one token alone), the heads of key and value are fewer, one of the parts is
+not a stored linear of the same value, or the projections have other readers.
 Numerical effect: rounding; products are added up in another order.
 Source: ONNX Runtime, contributed operators, com.microsoft.Attention.
 """

@@ -7,9 +7,9 @@ Before → after::
     %9 = Softmax(scale · %q · %kᵀ + bias)          return %1
     … %9 · %v, transpose, reshape …
 
-Equation: ``Attention(x, w, b, bias) = softmax(scale · q kᵀ + bias) v``. A stored causal mask becomes ``unidirectional=1``.
-Where a row that is masked as a whole gave zeros, rows of the result are set to zeros: which they are is told by the
-mask, once for all layers that share it.
+Equation: ``Attention(x, w, b, bias) = softmax(scale · q kᵀ + bias) v``. A stored causal mask becomes
+``unidirectional=1``. Where a row that is masked as a whole gave zeros, rows of the result are set to zeros: which they
+are is told by the mask, once for all layers that share it.
 
 Does not apply when: nothing is added (that is fuse-attention's), what fuse-attention tells, several masks are added one
 after the other, the mask has dims of its own, or each head is masked in its own way and may be masked as a whole.
@@ -40,6 +40,7 @@ from vlexport.targets.onnxruntime.score_bias import (
 )
 
 _PATTERN = "projections → attention with a mask"
+_NO_MASK = "no mask tells which rows become zeros"
 
 
 class FuseBiasedAttention(Pass[OnnxModel]):
@@ -56,7 +57,7 @@ class FuseBiasedAttention(Pass[OnnxModel]):
                 found = site(ir, softmax)
                 linears = projections(found)
                 if found.bias is None:
-                    raise NoSite("no mask tells which rows become zeros" if found.guarded else "nothing is added to the scores")
+                    raise NoSite(_NO_MASK if found.guarded else "nothing is added to the scores")
                 if found.guarded and may_mask_whole_rows(found.bias) and not is_same_for_all_heads(found.bias):
                     raise NoSite("each head has a mask of its own, and a row of it may be masked as a whole")
             except NoSite as miss:
