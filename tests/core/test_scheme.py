@@ -11,6 +11,7 @@ from vlexport.core.bundle_schema import Machine
 from vlexport.core.device_profiles import device_profiles
 from vlexport.core.errors import CapabilityError
 from vlexport.core.grids import GRIDS
+from vlexport.core.palettes import PALETTES
 from vlexport.core.scheme import E4M3, QuantScheme, TensorRule, choose_scheme
 from vlexport.ir import dialect
 from vlexport.targets import CATALOGUE, open_target
@@ -41,7 +42,7 @@ def test_schemes_name_operators_that_exist_and_give_their_sources(target: str) -
         for layer in scheme.layers:
             rules = [rule for rule in (layer.activation, layer.weight) if rule is not None]
             assert rules
-            assert all(rule.type in (*GRIDS, E4M3) for rule in rules)
+            assert all(rule.type in (*GRIDS, *PALETTES, E4M3) for rule in rules)
             assert layer.weight is None or layer.weight.symmetric, "no target is faster with zero points of weights"
 
 
@@ -130,8 +131,8 @@ def test_scheme_of_core_ml_follows_the_system() -> None:
     ("change", "reason"),
     [
         ({"type": "int9"}, "no type 'int9'"),
-        ({"granularity": "block"}, "blocks have a size"),
-        ({"block": 16}, "blocks have a size"),
+        ({"granularity": "block"}, "blocks and groups have a size"),
+        ({"block": 16}, "blocks and groups have a size"),
         ({"type": "e4m3", "symmetric": False}, "e4m3 has no zero point"),
         ({"fixed_scale": 0.0}, "greater than 0"),
     ],
