@@ -28,9 +28,10 @@ from typing import ClassVar
 import onnx_ir
 
 from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
-from vlexport.targets.onnx.attention_site import NoSite, Site, become, looks_like_one, plain_site
+from vlexport.targets.onnx.attention_site import NoSite, Site, looks_like_one, plain_site
 from vlexport.targets.onnx.model import OnnxModel, module_path
-from vlexport.targets.onnxruntime.projections import packed, projections
+from vlexport.targets.onnxruntime.attention_operator import become, require_servable
+from vlexport.targets.onnxruntime.projections import packed, projections, query_of
 
 _PATTERN = "projections → attention"
 
@@ -46,8 +47,9 @@ class FuseAttention(Pass[OnnxModel]):
         """Every softmax that a product reads."""
         for softmax in filter(looks_like_one, ir.nodes("Softmax")):
             try:
-                found = plain_site(ir, softmax)
+                found = plain_site(softmax)
                 linears = projections(found)
+                require_servable(found, linears[0].value)
             except NoSite as miss:
                 yield NearMiss(_PATTERN, softmax, str(miss))
                 continue
@@ -57,5 +59,6 @@ class FuseAttention(Pass[OnnxModel]):
         """One node in the place of all."""
         found: Site = match.data[0]
         before, where = len(ir.nodes()), module_path(match.node)
-        become(ir, found, "Attention", packed(ir, found, match.data[1]))
+        operands = packed(ir, found, match.data[1])
+        become(ir, found, "Attention", operands, project=query_of(ir, found, operands))
         return Change(what="attention as one operator", where=(where,), saved_nodes=before - len(ir.nodes()))
