@@ -26,7 +26,7 @@ def stored(model: OnnxModel, name: str, values: npt.NDArray[np.generic]) -> onnx
     known, free, number = model.model.graph.initializers, name, 1
     while free in known:
         free, number = f"{name}_{number}", number + 1
-    tensor = onnx_ir.tensor(np.ascontiguousarray(values), name=free)
+    tensor = onnx_ir.tensor(np.asarray(values, order="C"), name=free)
     made = onnx_ir.Value(name=free, const_value=tensor)
     made.shape, made.dtype = onnx_ir.Shape(values.shape), tensor.dtype
     model.model.graph.register_initializer(made)
