@@ -11,11 +11,14 @@ import pytest
 
 from tests.targets import attention_nets as nets
 from tests.targets import tapped_nets as tapped
+from vlexport.core.numerics import sqnr_db
+from vlexport.passes.probes import Probe
 from vlexport.targets.onnx.level import ONNX
 from vlexport.targets.onnx.model import OnnxModel
 from vlexport.targets.onnxruntime.fuse_attention import FuseAttention
 from vlexport.targets.onnxruntime.fuse_biased_attention import FuseBiasedAttention
 from vlexport.targets.onnxruntime.fuse_qattention import FuseQattention
+from vlexport.targets.onnxruntime.minimum import CONTRIBUTED
 
 PLAIN = (tapped.ClassRow, tapped.MeanKeys, tapped.LastRowOfAll, tapped.FewKeys, tapped.ApartRow)
 BIASED = (tapped.WeighedRow, tapped.PaddedRow)
@@ -48,6 +51,7 @@ def own(model: OnnxModel) -> list[onnx_ir.Node]:
 
 def test_attention_that_others_read_a_part_of_becomes_one_operator(fused: OnnxModel) -> None:
     assert [node.op_type for node in own(fused)] == ["Attention"] * 7
+    assert {"Attention", "MatMulIntegerToFloat"} <= {*CONTRIBUTED}, "the recorded minimum has them"
     assert all(len(node.outputs) == 2 for node in own(fused)), "each gives out key and value"
     counts = Counter(node.op_type for node in fused.nodes())
     assert counts["Softmax"] == 4, "rows of the class token alone are left"
@@ -83,6 +87,8 @@ def test_integer_projections_serve_others_too(scheme: str, tmp_path: Path) -> No
     assert Counter(node.op_type for node in own(model)) == {"QAttention": 2, "MatMulIntegerToFloat": 1}
     assert model.quantizing == before.quantizing, "what the operators round on their own is counted"
     assert list(ONNX.problems(model)) == []
+    places = list(ONNX.places(before, model, Probe("drawn", (nets.tokens(2, 9),))))
+    assert min(sqnr_db(ours.reshape(was.shape), was) for _, ours, was in places) >= 80.0
     was, now = (nets.computed(each, tmp_path / "m.onnx", nets.tokens(3, 7)) for each in (before, model))
     for a, b in list(zip(was, now, strict=True))[1::2]:  # what is beside is computed of no rounded value
         np.testing.assert_allclose(b, a, rtol=0, atol=2e-6 * np.abs(a).max())
