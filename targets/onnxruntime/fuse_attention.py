@@ -15,7 +15,8 @@ become one.
 
 Does not apply when: a mask or bias is added to the scores (see fuse-biased-attention), the query is not of all
 positions (as where the last block computes one token alone), the heads of key and value are fewer, one of the parts is
-not a stored linear of the same value, or the projections have other readers.
+not a stored linear of the same value, or others read of the projections what the operator does not give: all but keys,
+values, and the query of one position (see ``attention_operator``).
 Numerical effect: rounding; products are added up in another order.
 Source: ONNX Runtime, contributed operators, com.microsoft.Attention.
 """
