@@ -131,8 +131,9 @@ def test_layers_are_told_apart_by_draws_when_there_are_no_calibration_samples(
     assert found.adopted == {"quantize.keep": min(measured, key=measured.get)}
 
 
-def test_float_graph_beside_is_made_once_when_candidates_are_many(one: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graph_in_half_is_made_once_when_candidates_are_many(one: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
+    lowered: list[object] = []
     beside = make.with_fallback
 
     def counted(*given: Any, precision: str) -> Any:
@@ -140,16 +141,17 @@ def test_float_graph_beside_is_made_once_when_candidates_are_many(one: Path, mon
         return beside(*given, precision=precision)
 
     def judge(bench: Bench, options: dict[str, str], samples: object) -> Judged:
-        _, component, folder = bench.make(options)
-        assert not (folder / "artifact" / "fallback.onnx").exists()
-        assert (folder / "artifact" / component.artifact.path).is_file()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(make, "lower_component", lambda *given, **_: lowered.append(given[3].fallback))
+            bench.make(options)
         return Judged("holds" if options.get("quantize.keep", "").count(",") else "fails", {}, ())
 
     monkeypatch.setattr(Bench, "judge", judge)
     monkeypatch.setattr(make, "with_fallback", counted)
     options = {**PLAIN, "quantize.min_sqnr_db": "0", "tensorrt.engine": "off"}
     found = build(config(one, "beside", target="tensorrt", options=options))
-    assert len(searched(found.report).trials) >= 3
+    assert len(searched(found.report).trials) == len(lowered) == 3
+    assert set(lowered) == {None}, "no candidate has one"
     assert made == ["fp16"]
     assert (found.output / "artifact" / "fallback.onnx").is_file()
 
