@@ -119,10 +119,8 @@ def _sums(program: Program, scheme: QuantScheme, layers: Sequence[Layer]) -> dic
         if any(each != 1 for each in dialect.operands(node)[2:]):  # a factor that the kernel of the sum has not
             continue
         own = [each for each in node.all_input_nodes if each in products and set(each.users) == {node}]
-        values = [each.meta.get("val") for each in node.all_input_nodes]
-        if not own or not all(isinstance(each, Tensor) for each in values):
-            continue
-        if not same_shape(*(each.shape for each in values)):
+        shapes = [each.meta["val"].shape for each in node.all_input_nodes if isinstance(each.meta.get("val"), Tensor)]
+        if not own or len(shapes) != 2 or not same_shape(*shapes):
             continue
         (other,) = (each for each in node.all_input_nodes if each is not own[0])
         if other in read and _is_rectified(other):
