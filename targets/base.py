@@ -341,7 +341,8 @@ class Target(abc.ABC):
             CapabilityError: VLX0501.
         """
         if missing := self.missing_tools(brief):
-            raise CapabilityError("VLX0501", f"{self.id} cannot be built here: {missing}", hint=missing)
+            what, _, install = missing.partition(": ")
+            raise CapabilityError("VLX0501", f"{self.id} cannot be built here: {what}", hint=install or missing)
 
     def open(
         self, folder: Path, artifact: Artifact, *, threads: int = 0, timeout_s: float | None = None
