@@ -53,7 +53,7 @@ from vlexport.ir.cost import cost
 from vlexport.ir.program import Program
 from vlexport.passes.base import Change, Effect, Match, NearMiss, SampledPass, Stage
 from vlexport.passes.statistic import Statistic
-from vlexport.passes.tokens.counts import Counts, count, rows_of
+from vlexport.passes.tokens.counts import LEAST_PLACES, Counts, count, rows_of
 from vlexport.passes.tokens.dense_sites import dense_sites
 from vlexport.passes.tokens.freezing import freeze, is_single, masks_in, require_single
 from vlexport.passes.tokens.values import CannotFreeze
@@ -146,6 +146,11 @@ class FreezeTokens(SampledPass[Program]):
             yield Match(node, (node,), mask)
         if not selections and is_single(ir):
             found = dense_sites(ir)
+            try:  # they are found at batch 1
+                self._frozen(ir.copy(), _positions(ir, found.masks), [LEAST_PLACES] * len(found.masks))
+            except CannotFreeze as error:
+                yield NearMiss(_DENSE, _at(ir, error), error.reason)
+                return
             for mask in found.masks:
                 yield Match(mask, (mask,), mask)
             for node, reason in found.refused:

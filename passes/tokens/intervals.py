@@ -18,6 +18,9 @@ from vlexport.ir import dialect
 DROWNED = -1000.0
 """What is added to a score so that it gets no weight in a softmax: exp underflows unless scores are 900 apart."""
 
+RAISED = 100.0
+"""What is surely as large may lift such a score out of its depth."""
+
 
 @dataclass(frozen=True)
 class Bounds:
@@ -139,7 +142,7 @@ def _sum(left: Bounds, right: Bounds) -> Bounds:
     low, high = left.low + right.low, left.high + right.high
     return Bounds(
         -math.inf if math.isnan(low) else low, math.inf if math.isnan(high) else high,
-        left.weightless or right.weightless,
+        (left.weightless and right.low < RAISED) or (right.weightless and left.low < RAISED),
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ stays narrow, and is refused where all its rows are read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +17,8 @@ import torch
 from torch.fx import Node
 
 from vlexport.ir import dialect
-from vlexport.passes.tokens.left_out import LeftOut, token_axis
+from vlexport.passes.tokens.intervals import ANY
+from vlexport.passes.tokens.left_out import EVERYWHERE, LeftOut, token_axis
 from vlexport.passes.tokens.pick_rules import picked
 from vlexport.passes.tokens.rebuild import Rebuild, aten
 from vlexport.passes.tokens.survivors import selected
@@ -241,11 +243,13 @@ class Narrowing:
         assert found is not None
         return found
 
-    def _aligned(self, node: Node, values: Sequence[Value], operands: Sequence[Node]) -> list[Value]:
-        """Operands that broadcast against each other, of one length on each axis."""
+    def _aligned(
+        self, node: Node, values: Sequence[Value], operands: Sequence[Node], *, tail: int = 0
+    ) -> list[Value]:
+        """Operands that broadcast against each other, of one length on each axis; the last ``tail`` do not."""
         found = list(values)
         rank = len(node.meta["val"].shape)
-        for axis in range(rank):
+        for axis in range(rank - tail):
             places = [i for i, v in enumerate(found) if axis - rank + v.rank >= 0 and _is_long(v, axis - rank + v.rank)]
             at = {i: axis - rank + found[i].rank for i in places}
             while True:
@@ -276,13 +280,38 @@ class Narrowing:
     def _softmax(self, node: Node, given: tuple[Any, ...]) -> tuple[Any, ...]:
         axis, source = given[1] % given[0].rank, dialect.operands(node)[0]
         narrow = self.of(given[0], axis)
-        if narrow is not None and not narrow.left_out.at(source, axis).weightless:
+        if narrow is None:
+            return given
+        if not narrow.left_out.at(source, axis).weightless:
             raise CannotFreeze("its softmax gives weight to tokens that a mask leaves out")
-        return given
+        scores = self._hidden(source, given[0], axis, narrow)
+        rows = [held for a in scores.slots if a != axis and (held := self.of(scores, a)) is not None]
+        self._require_live_key(source, axis, narrow, rows)
+        return scores, *given[1:]
+
+    def _hidden(self, source: Node, scores: Value, axis: int, narrow: Narrow) -> Value:
+        """Scores, or what is added to them, without the rows in which no key at all is live: all would have weight."""
+        for row, bounds in narrow.left_out.known(source).items():
+            if row not in (axis, EVERYWHERE) and bounds.weightless and _is_long(scores, row):
+                scores = self.narrowed(scores, row, narrow)
+        return scores
+
+    def _require_live_key(self, source: Node, axis: int, narrow: Narrow, rows: Sequence[Narrow]) -> None:
+        """Refuse where a sample of which the mask keeps nothing may attend to all that it left out.
+
+        Args:
+            source: The scores, or what is added to them.
+            axis: That of the keys.
+            narrow: The mask of the keys.
+            rows: Masks of the queries: a query that is live is a live key.
+        """
+        never = narrow.left_out.at(source, axis).high == -math.inf  # it gives NaN then, and the model refuses it
+        if not (never or narrow.slots.lead or any(each.depth >= narrow.depth for each in rows)):
+            raise CannotFreeze("a sample of which the mask keeps no token attends to all of them")
 
     def _matmul(self, node: Node, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        left, right = given
         operands = dialect.operands(node)
+        left, right = self._aligned(node, given, operands, tail=2)
         inner, outer = left.rank - 1, max(right.rank - 2, 0)
         (left, right), narrow = self._together([(left, inner), (right, outer)])
         if narrow is not None:
@@ -293,19 +322,23 @@ class Narrowing:
 
     def _attention(self, node: Node, given: tuple[Any, ...]) -> tuple[Any, ...]:
         query, key, value, mask, *rest = given
+        query, key, value = self._aligned(node, (query, key, value), dialect.operands(node)[:3], tail=2)
         pairs = [(key, key.rank - 2), (value, value.rank - 2)]
         masked = mask is not None and _is_long(mask, mask.rank - 1)
         (key, value, *found), narrow = self._together([*pairs, *([(mask, mask.rank - 1)] if masked else [])])
         mask = found[0] if found else mask
         if narrow is not None:
-            bounds = narrow.left_out.at(dialect.operands(node)[3], mask.rank - 1) if masked else None
-            hidden = bounds is not None and (
-                bounds.constant == 0.0 if mask.node.meta["val"].dtype is torch.bool else bounds.weightless
-            )
-            if not hidden:
+            bias, axis = dialect.operands(node)[3], mask.rank - 1 if masked else 0
+            bounds = narrow.left_out.at(bias, axis) if masked else ANY
+            exact = masked and mask.node.meta["val"].dtype is torch.bool
+            if not (bounds.constant == 0.0 if exact else bounds.weightless):
                 raise CannotFreeze("its attention gives weight to tokens that a mask leaves out")
+            mask = mask if exact else self._hidden(bias, mask, axis, narrow)
         if mask is not None and mask.rank > 1 and _is_long(mask, mask.rank - 2):
             (query, mask), _ = self._together([(query, query.rank - 2), (mask, mask.rank - 2)])
+        if narrow is not None and not exact:
+            held = self.of(query, query.rank - 2)
+            self._require_live_key(bias, axis, narrow, [] if held is None else [held])
         return query, key, value, mask, *rest
 
 

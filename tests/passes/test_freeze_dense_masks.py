@@ -251,6 +251,30 @@ def test_mask_made_once_becomes_a_selection(name: str) -> None:
     assert all(agree(after, model, torch.cat([x for (x,) in SAMPLES[:batch]])) for batch in (1, 2, 8))
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_tokens_that_meet_one_stored_matrix_each_are_frozen(batch: int) -> None:
+    model = OwnWeights().eval()
+    program = captured(model, SAMPLES[0][0], dynamic=False)
+    after = frozen(program, SAMPLES, batch=batch)
+    assert cost(after).macs < batch * cost(program).macs
+    assert agree(after, model, torch.cat([x for (x,) in SAMPLES[:batch]]))
+
+
+def test_pooled_keys_become_a_selection_when_one_token_always_stays() -> None:
+    model = Raw(key_live, pooled=True, keep=class_stays).eval()
+    after = frozen(captured(model, SAMPLES[0][0], dynamic=False), SAMPLES)
+    none_else = SAMPLES[0][0] - 9 * torch.nn.functional.normalize(model.score.weight, dim=-1)
+    assert all(agree(after, model, x) for x in (SAMPLES[0][0], none_else))
+
+
+def test_call_that_no_batch_can_take_is_refused_for_a_batch_alone() -> None:
+    model = Once(above, lambda x, m: (x * m.unsqueeze(-1)).flip(1).cumsum(1).mean(1)).eval()
+    program = captured(model, SAMPLES[0][0], dynamic=False)
+    assert agree(frozen(program, SAMPLES, batch=1), model, SAMPLES[0][0])
+    with pytest.raises(CapabilityError, match="no rule is known for flip"):
+        frozen(program, SAMPLES, batch=2)
+
+
 def test_text_is_golden() -> None:
     program = captured(Once(above, mean_of_live).eval(), SAMPLES[0][0], dynamic=False)
     check_golden("freeze_dense_masks", text(frozen(program, SAMPLES, batch=2)))
@@ -266,7 +290,48 @@ class Twice(Once):
         return self.head((once + again)[..., :WIDTH].sum(1))
 
 
+class Raw(Once):
+    """Keys of zeroed tokens, queries and values of all of them, under a bias made from the mask."""
+
+    def __init__(self, bias: Callable[[Tensor], Tensor], *, pooled: bool = False, keep: Keep = above) -> None:
+        super().__init__(keep, lambda x, m: x.mean(1))
+        self.bias, self.pooled = bias, pooled
+        self.wanted = nn.Parameter(torch.randn(1, 2, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = self.keep(self.score(x)[..., 0])
+        q, _, v = self.qkv(x).chunk(3, -1)
+        k = self.qkv(x * mask.unsqueeze(-1))[..., WIDTH : 2 * WIDTH]
+        scores = (self.wanted if self.pooled else q) @ k.transpose(1, 2) + self.bias(mask)
+        return self.head((scores.softmax(-1) @ v).mean(1))
+
+
+def both_live(mask: Tensor) -> Tensor:
+    return (1 - mask[:, :, None] * mask[:, None]) * -1e4
+
+
+def key_live(mask: Tensor) -> Tensor:
+    return (1 - mask)[:, None] * -1e4
+
+
+class OwnWeights(Once):
+    """Every token has a matrix of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(above, class_token)
+        self.own = nn.Parameter(torch.randn(TOKENS, WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = self.keep(self.score(x)[..., 0]).unsqueeze(-1)
+        x = (self.qkv(x * mask)[..., None, :WIDTH] @ self.own)[:, :, 0]
+        return self.head((x * mask).sum(1))
+
+
 REFUSED: dict[str, tuple[nn.Module, str]] = {
+    "no key is live for a left out query": (Raw(both_live), READ),
+    "nor where the first token stays": (Raw(both_live, keep=class_stays), READ),
+    "a sample may have no live key": (Raw(key_live, pooled=True), "attends to all of them"),
+    "what hides is taken back": (Raw(lambda m: key_live(m) - key_live(m) + 0 * m[:, None]), "softmax gives weight"),
     "all rows are averaged": (Once(above, lambda x, m: x.mean(1)), READ),
     "attention is open": (Once(above, mean_of_live, hide=False), "its softmax gives weight to tokens"),
     "the first row is read": (Once(above, class_token), "reads token 0"),
