@@ -16,16 +16,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.calibration.planted import dataset
 from tests.harness import captured, near_misses
 from tests.passes.quantizing import images
 from tests.targets.quantized_nets import program_of, quantized, scheme_of
 from tests.targets.test_onnx_quantized import Blocks, Float8, Integers, buffers, drawn, session
+from vlexport.calibration.calibrate import calibrate
+from vlexport.calibration.methods import Method
 from vlexport.core.device_profiles import device_profiles
 from vlexport.core.errors import UsageError
 from vlexport.core.numerics import sqnr_db
 from vlexport.ir.quant_ops import DEQUANTIZE, E4M3, QUANTIZE
 from vlexport.ir.rounded import rounded_twin
+from vlexport.passes.quantization.decide import wanted_values
 from vlexport.passes.quantization.placement import place
+from vlexport.passes.quantize import Quantize
+from vlexport.targets import open_target
 from vlexport.targets.onnx.lower import onnx_from_program
 from vlexport.targets.tensorrt.engine import choose_engine
 from vlexport.targets.tensorrt.engine_layers import products
@@ -291,3 +297,18 @@ def test_types_are_read_off_the_log_when_layers_multiply() -> None:
         "something else",
     ]
     assert products(said) == {"Half x Int8": 1, "attention in Half": 1}
+
+
+def test_range_that_a_sum_reads_stays_when_others_become_narrower() -> None:
+    """What is cut off would be lost to the sum, and only products are asked what they lose."""
+    program, scheme = program_of("resnet"), scheme_of("tensorrt", "static-s8")
+    far = torch.cat([images(15, 1), 20.0 * images(1, 2)])
+    wanted = wanted_values(program, scheme)
+    ranges = calibrate(program, dataset(far.numpy(), program), wanted, Method(name="min-max")).by_value()
+    emit = open_target("tensorrt").emit_quant
+    found = Quantize(scheme=scheme, ranges=ranges, emit=emit, samples=[(images(1, 3),)]).decisions(program)
+    added = {layer.residual for layer in found.layers if layer.residual}
+    assert len(added) == 1
+    narrower = {each.value for each in found.values if each.high < ranges[each.value].high}
+    assert len(narrower) >= 4
+    assert not added & narrower
