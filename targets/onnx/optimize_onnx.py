@@ -27,6 +27,7 @@ import onnxscript.optimizer
 from pydantic import Field
 
 from vlexport.core.artifact import Frozen
+from vlexport.core.errors import CapabilityError
 from vlexport.passes.base import Match, NearMiss
 from vlexport.targets.onnx.model import OnnxModel
 from vlexport.targets.onnx.whole_graph import WholeGraphPass
@@ -67,13 +68,24 @@ class OptimizeOnnx(WholeGraphPass):
                 yield NearMiss(_PATTERN, node, f"an operand has {max(sizes)} elements, the limit is {limit}")
 
     def rewrite(self, ir: OnnxModel) -> bool:
-        """In place, as onnxscript does it; it makes few rounds of its own."""
+        """In place, as onnxscript does it; it makes few rounds of its own.
+
+        Raises:
+            CapabilityError: VLX0408 when onnxscript fails.
+        """
         options = cast("OptimizeOnnxOptions", self.options)
-        onnxscript.optimizer.optimize_ir(
-            ir.model,
-            input_size_limit=options.input_limit,
-            output_size_limit=options.output_limit,
-            should_fold=lambda node: False if node.op_type in _QUANTIZING else None,
-            inline=False,
-        )
+        try:
+            onnxscript.optimizer.optimize_ir(
+                ir.model,
+                input_size_limit=options.input_limit,
+                output_size_limit=options.output_limit,
+                should_fold=lambda node: False if node.op_type in _QUANTIZING else None,
+                inline=False,
+            )
+        except onnx_ir.passes.PassError as error:
+            said = str(error.__cause__ or error).strip().splitlines() or [type(error.__cause__).__name__]
+            raise CapabilityError(
+                "VLX0408", f"pass {self.name}: onnxscript fails: {said[0]}", where=self.name,
+                hint="leave this pass out for this model",
+            ) from error  # fmt: skip
         return True
