@@ -219,6 +219,13 @@ def table(record: Mapping[str, object]) -> str:
     return "\n".join(lines)
 
 
+def shown(record: Mapping[str, object]) -> str:
+    """The table for a page, and what of the cases a record does not hold yet."""
+    measured = {row["case"] for row in record["rows"]}  # type: ignore[attr-defined]
+    missing = [case.name for case in CASES if case.name not in measured]
+    return table(record) + (f"\n\nNot measured yet: {'; '.join(missing)}." if missing else "")
+
+
 def known_rows(record: Path | None) -> Iterator[Row]:
     """Rows that a record holds already."""
     if record is not None and record.is_file():
