@@ -8,8 +8,8 @@ Before → after::
     %4 = _to_copy(%3, dtype=f16)
     %5 = linear(%4, …): f16
 
-The same holds of ``look_up``, whatever its tables hold: what is rounded is looked up. What computes in half reads rounded values in half, and no cast stands
-between a runtime's ``dequantize`` and the call that it belongs to.
+The same holds of ``look_up``, whatever its tables hold: what is rounded is looked up. What computes in half reads
+rounded values in half, and no cast stands between a runtime's ``dequantize`` and the call that it belongs to.
 
 Equation: with a scale s that half holds, ``half(float(q · s)) = q · s`` rounded once: a product of 8 and 11 bits fits
 into float32.
