@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from vlexport.core.artifact import ONLY_COMPONENT, Artifact, Frozen, Session, Timing
 from vlexport.core.device_profiles import THIS, DeviceProfile, device_profiles
@@ -34,6 +34,25 @@ if TYPE_CHECKING:
 API_VERSION = 1
 """Version of this contract. It grows when a target written for an earlier one would no longer work; a plugin writes the
 number that it was written for, and does not import this one."""
+
+
+ProductKind = Literal["fp32", "int8"]
+"""What a plain product of two matrices computes in."""
+
+
+@dataclass(frozen=True)
+class PlainProduct:
+    """One product of an input and a stored matrix: what a runtime's linears can reach at most.
+
+    Attributes:
+        kind: What it computes in.
+        artifact: To be opened like any other.
+        macs: Multiply-accumulates of a run.
+    """
+
+    kind: ProductKind
+    artifact: Artifact
+    macs: int
 
 
 class Probe(Frozen):
@@ -271,6 +290,16 @@ class Target(abc.ABC):
         """Facts that a device can be checked against before it opens the artifact."""
         return {}
 
+    def plain_products(self, artifact: Artifact, precision: str, folder: Path) -> Sequence[PlainProduct]:
+        """Products to measure an artifact's speed by, written into ``folder``; none where none would say anything.
+
+        Args:
+            artifact: Opened with these options, they run where it runs.
+            precision: Of the artifact.
+            folder: Exists and is empty.
+        """
+        return ()
+
     def usage(self, artifact: Artifact, folder: str) -> Sequence[str]:
         """One line that uses the artifact of the bundle in ``folder``; empty where ``vlexport.load`` does."""
         return ()
@@ -312,7 +341,8 @@ class Target(abc.ABC):
             CapabilityError: VLX0501.
         """
         if missing := self.missing_tools(brief):
-            raise CapabilityError("VLX0501", f"{self.id} cannot be built here: {missing}", hint=missing)
+            what, _, install = missing.partition(": ")
+            raise CapabilityError("VLX0501", f"{self.id} cannot be built here: {what}", hint=install or missing)
 
     def open(
         self, folder: Path, artifact: Artifact, *, threads: int = 0, timeout_s: float | None = None

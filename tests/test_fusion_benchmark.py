@@ -37,6 +37,10 @@ def test_costs_are_those_of_a_fusion_against_the_same_without_it_on_this_kind_of
     assert (found.fusion, found.precision, found.instruction_set) == ("fuse-qattention", "int8", "avx512_vnni")
     assert (found.ratio, found.low, found.high, found.source) == (1.15, 1.14, 1.16, SOURCE)
     assert costs_of(ROWS, SOURCE, ("avx2",))[0].instruction_set == "avx2"
+    (masked,) = costs_of([row("tome-biased-attention", "tome", 1.05)], SOURCE, ("avx2",))
+    assert (masked.fusion, masked.model) == (
+        "fuse-biased-attention", "deit_small_patch16_224 with --tokens tome:r=13",
+    )  # fmt: skip
 
 
 def test_figures_replace_those_of_the_same_kind_and_keep_the_others(
@@ -54,12 +58,13 @@ def test_figures_replace_those_of_the_same_kind_and_keep_the_others(
 
 def test_table_has_a_line_a_variant_with_what_its_fusion_gains() -> None:
     machine = {"cpu": "a processor", "cores": 2}
-    rows = [asdict(each) for each in ROWS]
+    rows = [asdict(each) for each in (*ROWS, row("tome-biased-attention", "tome", 1.05))]
     record = {"date": "2026-01-01", "machine": machine, "versions": "onnxruntime 1", "rows": rows}
     assert table(record).splitlines()[4:] == [
         "| fp32 | 20.0 ms | 1.10× (1.09 to 1.11) |  | 22.5 MB |",
         "| fp32-attention | 20.0 ms | 1.15× (1.14 to 1.16) | too noisy | 22.5 MB |",
         "| static-qattention | 20.0 ms | 2.60× (2.59 to 2.61) | 1.15× (1.14 to 1.16) | 22.5 MB |",
+        "| tome-biased-attention | 20.0 ms |  | 1.05× (1.04 to 1.06) | 22.5 MB |",
     ]
 
 
@@ -85,4 +90,5 @@ def test_a_fusion_is_measured_against_a_variant_that_differs_in_nothing_else() -
             other = named[each.without]
             assert (each.options[option], other.options[option]) == ("true", "false")
             assert {**each.options, option: ""} == {**other.options, option: ""}
-            assert each.precision == other.precision
+            assert (each.precision, each.tokens) == (other.precision, other.tokens)
+            assert each.against == ((other.name,) if each.tokens else (PLAIN, other.name))

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.benchmarks.preprocess_doctor import CASES, known_rows, table
+import pytest
+from PIL import Image
+
+from tests.benchmarks.preprocess_doctor import CASES, colour_of, known_rows, table
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "docs/measured/preprocess_doctor.json"
@@ -32,3 +35,16 @@ def test_table_tells_a_line_with_its_interval_when_one_was_named() -> None:
         "| 0 to 255 | `scale=1/255` | 70.0 % | 85.0 % | +15.0 (+2.2 to +28.0) | 80 |",
         "| 0 to 255 | cannot tell | 70.0 % | – | – | 80 |",
     ]
+
+
+@pytest.mark.parametrize(
+    ("pixel", "colour"),
+    [
+        ((200, 20, 30), "red"), ((220, 60, 130), "red"), ((220, 190, 20), "yellow"), ((30, 160, 60), "blue"),
+        ((30, 60, 220), "blue"), ((120, 120, 120), ""), ((255, 255, 255), ""),
+    ],
+)  # fmt: skip
+def test_colour_of_a_stamp_is_its_mean_hue_and_none_when_it_is_gray(pixel: tuple[int, int, int], colour: str) -> None:
+    stamp = Image.new("RGB", (8, 8), "white")
+    stamp.paste(pixel, (2, 2, 6, 6))
+    assert colour_of(stamp) == colour

@@ -1,4 +1,4 @@
-"""The tables of docs/reduce_tokens_example.md and docs/tokens.md are those that were recorded.
+"""The tables of the pages about tokens are those that were recorded, and what was recorded keeps its promises.
 
 ``UPDATE_GOLDEN=1`` writes them anew.
 """
@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from tests.figures import place, require_figures
-from tests.token_tables import MEASURED, TABLES, accuracy
+from tests.token_tables import MEASURED, TABLES, accuracy, recorded
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGES = {name: DOCS / ("tokens.md" if name == "freeze" else "reduce_tokens_example.md") for name in TABLES}
+PLACES = {"freeze": "tokens.md", "token_macs": "reduce_tokens.md"}
+PAGES = {name: DOCS / PLACES.get(name, "reduce_tokens_example.md") for name in TABLES}
 RECORDED = [name for name in TABLES if (MEASURED / f"{name}.json").is_file()]
 
 
@@ -32,6 +33,35 @@ def test_pages_have_a_place_for_every_table_and_nothing_in_it_when_there_is_no_r
         found = place(name).search(PAGES[name].read_text(encoding="utf-8"))
         assert found is not None
         assert found.group(2) == "", f"figures of {name} that no record holds"
+
+
+def row_of(name: str, **wanted: Any) -> dict[str, Any]:
+    """The one row of a record with these entries."""
+    (found,) = (each for each in recorded(name)["rows"] if wanted.items() <= each.items())
+    return found
+
+
+def test_multiply_accumulates_are_those_of_the_papers_and_the_pass_is_quick() -> None:
+    small = "deit_small_patch16_224"
+    evit = row_of("token_macs", model=small, tokens="evit:keep=0.7,layers=4+7+10")
+    assert evit["macs"] == pytest.approx(3.0e9, rel=0.02), "EViT, table 1: 3.0 G"
+    mctf = row_of("token_macs", model=small, tokens="mctf:r=16")
+    assert round(1 - mctf["narrowed"] / mctf["dense"], 2) >= 0.44, "MCTF: 44 % fewer, 4.6 to 2.6 G"
+    large = [each for each in recorded("token_macs")["rows"] if each["model"] == "vit_large_patch16_224"]
+    assert len(large) >= 3
+    assert max(each["seconds"] for each in large) <= 5.0
+
+
+def test_every_calibration_digit_has_its_class_when_frozen_at_100() -> None:
+    rows = {each["model"]: each for each in recorded("freeze")["figures"]}
+    found = rows["frozen at 100"]
+    assert found["calibration_equal"] == found["calibration"] >= 500
+
+
+def test_heatmaps_stay_alike_when_merged_patches_are_given_back() -> None:
+    found = row_of("token_heatmaps", tokens="tome:r=20,layers=4+5+6+7+8+9+10+11")
+    assert found["mean"] >= 0.97
+    assert found["macs"] < 0.8 * found["dense_macs"], "of a network whose decoder sees every patch"
 
 
 def row(name: str, **changed: Any) -> dict[str, Any]:

@@ -166,6 +166,20 @@ def frozen(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def macs(record: dict[str, Any]) -> str:
+    """One line a model and method."""
+    lines = [
+        _source(record), "",
+        "| model | option | before | behind the pass | behind `narrow-to-demand` | fewer | pass, CPU seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for row in record["rows"]:
+        shown = [f"{row[name] / 1e9:.2f} G" for name in ("dense", "macs", "narrowed")]
+        fewer = f"{100 * (1 - row['narrowed'] / row['dense']):.1f} %"
+        lines.append(f"| {row['model']} | `{row['tokens']}` | {' | '.join(shown)} | {fewer} | {row['seconds']:.1f} |")
+    return "\n".join(lines)
+
+
 def _shown(found: Measured, sign: str = "") -> str:
     return f"{found.value:{sign}.2f} ({found.low:{sign}.2f} to {found.high:{sign}.2f})"
 
@@ -186,6 +200,7 @@ TABLES = {
     "tokens": lambda: accuracy(recorded("tokens"), recorded("tokens_latency")),
     "token_heatmaps": lambda: heatmaps(recorded("token_heatmaps")),
     "tokens_latency": lambda: latency(recorded("tokens_latency")),
+    "token_macs": lambda: macs(recorded("token_macs")),
     "freeze": lambda: frozen(recorded("freeze")),
 }
 """Record → its table."""

@@ -75,6 +75,7 @@ def decide(
                 weight=weight.type if weight is not None else "",
                 block=_block(layer.node, weight), bias=layer.rule.bias,
                 output=keys[layer.output] if layer.output is not None else "",
+                residual=keys[placed.sums[layer.node]] if layer.node in placed.sums else "",
                 dynamic=layer.rule.activation is not None and layer.rule.activation.dynamic,
             )
         )  # fmt: skip

@@ -51,6 +51,7 @@ class LayerDecision(Frozen):
             channels that share it; 0 where all do.
         bias: ``int32`` at the product of both scales, or ``float``.
         output: Key of the value that is rounded again behind the call; empty where it stays in float.
+        residual: Key of the value that is added to the result as it was rounded for others; empty where none is.
         dynamic: What is computed is rounded by the range that it has at that run; ``operands`` is empty then.
     """
 
@@ -62,6 +63,7 @@ class LayerDecision(Frozen):
     block: int = 0
     bias: str = "float"
     output: str = ""
+    residual: str = ""
     dynamic: bool = False
 
 
@@ -90,6 +92,7 @@ class Decisions(Frozen):
         for layer in self.layers:
             weight = f" x {layer.weight}, bias {layer.bias}" if layer.weight else ""
             output = f" -> {layer.output}" if layer.output else ""
+            output += f" + {layer.residual}" if layer.residual else ""
             read = ", ".join(layer.operands) or ("ranges at run time" if layer.dynamic else "its operands in float")
             lines.append(f"{layer.op} {layer.call} in {layer.module}: {read}{weight}{output}")
         lines += [

@@ -4,6 +4,10 @@ A call is quantized by the rule that the target's scheme has for its operator. W
 too, that is the value behind an activation which only clips (relu, relu6, a clamp), since that becomes part of the
 saturation. From such a value on, calls that move values about (``shared``) stay in integers as long as a quantized call
 reads what they make, all at one scale.
+
+What is added to a convolution's result is read as it was rounded for another convolution, on targets that say so
+(``residual``): else it is written twice, in integers and in float. That costs little where it lies behind a rectifier;
+a stream that nothing bounds, as of a transformer, stays in float.
 """
 
 from __future__ import annotations
@@ -18,12 +22,15 @@ from torch.fx import Node
 from vlexport.core.scheme import LayerRule, QuantScheme
 from vlexport.ir import dialect
 from vlexport.ir.program import Program
+from vlexport.passes.match import same_shape
 from vlexport.passes.quantization.named_calls import named_calls
 
 Refuse = Callable[[Node], str]
 """Why a value cannot be rounded, or an empty string."""
 _FACTORS = ("self", "other", "mat2", "query", "key", "value")
 """What schemas call the operands of a product of computed values."""
+_RECTIFIERS = ("relu", "relu6")
+_POOLS = ("max_pool2d", "avg_pool2d")
 _CLIPS = ("relu", "relu6", "hardtanh", "clamp", "clamp_min")
 
 
@@ -53,12 +60,14 @@ class Placement:
         integers: Values that exist as integers for all their readers.
         groups: Value → all values that share its scale, itself among them.
         refused: Call of an operator that the scheme quantizes → why it stays in float.
+        sums: Quantized call whose result something is added to → that value, which is read as it was rounded.
     """
 
     layers: tuple[Layer, ...]
     integers: tuple[Node, ...]
     groups: dict[Node, tuple[Node, ...]]
     refused: dict[Node, str]
+    sums: dict[Node, Node]
 
 
 def place(
@@ -96,7 +105,34 @@ def place(
         else:
             found.append(layer)
     integers, groups = _spread(program, scheme, found, refuse)
-    return Placement(tuple(found), integers, groups, refused)
+    return Placement(tuple(found), integers, groups, refused, _sums(program, scheme, found))
+
+
+def _sums(program: Program, scheme: QuantScheme, layers: Sequence[Layer]) -> dict[Node, Node]:
+    """Quantized call → what is added to its result, where both have one shape and that is rounded anyway."""
+    products = {each.node for each in layers if dialect.plain_name(each.node) in scheme.residual}
+    read = {operand for each in layers if each.node in products for operand in each.operands}
+    found: dict[Node, Node] = {}
+    for node in program.calls():
+        if dialect.plain_name(node) != "add" or len(node.all_input_nodes) != 2:
+            continue
+        if any(each != 1 for each in dialect.operands(node)[2:]):  # a factor that the kernel of the sum has not
+            continue
+        own = [each for each in node.all_input_nodes if each in products and set(each.users) == {node}]
+        shapes = [each.meta["val"].shape for each in node.all_input_nodes if isinstance(each.meta.get("val"), Tensor)]
+        if not own or len(shapes) != 2 or not same_shape(*shapes):
+            continue
+        (other,) = (each for each in node.all_input_nodes if each is not own[0])
+        if other in read and _is_rectified(other):
+            found[own[0]] = other
+    return found
+
+
+def _is_rectified(node: Node) -> bool:
+    """Whether a value is a rectifier's, or a pooled one."""
+    while node.op == "call_function" and dialect.plain_name(node) in _POOLS:
+        node = node.all_input_nodes[0]
+    return node.op == "call_function" and dialect.plain_name(node) in _RECTIFIERS
 
 
 def _layer(program: Program, node: Node, rule: LayerRule) -> tuple[Layer | None, str]:

@@ -40,6 +40,11 @@ def spell(program: Program, decisions: Decisions, node: Node, layer: LayerDecisi
             feed(program, operand, values[key], node)
     if layer.weight:
         store_weight(program, node, layer, scales=decisions.scales)
+    if layer.residual:
+        (reader,) = node.users
+        (added,) = (each for each in reader.all_input_nodes if each is not node)
+        if added.target is not DEQUANTIZE:
+            feed(program, added, values[layer.residual], reader)
     return Change(
         what=said(layer, values), where=(provenance.module_path(node),), saved_nodes=calls - len(program.calls()),
         saved_parameters=stored_before - parameters_stored(program),

@@ -41,7 +41,12 @@ def tightened(
         samples: One tensor per input each, with batch dim; each is run once. Without any, nothing changes.
     """
     nodes = {key: node for node, key in value_keys(program).items()}
-    tried = {each.value: _narrower(each, decisions, scheme) for each in decisions.values if not each.for_all}
+    added = {layer.residual for layer in decisions.layers}  # what a sum reads says nothing to the error of a product
+    tried = {
+        each.value: _narrower(each, decisions, scheme)
+        for each in decisions.values
+        if not each.for_all and each.value not in added
+    }
     readers: dict[Node, tuple[str, Projection, Tensor]] = {}
     for layer in decisions.layers:
         found = projection_of(program, nodes[layer.call])

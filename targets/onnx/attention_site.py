@@ -18,9 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir
 
-from vlexport.targets.onnx.layout import Numbers, Sizes, Untraceable, all_between, moved, numbered, origin
-from vlexport.targets.onnx.model import OnnxModel
-from vlexport.targets.onnx.rewriting import CONTRIB, put
+from vlexport.targets.onnx.attention_taps import KEY, QUERY, VALUE, NoTap, Tap, taps
+from vlexport.targets.onnx.layout import Numbers, Sizes, Untraceable, moved, numbered, origin
 
 _RANK = 4
 ADDED = "a mask or bias is added to the scores"
@@ -52,6 +51,7 @@ class Site:
         bias: What is added to the scores, as it is before broadcasting; None for nothing.
         shape: (batch, heads, length, length) of the scores, with the sizes that stand for dims without one.
         guarded: Whether a row of the softmax that is not a number, as where all of it is masked, becomes zeros.
+        taps: What others read of query, key and value.
     """
 
     softmax: onnx_ir.Node
@@ -62,6 +62,7 @@ class Site:
     bias: onnx_ir.Value | None
     shape: tuple[int, ...]
     guarded: bool
+    taps: tuple[Tap, ...]
 
     @property
     def rows(self) -> bool:
@@ -87,39 +88,31 @@ def looks_like_one(softmax: onnx_ir.Node) -> bool:
     return any(user.op_type == "MatMul" for user in readers)
 
 
-def site(model: OnnxModel, softmax: onnx_ir.Node) -> Site:
+def site(softmax: onnx_ir.Node) -> Site:
     """Read attention around a softmax.
 
     Raises:
         NoSite: With the reason.
     """
     try:
-        return _site(model, softmax)
+        return _site(softmax)
     except Untraceable as error:
         raise NoSite(str(error)) from error
 
 
-def plain_site(model: OnnxModel, softmax: onnx_ir.Node) -> Site:
+def plain_site(softmax: onnx_ir.Node) -> Site:
     """The same, for operators that add nothing to the scores.
 
     Raises:
         NoSite: With the reason.
     """
-    found = site(model, softmax)
+    found = site(softmax)
     if found.bias is not None or found.guarded:
         raise NoSite(ADDED)
     return found
 
 
-def become(model: OnnxModel, found: Site, kind: str, operands: Sequence[onnx_ir.Value | None]) -> onnx_ir.Node:
-    """Put one operator of ONNX Runtime's own in the place of all of a site."""
-    return put(
-        model, found.made, kind, operands, domain=CONTRIB, attributes=found.attributes(), origin=found.softmax,
-        rows=found.rows,
-    )  # fmt: skip
-
-
-def _site(model: OnnxModel, softmax: onnx_ir.Node) -> Site:
+def _site(softmax: onnx_ir.Node) -> Site:
     scores = softmax.inputs[0]
     assert scores is not None
     if _axis(softmax) not in (-1, _RANK - 1):
@@ -149,15 +142,24 @@ def _site(model: OnnxModel, softmax: onnx_ir.Node) -> Site:
     if len({each.shape[:3] for each in found}) > 1 or found[0].shape[-1] != found[1].shape[-1]:
         raise NoSite("query, key and value have other heads or lengths")
     made = _joined(context.outputs[0], found[2].shape, sizes)
-    for part in parts:
-        if not all_between(model, made, part.root):
-            raise NoSite("what it is projected from is read by others, too")
+    tapped = _taps(made, parts, found, sizes)
     scale = weighed.factor * origins[0].factor * origins[1].factor
     batch, heads, length, _ = found[0].shape
     shape = (batch, heads, length, length)
     if bias is not None:
         _require_fitting(bias, shape, sizes)
-    return Site(softmax, (parts[0], parts[1], parts[2]), heads, scale, made, bias, shape, guard is not None)
+    return Site(softmax, (parts[0], parts[1], parts[2]), heads, scale, made, bias, shape, guard is not None, tapped)
+
+
+def _taps(made: onnx_ir.Value, parts: Sequence[Part], found: Sequence[Numbers], sizes: Sizes) -> tuple[Tap, ...]:
+    try:
+        tapped = taps(made, [part.root for part in parts], found, sizes)
+    except NoTap as error:
+        raise NoSite(str(error)) from error
+    unlike = found[KEY].shape != found[VALUE].shape
+    if unlike and any(each.part != QUERY for each in tapped):
+        raise NoSite("keys that others read are of another width than values")
+    return tuple(tapped)
 
 
 def _biased(scores: onnx_ir.Value) -> tuple[onnx_ir.Value, onnx_ir.Value | None]:

@@ -20,8 +20,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir
 
-from vlexport.targets.onnx.model import OnnxModel
-
 Numbers = npt.NDArray[np.int64]
 MOVING = ("Reshape", "Transpose", "Slice", "Squeeze", "Unsqueeze", "Split", "Gather", "Identity", "Flatten")
 """Operators that move values and change none."""
@@ -259,19 +257,3 @@ _OPERATORS: dict[str, Callable[[onnx_ir.Node, list[Any]], list[Numbers]]] = {
     "Add": lambda node, inputs: [inputs[0] + inputs[1]],
     "Sub": lambda node, inputs: [inputs[0] - inputs[1]],
 }
-
-
-def all_between(model: OnnxModel, made: onnx_ir.Value, root: onnx_ir.Value) -> bool:
-    """Whether nothing but what ends in ``made`` reads ``root``."""
-    seen: set[onnx_ir.Value] = set()
-    waiting = [root]
-    while waiting:
-        value = waiting.pop()
-        if value is made:
-            continue
-        if value.is_graph_output() or not value.uses():
-            return False
-        for user, _ in value.uses():
-            waiting += [each for each in user.outputs if each not in seen]
-            seen.update(user.outputs)
-    return True

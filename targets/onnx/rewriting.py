@@ -26,7 +26,7 @@ def stored(model: OnnxModel, name: str, values: npt.NDArray[np.generic]) -> onnx
     known, free, number = model.model.graph.initializers, name, 1
     while free in known:
         free, number = f"{name}_{number}", number + 1
-    tensor = onnx_ir.tensor(np.ascontiguousarray(values), name=free)
+    tensor = onnx_ir.tensor(np.asarray(values, order="C"), name=free)
     made = onnx_ir.Value(name=free, const_value=tensor)
     made.shape, made.dtype = onnx_ir.Shape(values.shape), tensor.dtype
     model.model.graph.register_initializer(made)
@@ -49,10 +49,27 @@ def put(
         origin: The node whose module it belongs to.
         rows: The new node makes more dims, which become the rows of ``old``.
     """
+    last = old.producer()
+    assert last is not None
+    new = insert(model, last, kind, operands, domain=domain, attributes=attributes, origin=origin)
+    take_place(model, old, new, origin=origin, rows=rows)
+    return new
+
+
+def take_place(
+    model: OnnxModel, old: onnx_ir.Value, new: onnx_ir.Node, *, origin: onnx_ir.Node, rows: bool = False
+) -> None:
+    """Let a node that is there make ``old``.
+
+    Args:
+        model: Changed in place.
+        old: The value; what makes it now goes where nobody else reads it.
+        new: In front of what makes it now.
+        origin: The node whose module it belongs to.
+        rows: The new node makes more dims, which become the rows of ``old``.
+    """
     graph, last, quantizing = model.model.graph, old.producer(), model.quantizing
     assert last is not None
-    before = last
-    new = insert(model, before, kind, operands, domain=domain, attributes=attributes, origin=origin)
     name, result = new.name, new.outputs[0]
     result.type = old.type
     if rows:
@@ -62,7 +79,7 @@ def put(
         shape = stored(model, f"{name}_rows", np.array([-1, width], np.int64))
         flat = onnx_ir.Node("", "Reshape", [result, shape], name=f"{name}_reshape", num_outputs=1)
         inherit(flat, origin)
-        graph.insert_before(before, flat)
+        graph.insert_before(last, flat)
         result = flat.outputs[0]
     text, result.shape, result.type = str(old.name), old.shape, old.type
     old.name = f"{text}_before"
@@ -71,7 +88,6 @@ def put(
     drop_unread(model, last)
     if lost := quantizing - model.quantizing:
         new.metadata_props[STANDS_FOR] = str(lost)
-    return new
 
 
 def insert(

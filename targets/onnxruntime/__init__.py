@@ -15,7 +15,7 @@ from vlexport.core.device_profiles import THIS, DeviceProfile
 from vlexport.core.devices import this_machine
 from vlexport.core.errors import CapabilityError, VlexportError
 from vlexport.core.scheme import QuantScheme, read_schemes
-from vlexport.targets.base import Brief, LoweredPass, Probe, Target
+from vlexport.targets.base import Brief, LoweredPass, PlainProduct, Probe, Target
 from vlexport.targets.onnx.providers import CPU, PROVIDERS, missing_provider
 from vlexport.targets.onnxruntime.fusions import is_worth_it
 from vlexport.targets.onnxruntime.minimum import oldest_release
@@ -246,6 +246,15 @@ class OnnxRuntimeTarget(Target):
         """The same model file with other session options."""
         chosen = _session_options(cast("OnnxRuntimeOptions", options))
         return artifact.model_copy(update={"session_options": {**artifact.session_options, **chosen}})
+
+    def plain_products(self, artifact: Artifact, precision: str, folder: Path) -> Sequence[PlainProduct]:
+        """In fp32 and, for an artifact in integers, in int8; none for another provider than the CPU's."""
+        from vlexport.targets.onnxruntime.plain_product import plain_product
+
+        if artifact.session_options.get("provider", CPU) != CPU:
+            return ()
+        found = [plain_product(folder, "fp32", artifact)]
+        return [*found, plain_product(folder, "int8", artifact)] if precision == "int8" else found
 
     def compatibility(self, brief: Brief) -> dict[str, str]:
         """The opset decides which ONNX Runtime is new enough."""

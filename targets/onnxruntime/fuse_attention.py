@@ -15,7 +15,8 @@ become one.
 
 Does not apply when: a mask or bias is added to the scores (see fuse-biased-attention), the query is not of all
 positions (as where the last block computes one token alone), the heads of key and value are fewer, one of the parts is
-not a stored linear of the same value, or the projections have other readers.
+not a stored linear of the same value, or others read of the projections what the operator does not give: all but keys,
+values, and the query of one position (see ``attention_operator``).
 Numerical effect: rounding; products are added up in another order.
 Source: ONNX Runtime, contributed operators, com.microsoft.Attention.
 """
@@ -28,9 +29,10 @@ from typing import ClassVar
 import onnx_ir
 
 from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
-from vlexport.targets.onnx.attention_site import NoSite, Site, become, looks_like_one, plain_site
+from vlexport.targets.onnx.attention_site import NoSite, Site, looks_like_one, plain_site
 from vlexport.targets.onnx.model import OnnxModel, module_path
-from vlexport.targets.onnxruntime.projections import packed, projections
+from vlexport.targets.onnxruntime.attention_operator import become, require_servable
+from vlexport.targets.onnxruntime.projections import packed, projections, query_of
 
 _PATTERN = "projections → attention"
 
@@ -46,8 +48,9 @@ class FuseAttention(Pass[OnnxModel]):
         """Every softmax that a product reads."""
         for softmax in filter(looks_like_one, ir.nodes("Softmax")):
             try:
-                found = plain_site(ir, softmax)
+                found = plain_site(softmax)
                 linears = projections(found)
+                require_servable(found, linears[0].value)
             except NoSite as miss:
                 yield NearMiss(_PATTERN, softmax, str(miss))
                 continue
@@ -57,5 +60,6 @@ class FuseAttention(Pass[OnnxModel]):
         """One node in the place of all."""
         found: Site = match.data[0]
         before, where = len(ir.nodes()), module_path(match.node)
-        become(ir, found, "Attention", packed(ir, found, match.data[1]))
+        operands = packed(ir, found, match.data[1])
+        become(ir, found, "Attention", operands, project=query_of(ir, found, operands))
         return Change(what="attention as one operator", where=(where,), saved_nodes=before - len(ir.nodes()))

@@ -28,8 +28,9 @@ import onnx_ir
 from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
 from vlexport.targets.onnx.attention_site import NoSite, Site, looks_like_one, site
 from vlexport.targets.onnx.model import OnnxModel, module_path
-from vlexport.targets.onnx.rewriting import CONTRIB, Attributes, insert, put, stored
-from vlexport.targets.onnxruntime.projections import packed, projections
+from vlexport.targets.onnx.rewriting import Attributes, put, stored
+from vlexport.targets.onnxruntime.attention_operator import become, in_order, require_servable, written
+from vlexport.targets.onnxruntime.projections import packed, projections, query_of
 from vlexport.targets.onnxruntime.score_bias import (
     content,
     dead_rows,
@@ -54,8 +55,9 @@ class FuseBiasedAttention(Pass[OnnxModel]):
         """Every softmax that a product reads."""
         for softmax in filter(looks_like_one, ir.nodes("Softmax")):
             try:
-                found = site(ir, softmax)
+                found = site(softmax)
                 linears = projections(found)
+                require_servable(found, linears[0].value)
                 if found.bias is None:
                     raise NoSite(_NO_MASK if found.guarded else "nothing is added to the scores")
                 if found.guarded and may_mask_whole_rows(found.bias) and not is_same_for_all_heads(found.bias):
@@ -81,16 +83,15 @@ class FuseBiasedAttention(Pass[OnnxModel]):
             value = operands[0]
             assert value is not None
             operands = [*operands, None, None, expanded(ir, found, value, last)]
+        project = query_of(ir, found, operands)
         if found.guarded and may_mask_whole_rows(bias):
-            made = insert(ir, last, "Attention", operands, domain=CONTRIB, attributes=attributes, origin=match.node)
+            made = written(ir, found, "Attention", operands, project=project, attributes=attributes)
             made.outputs[0].type = found.made.type
             zero = stored(ir, f"{where or 'main'}.zero", np.zeros((), np.float32))
             choice = [dead_rows(ir, found, last), zero, made.outputs[0]]
             put(ir, found.made, "Where", choice, origin=match.node, rows=found.rows)
+            in_order(ir, found)
         else:
-            put(
-                ir, found.made, "Attention", operands, domain=CONTRIB, attributes=attributes, origin=match.node,
-                rows=found.rows,
-            )  # fmt: skip
+            become(ir, found, "Attention", operands, project=project, attributes=attributes)
         return Change(what="attention with its mask as one operator", where=(where,),
                       saved_nodes=before - len(ir.nodes()))  # fmt: skip

@@ -18,16 +18,18 @@ Source: ONNX Runtime, contributed operators, com.microsoft.QAttention.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import numpy as np
 import onnx_ir
 
 from vlexport.passes.base import Change, Match, NearMiss
-from vlexport.targets.onnx.attention_site import NoSite, Site, become, looks_like_one, plain_site
+from vlexport.targets.onnx.attention_site import NoSite, Site, looks_like_one, plain_site
+from vlexport.targets.onnx.attention_taps import QUERY
 from vlexport.targets.onnx.model import OnnxModel, module_path
-from vlexport.targets.onnx.rewriting import stored
+from vlexport.targets.onnx.rewriting import CONTRIB, insert, stored
+from vlexport.targets.onnxruntime.attention_operator import Project, become, cut, require_servable
 from vlexport.targets.onnxruntime.integer_linear import IntegerFusion, IntegerLinear, NoLinear, integer_linear
 
 _PATTERN = "integer projections → attention"
@@ -42,12 +44,13 @@ class FuseQattention(IntegerFusion):
         """Every softmax that a product reads."""
         for softmax in filter(looks_like_one, ir.nodes("Softmax")):
             try:
-                found = plain_site(ir, softmax)
+                found = plain_site(softmax)
                 if "qkv_hidden_sizes" in found.attributes():
                     raise NoSite("values are of another width than queries")
                 linears = [integer_linear(part.root) for part in found.parts]
                 if len({each.integers for each in linears}) > 1:
                     raise NoSite("query, key and value are projected from several values")
+                require_servable(found, linears[0].integers)
                 if linears[0].integers.shape is None or len(linears[0].integers.shape) != 3:
                     raise NoSite("what is projected is not over batch, length and depth")
             except (NoSite, NoLinear) as miss:
@@ -74,9 +77,29 @@ class FuseQattention(IntegerFusion):
             first.zero,
             stored(ir, f"{name}_zero", np.concatenate([each.weight_zero[part.columns] for each, part in pairs])),
         ]
-        become(ir, found, "QAttention", operands)
+        become(ir, found, "QAttention", operands, project=_query_of(ir, found, operands))
         change = "attention with integer projections as one operator"
         return Change(what=change, where=(where,), saved_nodes=before - len(ir.nodes()))
+
+
+def _query_of(model: OnnxModel, found: Site, operands: Sequence[onnx_ir.Value | None]) -> Project:
+    """The query of one position, of the first columns of what is stored, added up in integers, too."""
+    _, weight, bias, scale, scales, _, zero, zeros = operands
+
+    def project(before: onnx_ir.Node, position: onnx_ir.Value) -> onnx_ir.Value:
+        width, name = len(found.parts[QUERY].columns), f"{before.name}_query"
+        parts = {"weight": (weight, 1), "bias": (bias, 0), "scale": (scales, 0), "zero": (zeros, 0)}
+        own = {
+            key: cut(model, before, value, (0, width, axis), name=f"{name}_{key}")
+            for key, (value, axis) in parts.items()
+            if value is not None
+        }
+        read = [position, own["weight"], scale, own["scale"], zero, own["zero"], own["bias"]]
+        return insert(
+            model, before, "MatMulIntegerToFloat", read, domain=CONTRIB, origin=before, name=f"{name}_linear"
+        ).outputs[0]
+
+    return project
 
 
 def _bias(linear: IntegerLinear) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,8 +10,10 @@ import numpy.typing as npt
 import onnx_ir
 
 from vlexport.targets.onnx.attention_site import NoSite, Part, Site
+from vlexport.targets.onnx.attention_taps import QUERY
 from vlexport.targets.onnx.model import OnnxModel, module_path
-from vlexport.targets.onnx.rewriting import stored
+from vlexport.targets.onnx.rewriting import insert, stored
+from vlexport.targets.onnxruntime.attention_operator import Project, cut
 
 Floats = npt.NDArray[np.floating]
 
@@ -52,6 +55,23 @@ def packed(model: OnnxModel, found: Site, linears: list[Projection]) -> list[onn
         stored(model, f"{name}_weight", np.concatenate(weights, 1)),
         stored(model, f"{name}_bias", np.concatenate(biases)),
     ]
+
+
+def query_of(model: OnnxModel, found: Site, operands: Sequence[onnx_ir.Value | None]) -> Project:
+    """The query of one position, of the first columns of what :func:`packed` stored."""
+    _, weight, bias = operands[:3]
+    assert weight is not None
+    assert bias is not None
+
+    def project(before: onnx_ir.Node, position: onnx_ir.Value) -> onnx_ir.Value:
+        width, name = len(found.parts[QUERY].columns), f"{before.name}_query"
+        columns = cut(model, before, weight, (0, width, 1), name=f"{name}_weight")
+        row = cut(model, before, bias, (0, width, 0), name=f"{name}_bias")
+        product = insert(model, before, "MatMul", [position, columns], origin=before, name=f"{name}_product")
+        product.outputs[0].type = position.type
+        return insert(model, before, "Add", [product.outputs[0], row], origin=before, name=f"{name}_linear").outputs[0]
+
+    return project
 
 
 def _projection(part: Part) -> Projection:

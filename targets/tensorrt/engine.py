@@ -109,7 +109,7 @@ def _why_none(
 
 def missing_compiler(options: TensorRTOptions) -> str:
     """What an engine that must be compiled lacks here, or an empty string."""
-    return f"tensorrt_rtx is missing, {_INSTALL}" if options.engine == "on" and not compiler_version() else ""
+    return f"tensorrt_rtx is missing: {_INSTALL}" if options.engine == "on" and not compiler_version() else ""
 
 
 class EngineRefusedError(Exception):

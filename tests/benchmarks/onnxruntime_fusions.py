@@ -8,7 +8,7 @@ Latency is measured as ``vlexport profile --against`` does it: interleaved round
 process, rounds in which the baseline drifts by more than 5 % repeated, 95 % interval of the ratio. Bundles are built
 once a scratch folder, and ratios that the record holds already are not measured again: a run that is stopped goes on.
 ``--costs`` writes what was found for this kind of processor into the table that builds choose by. Weights are random,
-which decides no latency. Run it on a machine that does nothing else: about 8 minutes, after 10 for the builds.
+which decides no latency. Run it on a machine that does nothing else: about 10 minutes, after 14 for the builds.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class Variant:
         options: ``--set``.
         fusion: What it has that ``without`` has not; empty for none.
         without: The variant that it is measured against beside the plain export.
+        tokens: ``--tokens``. The plain export computes all of them, and says nothing of a fusion then: it is left out.
     """
 
     name: str
@@ -56,10 +57,23 @@ class Variant:
     options: dict[str, str] = field(default_factory=dict)
     fusion: str = ""
     without: str = ""
+    tokens: str = ""
+
+    @property
+    def model(self) -> str:
+        """What is measured, as the table of costs names it."""
+        return f"{MODEL} with --tokens {self.tokens}" if self.tokens else MODEL
+
+    @property
+    def against(self) -> tuple[str, ...]:
+        """What it is measured against."""
+        return tuple(filter(None, (PLAIN * (not self.tokens), self.without)))
 
 
 _NO_BOUND = {"quantize.min_sqnr_db": "0"}
 _DYNAMIC = {**_NO_BOUND, "quantize.activations": "dynamic"}
+_PLAIN_ATTENTION = {"onnxruntime.fuse_attention": "true"}
+_MERGING = "tome:r=13"
 VARIANTS = (
     Variant("fp32", "fp32", {"onnxruntime.fuse_attention": "false"}),
     Variant("fp32-attention", "fp32", {"onnxruntime.fuse_attention": "true"}, "fuse-attention", "fp32"),
@@ -69,7 +83,13 @@ VARIANTS = (
     ),
     Variant("dynamic", "int8", {**_DYNAMIC, "onnxruntime.fuse_qattention": "false"}),
     Variant("dynamic-qattention", "int8", {**_DYNAMIC, "onnxruntime.fuse_qattention": "true"}),
+    Variant("tome", "fp32", {**_PLAIN_ATTENTION, "onnxruntime.fuse_biased_attention": "false"}, tokens=_MERGING),
+    Variant(
+        "tome-biased-attention", "fp32", {**_PLAIN_ATTENTION, "onnxruntime.fuse_biased_attention": "true"},
+        "fuse-biased-attention", "tome", tokens=_MERGING,
+    ),
 )  # fmt: skip
+"""Merged tokens weigh as many as they are of, which is added to the scores of every block but the first."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +140,7 @@ def built(variant: Variant, scratch: Path) -> Path:
     file, calib = saved(scratch)
     config = vlexport.BuildConfig(
         model=str(file), output=str(output), precision=variant.precision, options=variant.options, profile=False,
-        calib=str(calib) if variant.precision == "int8" else None,
+        tokens=variant.tokens or None, calib=str(calib) if variant.precision == "int8" else None,
     )  # fmt: skip
     return vlexport.build(config).output
 
@@ -128,7 +148,7 @@ def built(variant: Variant, scratch: Path) -> Path:
 def row(variant: Variant, against: str, scratch: Path, *, threads: int, quick: bool) -> Row:
     """Measure a variant."""
     bundle, reference = built(variant, scratch), str(saved(scratch)[0])
-    other = PLAIN if against == PLAIN else str(scratch / f"{against}.bundle")
+    other = PLAIN if against == PLAIN else str(built(next(v for v in VARIANTS if v.name == against), scratch))
     report = profile(
         ProfileConfig(
             bundle=bundle, against=other, reference=reference if against == PLAIN else "", threads=threads, quick=quick
@@ -156,7 +176,7 @@ def costs_of(rows: list[Row], source: str, flags: tuple[str, ...]) -> list[Fusio
             continue
         figures = {"ratio": round(each.ratio, 3), "low": round(each.low, 3), "high": round(each.high, 3)}
         about = {"fusion": variant.fusion, "precision": variant.precision, "instruction_set": kind}
-        made.append(FusionCost.model_validate({**about, "model": MODEL, **figures, "source": source}))
+        made.append(FusionCost.model_validate({**about, "model": variant.model, **figures, "source": source}))
     return made
 
 
@@ -185,11 +205,12 @@ def table(record: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     rows = [Row(**each) for each in record["rows"]]
-    for each in rows:
-        if each.against != PLAIN:
-            continue
-        pair = next((r for r in rows if r.variant == each.variant and r.against != PLAIN), None)
-        cells = (each.variant, f"{each.p50_ms:.1f} ms", _ratio(each), _ratio(pair), f"{each.size_bytes / 1e6:.1f} MB")
+    for name in dict.fromkeys(each.variant for each in sorted(rows, key=lambda each: each.against != PLAIN)):
+        plain = next((each for each in rows if each.variant == name and each.against == PLAIN), None)
+        pair = next((each for each in rows if each.variant == name and each.against != PLAIN), None)
+        each = plain or pair
+        assert each is not None
+        cells = (name, f"{each.p50_ms:.1f} ms", _ratio(plain), _ratio(pair), f"{each.size_bytes / 1e6:.1f} MB")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -227,7 +248,7 @@ def main() -> int:
     command = f"python -m tests.benchmarks.onnxruntime_fusions --record {given.record}{' --quick' * given.quick}"
     versions = ", ".join(f"{name} {version(name).split('+')[0]}" for name in ("onnxruntime", "torch", "timm"))
     for variant in wanted:
-        for against in filter(None, (PLAIN, variant.without)):
+        for against in variant.against:
             known = [each for each in rows if (each.variant, each.against) == (variant.name, against)]
             if any(each.ratio is not None for each in known):
                 continue

@@ -2,7 +2,6 @@
 
     python -m tests.benchmarks.token_latency --scratch DIR --record docs/measured/tokens_latency.json
     python -m tests.benchmarks.token_latency --scratch DIR --only deit_small_patch16_224
-    python -m tests.benchmarks.token_latency --pass-time vit_large_patch16_224
 
 Both bundles come from ``vlexport build`` with the same flags but ``--tokens``, and are measured as ``vlexport profile
 --against`` does it: interleaved rounds, each session alone in its own process, rounds in which the baseline drifts by
@@ -16,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -33,9 +31,6 @@ from vlexport.core.bundle import read_bundle
 from vlexport.core.devices import this_machine
 from vlexport.core.errors import InternalError
 from vlexport.frontends.architecture import factory_from_text
-from vlexport.frontends.capture import capture
-from vlexport.ir.cost import cost
-from vlexport.stages.choices import passes_of
 from vlexport.stages.profile import ProfileConfig, profile
 
 SOLAR_CELLS = "solar_cells"
@@ -149,24 +144,6 @@ def line(row: Row) -> str:
     )
 
 
-def pass_seconds(name: str, tokens: str) -> tuple[float, int, int]:
-    """CPU seconds of the pass alone, on a model of timm behind every earlier pass; its MACs before and after.
-
-    CPU time, of one thread, says the same whatever else the machine does.
-    """
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    made = factory_from_text(f"timm:{name}")
-    program = capture(made.module.eval(), made.inputs, own=True).program
-    for each in passes_of(vlexport.BuildConfig(model=name, tokens=tokens)):
-        if each.stage == "tokens" and each.effect == "approximate":
-            before, started = cost(program).macs, time.process_time()
-            each.run(program)
-            return time.process_time() - started, before, cost(program).macs
-        each.run(program)
-    raise InternalError("VLX0901", f"no pass answers to --tokens {tokens}")
-
-
 def main() -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -175,15 +152,9 @@ def main() -> int:
     parser.add_argument("--only", choices=MODELS, action="append", default=[], help="a model; repeatable")
     parser.add_argument("--variant", action="append", default=[], help="a variant by name; repeatable")
     parser.add_argument("--threads", type=int, default=0, help="of ONNX Runtime; 0 takes all cores")
-    parser.add_argument("--pass-time", metavar="MODEL", help="time the pass alone on this model of timm instead")
-    parser.add_argument("--tokens", default="evit:keep=0.7,layers=4+7+10", help="method for --pass-time")
     given = parser.parse_args()
     machine = this_machine()
     print(f"{machine.cpu} ({', '.join(machine.instruction_set)}), {machine.cores} cores")
-    if given.pass_time:
-        seconds, before, after = pass_seconds(given.pass_time, given.tokens)
-        print(f"{given.pass_time}: {seconds:.2f} s of CPU, {before / 1e9:.2f} to {after / 1e9:.2f} GMACs")
-        return 0
     given.scratch.mkdir(parents=True, exist_ok=True)
     versions = ", ".join(f"{name} {version(name).split('+')[0]}" for name in PACKAGES)
     found = measured(given.record, versions)

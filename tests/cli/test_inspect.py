@@ -112,6 +112,15 @@ def test_only_its_targets_are_asked_when_a_device_is_named(hostile: Path, here: 
     assert f"Verdict  {len(problems)} problems by coreml would stop it on ios17" in out
 
 
+def test_what_this_machine_lacks_stops_no_device(here: Path, cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lacks = "coremltools not installed: pip install 'vlexport[build,coreml]'"
+    monkeypatch.setattr("vlexport.targets.coreml.CoreMLTarget.missing_tools", lambda self, brief: lacks)
+    out = cli("inspect", "model.pt", "--for", "ios17")[1]
+    assert out.count("pip install") == 1
+    assert "VLX0501: coreml cannot be built here: coremltools not installed; pip install 'vlexport" in out
+    assert "Verdict  nothing that is known would stop it on ios17" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "code", "said"),
     [

@@ -17,7 +17,7 @@ from vlexport.core.errors import VlexportError
 from vlexport.core.layer_record import LayerRecord, Layers, RangeRecord
 from vlexport.report.layer_advice import suggestions
 from vlexport.report.receipt import receipt
-from vlexport.stages import candidates
+from vlexport.stages import candidates, make
 from vlexport.stages.bisect import bisect
 from vlexport.stages.build import BuildResult, build
 from vlexport.stages.candidates import Bench, Judged
@@ -129,6 +129,31 @@ def test_layers_are_told_apart_by_draws_when_there_are_no_calibration_samples(
     assert len(measured) == 5
     assert max(measured.values()) < 100, "each is heard at the outputs"
     assert found.adopted == {"quantize.keep": min(measured, key=measured.get)}
+
+
+def test_graph_in_half_is_made_once_when_candidates_are_many(one: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    lowered: list[object] = []
+    beside = make.with_fallback
+
+    def counted(*given: Any, precision: str) -> Any:
+        made.append(precision)
+        return beside(*given, precision=precision)
+
+    def judge(bench: Bench, options: dict[str, str], samples: object) -> Judged:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(make, "lower_component", lambda *given, **_: lowered.append(given[3].fallback))
+            bench.make(options)
+        return Judged("holds" if options.get("quantize.keep", "").count(",") else "fails", {}, ())
+
+    monkeypatch.setattr(Bench, "judge", judge)
+    monkeypatch.setattr(make, "with_fallback", counted)
+    options = {**PLAIN, "quantize.min_sqnr_db": "0", "tensorrt.engine": "off"}
+    found = build(config(one, "beside", target="tensorrt", options=options))
+    assert len(searched(found.report).trials) == len(lowered) == 3
+    assert set(lowered) == {None}, "no candidate has one"
+    assert made == ["fp16"]
+    assert (found.output / "artifact" / "fallback.onnx").is_file()
 
 
 def test_search_goes_on_where_it_was_when_interrupted(one: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,6 +60,7 @@ def test_median_interval_is_the_whole_range_when_values_are_few() -> None:
 def no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times are made up in most tests here, so that nothing has to come to rest."""
     monkeypatch.setattr("vlexport.stages.profile.REST_SECONDS", 0.0)
+    monkeypatch.setattr("vlexport.stages.ceiling.SECONDS", 0.01)
 
 
 class Scripted:
@@ -231,6 +232,11 @@ def test_profile_writes_a_report_when_alone(bundle: Path, capfd: Any) -> None:
     assert report.latency.load_ms > 0
     assert (report.latency.verdict, report.latency.threads, report.latency.baseline) == ("alone", 1, "")
     assert report.accuracy is None
+    assert "GFLOP/s, " in out
+    ((ceiling),) = report.latency.ceilings
+    assert ceiling.kind == "fp32"
+    assert report.latency.gops == pytest.approx(2 * report.cost.macs / report.latency.p50_ms / 1e6)
+    assert report.latency.gops < ceiling.gops
     assert json.loads((bundle / "measured/index.json").read_text())["reports"] == ["local-1", "local-2"]
 
 

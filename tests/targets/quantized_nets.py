@@ -44,7 +44,24 @@ class TinyViT(nn.Module):
         return self.head(x.mean(1))
 
 
-NETS: dict[str, type[nn.Module]] = {"vit": TinyViT, "cnn": Mixed}
+class Residual(nn.Module):
+    """As a ResNet: a block that adds what it was given, and one that adds a convolution of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(8)
+        self.stem, self.first, self.second = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 16, 3, 1, 1), nn.Conv2d(16, 16, 1)
+        self.short, self.third, self.last = nn.Conv2d(16, 32, 1), nn.Conv2d(16, 32, 3, 1, 1), nn.Conv2d(32, 32, 1)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = nn.functional.max_pool2d(self.stem(image).relu(), 2)
+        x = (x + self.second(self.first(x).relu())).relu()
+        x = (self.last(self.third(x).relu()) + self.short(x)).relu()
+        return self.head(x.mean((2, 3)))
+
+
+NETS: dict[str, type[nn.Module]] = {"vit": TinyViT, "cnn": Mixed, "resnet": Residual}
 
 
 def scheme_of(target: str, name: str) -> QuantScheme:

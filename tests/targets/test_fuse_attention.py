@@ -23,7 +23,7 @@ MISSED = {
     nets.Reversed: "heads are no columns of what it is projected from",
     nets.ScaledValues: "the values are scaled",
     nets.Crossed: "query, key and value are projected from several values",
-    nets.Watched: "what it is projected from is read by others, too",
+    nets.Watched: "what it is projected from is an output, too",
 }
 
 

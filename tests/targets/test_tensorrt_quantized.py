@@ -6,7 +6,9 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir
@@ -23,6 +25,7 @@ from vlexport.core.errors import UsageError
 from vlexport.core.numerics import sqnr_db
 from vlexport.ir.quant_ops import DEQUANTIZE, E4M3, QUANTIZE
 from vlexport.ir.rounded import rounded_twin
+from vlexport.passes.quantization.placement import place
 from vlexport.targets.onnx.lower import onnx_from_program
 from vlexport.targets.tensorrt.engine import choose_engine
 from vlexport.targets.tensorrt.engine_layers import products
@@ -62,7 +65,7 @@ class Symmetric(nn.Module):
 
 NETS = {
     "vit-s8": ("vit", "static-s8"), "cnn-s8": ("cnn", "static-s8"), "vit-fp8": ("vit", "static-e4m3"),
-    "vit-w8": ("vit", "weights-s8"),
+    "vit-w8": ("vit", "weights-s8"), "resnet-s8": ("resnet", "static-s8"),
 }  # fmt: skip
 
 
@@ -104,6 +107,7 @@ def test_compiler_takes_what_the_schemes_say_and_float8_from_8_9_on(
     kept = {name: found[f"{name} 8.9"] for name in NETS}
     assert kept["vit-s8"]["Int8 x Int8"] == 6, "five linears and the patches: all multiply int8 by int8"
     assert kept["cnn-s8"] == {"Int8 x Int8": 6}
+    assert kept["resnet-s8"] == {"Int8 x Int8": 7}
     assert kept["vit-fp8"]["FP8 x FP8"] == 7, "five linears, and both products of attention"
     assert kept["vit-w8"]["Half x Int8"] >= 2, "some weights are unpacked in the layer that multiplies them"
 
@@ -116,14 +120,77 @@ def test_every_product_reads_rounded_operands_and_nothing_else_does(models: dict
     """A quantize for each value, a dequantize for it and for each weight: none behind a product."""
     counts = {name: operators(models[name]) for name in NETS}
     pairs = {name: (each["QuantizeLinear"], each["DequantizeLinear"]) for name, each in counts.items()}
-    assert pairs == {"vit-s8": (6, 12), "cnn-s8": (5, 11), "vit-fp8": (9, 14), "vit-w8": (0, 5)}
+    assert pairs == {"vit-s8": (6, 12), "cnn-s8": (5, 11), "vit-fp8": (9, 14), "vit-w8": (0, 5), "resnet-s8": (6, 13)}
     for name in NETS:
         for node in models[name].graph:
             if node.op_type == "QuantizeLinear":
                 assert {user.op_type for user, _ in node.outputs[0].uses()} == {"DequantizeLinear"}
             if node.op_type == "DequantizeLinear":
                 readers = {user.op_type for user, _ in node.outputs[0].uses()}
-                assert readers <= {"Gemm", "MatMul", "Conv", "Transpose"}, (name, node.name)
+                products = {"Gemm", "MatMul", "Conv", "Transpose"}
+                assert readers <= products or (name == "resnet-s8" and readers == {"Conv", "Add"}), (name, node.name)
+
+
+def test_residual_sum_reads_what_convolutions_read_when_a_rectifier_bounds_it(models: dict[str, onnx_ir.Model]) -> None:
+    """Else the rectified value would be written twice, in int8 and in half."""
+    sums = [node for node in models["resnet-s8"].graph if node.op_type == "Add"]
+    feeding = [{each.producer().op_type for each in node.inputs} for node in sums]
+    assert feeding == [{"DequantizeLinear", "Conv"}, {"Conv"}]
+    assert not any(
+        each.producer() is not None and each.producer().op_type == "DequantizeLinear"
+        for name in ("vit-s8", "cnn-s8") for node in models[name].graph if node.op_type == "Add" for each in node.inputs
+    )  # fmt: skip
+
+
+def unbounded(x: Tensor, short: nn.Module, conv: nn.Module) -> Tensor:
+    x = short(x)
+    return x + conv(x)
+
+
+def broadcast(x: Tensor, short: nn.Module, conv: nn.Module) -> tuple[Tensor, Tensor]:
+    x = short(x).relu()
+    pooled = nn.functional.max_pool2d(x, 16)
+    return conv(x) + pooled, conv(pooled)
+
+
+def scaled(x: Tensor, short: nn.Module, conv: nn.Module) -> Tensor:
+    x = short(x).relu()
+    return torch.add(x, conv(x), alpha=2)
+
+
+def read_elsewhere(x: Tensor, short: nn.Module, conv: nn.Module) -> Tensor:
+    x = short(x).relu()
+    made = conv(x)
+    return (x + made) * made
+
+
+def not_rounded(x: Tensor, short: nn.Module, conv: nn.Module) -> Tensor:
+    return short(x).relu() + conv(x)
+
+
+def bounded(x: Tensor, short: nn.Module, conv: nn.Module) -> Tensor:
+    x = short(x).relu()
+    return x + conv(x)
+
+
+@pytest.mark.parametrize(
+    ("form", "count"),
+    [(unbounded, 0), (broadcast, 0), (scaled, 0), (read_elsewhere, 0), (not_rounded, 0), (bounded, 1)],
+)
+def test_sum_reads_floats_unless_it_is_one_of_a_bounded_value_and_a_convolution(
+    form: Callable[..., Any], count: int
+) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.short, self.conv = nn.Conv2d(3, 8, 1), nn.Conv2d(8 if form is not not_rounded else 3, 8, 1)
+
+        def forward(self, image: Tensor) -> Any:
+            return form(image, self.short, self.conv)
+
+    program = captured(Net().eval(), images(2, 0))
+    assert len(place(program, scheme_of("tensorrt", "static-s8")).sums) == count
+    assert not place(program, scheme_of("onnxruntime", "static-u8s8")).sums
 
 
 def test_no_unsigned_integer_zero_point_or_int32_bias_reaches_tensorrt(models: dict[str, onnx_ir.Model]) -> None:
@@ -147,7 +214,9 @@ def test_floats_around_the_rounding_are_half(models: dict[str, onnx_ir.Model]) -
                 assert node.outputs[0].dtype is onnx_ir.DataType.FLOAT16, (name, node.name)
 
 
-@pytest.mark.parametrize(("name", "least"), [("vit-s8", 25.0), ("cnn-s8", 30.0), ("vit-fp8", 15.0), ("vit-w8", 30.0)])
+@pytest.mark.parametrize(
+    ("name", "least"), [("vit-s8", 25.0), ("cnn-s8", 30.0), ("vit-fp8", 15.0), ("vit-w8", 30.0), ("resnet-s8", 35.0)]
+)
 def test_graph_run_as_written_is_the_program(models: dict[str, onnx_ir.Model], name: str, least: float) -> None:
     """ONNX Runtime without its optimizations, as a bundle opens it; the program itself keeps close to the float one."""
     net, scheme = NETS[name]

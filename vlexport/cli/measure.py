@@ -133,6 +133,7 @@ def profile(
         memory_phrase,
         operators_phrase,
         size_phrase,
+        speed_phrase,
         tail_phrase,
         throughput_phrase,
     )
@@ -159,6 +160,7 @@ def profile(
             f"{found.baseline}: p50 {found.baseline_p50_ms:.2f} ms, load {found.baseline_load_ms:.0f} ms, "
             f"size {size_phrase(found.baseline_size_bytes or 0)}"
         )
+    lines += [speed_phrase(found)] if found.ceilings else []
     lines += [f"{whose} spends {operators_phrase(times)}" for whose, times in _told(found) if times]
     lines.append(
         f"{report.machine.cpu}, {', '.join(report.machine.instruction_set)}; "

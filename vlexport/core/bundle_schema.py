@@ -319,6 +319,18 @@ class OperatorTime(Frozen):
     ms: float
 
 
+class Ceiling(Frozen):
+    """How fast a plain product of matrices ran in the same runtime, with the same threads.
+
+    Attributes:
+        kind: ``fp32`` or ``int8``.
+        gops: Billions of multiplications and additions a second.
+    """
+
+    kind: str
+    gops: float
+
+
 class LatencyResult(Frozen):
     """Latency of one artifact, and against a baseline where one was given.
 
@@ -345,6 +357,10 @@ class LatencyResult(Frozen):
             an interval) or ``alone`` (nothing to compare with).
         operators: Where the time goes, the longest first; empty where the runtime does not tell, or nobody asked.
         baseline_operators: The same of the baseline.
+        gops: Billions of multiplications and additions a second at ``p50_ms``, as the bundle's cost counts them; None
+            where nobody asked.
+        ceilings: What plain products reach on the same machine; empty where nobody asked, or there is nothing to
+            measure.
     """
 
     p50_ms: float
@@ -373,6 +389,8 @@ class LatencyResult(Frozen):
     large_batch_throughput: float | None = None
     operators: tuple[OperatorTime, ...] = ()
     baseline_operators: tuple[OperatorTime, ...] = ()
+    gops: float | None = None
+    ceilings: tuple[Ceiling, ...] = ()
 
 
 class Report(Frozen):

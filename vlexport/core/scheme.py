@@ -96,6 +96,7 @@ class QuantScheme(Frozen):
         layers: What is quantized; operators that are in none stay in float.
         shared: Plain names of operators through which one scale goes, so that values stay integers.
         in_float: Plain names of operators that stay in float although a kernel exists, and why.
+        residual: Plain names of products; what is added to their results is read as it was rounded for others of them.
         scales: Type whose numbers scales are: ``float16`` where what is not quantized computes in it, so that a scale
             says the same in either type.
         remark: What a user should know of such an artifact before relying on it; said in the receipt.
@@ -110,6 +111,7 @@ class QuantScheme(Frozen):
     layers: tuple[LayerRule, ...]
     shared: tuple[str, ...] = ()
     in_float: dict[str, str] = Field(default_factory=dict)
+    residual: tuple[str, ...] = ()
     scales: Literal["float32", "float16"] = "float32"
     remark: str = ""
     sources: dict[str, str]

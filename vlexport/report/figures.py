@@ -130,6 +130,18 @@ def operators_phrase(times: Sequence[OperatorTime]) -> str:
     return ", ".join(shown) + (rest if len(times) > _OPERATORS_SHOWN else "")
 
 
+def speed_phrase(found: LatencyResult) -> str:
+    """Operations a second, beside what plain products of matrices reach on the same machine."""
+    if found.gops is None or not found.ceilings:
+        return "speed in operations not measured"
+    parts = [
+        f"{found.gops / each.gops:.0%} of the {each.gops:.1f} of a plain product in {each.kind}"
+        for each in reversed(found.ceilings)
+    ]
+    unit = "GOP/s" if len(found.ceilings) > 1 else "GFLOP/s"
+    return f"{found.gops:.1f} {unit}, {', '.join(parts)}"
+
+
 def latency_phrase(report: Report) -> str:
     """Latency, and the ratio with its interval where one holds."""
     found = report.latency

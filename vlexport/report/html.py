@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Callable
 from functools import lru_cache
 from importlib import resources
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from vlexport.core.bundle_schema import Bundle, GateRecord, Report
+from vlexport.core.bundle_schema import Bundle, GateRecord, LatencyResult, OperatorTime, Report
 from vlexport.core.inert import one_line
 from vlexport.core.layer_record import Layers
 from vlexport.core.operators import Operators
@@ -29,6 +30,7 @@ from vlexport.report.figures import (
     parameters_phrase,
     ratio_phrase,
     size_phrase,
+    speed_phrase,
     tail_phrase,
     throughput_phrase,
     tuning_phrase,
@@ -74,9 +76,7 @@ def html_from_report(report: Report, bundle: Bundle, layers: Layers | None = Non
             macs=macs_phrase(report.cost.macs, ()),
             per_run=_per_run(bundle),
             latency_text=latency_phrase(report),
-            latency_more=[f(latency) for f in (tail_phrase, throughput_phrase, load_phrase, memory_phrase)]
-            if latency
-            else [],
+            latency_more=[f(latency) for f in _figures_of(latency)] if latency else [],
             tuned=tuning_phrase(report.tuning) if report.tuning is not None else "",
             shown_account=account_phrase,
             shown_missing=missing_phrase,
@@ -90,9 +90,24 @@ def html_from_report(report: Report, bundle: Bundle, layers: Layers | None = Non
             size=size_phrase(report.size_bytes),
             parameters=parameters_phrase(report.cost.parameters),
             slowest=slowest,
+            spent=_spent(latency) if latency else (),
             **_operator_rows(component.operators),
         )
     )
+
+
+def _spent(latency: LatencyResult) -> list[tuple[str, OperatorTime | None, OperatorTime | None]]:
+    """Operator → ours and the baseline's, the most expensive first."""
+    both = (latency.operators, latency.baseline_operators)
+    ours, theirs = ({each.operator: each for each in times} for times in both)
+    found = [(name, ours.get(name), theirs.get(name)) for name in dict.fromkeys([*ours, *theirs])]
+    return sorted(found, key=lambda row: -max(each.ms for each in row[1:] if each is not None))[:_OPERATORS_SHOWN]
+
+
+def _figures_of(latency: LatencyResult) -> list[Callable[[LatencyResult], str]]:
+    """What is said of a latency; of its speed in operations only where that was measured."""
+    found = [tail_phrase, throughput_phrase, load_phrase, memory_phrase]
+    return [*found, speed_phrase] if latency.ceilings else found
 
 
 @lru_cache(maxsize=1)

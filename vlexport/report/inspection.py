@@ -18,6 +18,7 @@ from vlexport.report.figures import (
 from vlexport.report.near_misses import miss_lines, places_phrase
 
 _LABELS_SHOWN = 5
+_NOT_INSTALLED = "VLX0501"
 
 
 def model_lines(found: ModelInspection) -> list[str]:
@@ -39,10 +40,10 @@ def model_lines(found: ModelInspection) -> list[str]:
 
 
 def _verdict(support: Sequence[Support]) -> str:
-    """What would stop a model on a device, in one line."""
-    free = [each.target for each in support if not each.problems]
-    stopped = [f"{len(each.problems)} problem{'s' * (len(each.problems) != 1)} by {each.target}" for each in support
-               if each.problems]  # fmt: skip
+    """What would stop a model on a device, in one line; what this machine lacks stops no device."""
+    counts = {each.target: sum(problem.code != _NOT_INSTALLED for problem in each.problems) for each in support}
+    free = [target for target, count in counts.items() if not count]
+    stopped = [f"{count} problem{'s' * (count != 1)} by {target}" for target, count in counts.items() if count]
     if not stopped:
         return "nothing that is known would stop it"
     return f"{' and '.join(stopped)} would stop it" + (f", none by {', '.join(free)}" if free else "")

@@ -136,7 +136,7 @@ class Bench:
             folder = self._scratch / str(next(self._numbers))
             folder.mkdir()
             clock, known = StageClock(Silent()), self.calibrated
-            made = make(order, prepared, self.sources, folder, clock, TimingHook(), known=known)
+            made = make(order, prepared, self.sources, folder, clock, TimingHook(), known=known, beside=False)
             ((component),) = made.components.values()
             self._made[key] = (order, component, folder)
         return self._made[key]

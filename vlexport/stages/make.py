@@ -44,7 +44,7 @@ class Made:
 
 def make(
     order: Order, prepared: Prepared, sources: Sources, folder: Path, clock: StageClock, timing: TimingHook, *,
-    known: Calibrated | None = None,
+    known: Calibrated | None = None, beside: bool = True,
 ) -> Made:  # fmt: skip
     """Run the passes of one target and lower to it.
 
@@ -56,6 +56,7 @@ def make(
         clock: Told how long each part took.
         timing: Told how long each pass took.
         known: The single component ready to be rounded, where it was made so already.
+        beside: Make the graph, too, that is not quantized and lies beside one that is, where the target has one.
 
     Raises:
         VlexportError: VLX02xx for the calibration samples, VLX04xx for the passes, VLX05xx for the target.
@@ -75,11 +76,11 @@ def make(
                         reporter=clock.reporter,
                     )  # fmt: skip
                     shared = quantized.optimized
-                    if beside := target.fallback_precision(brief):
-                        other = replace(order, brief=replace(brief, precision=beside))
+                    if beside and (plain := target.fallback_precision(brief)):
+                        other = replace(order, brief=replace(brief, precision=plain))
                         typed = partial(specialized_for, other, prepared, sources, name, timing)
                         passes = target.program_passes(other.brief)
-                        shared, fallbacks[name] = with_fallback(shared, typed, passes, precision=beside)
+                        shared, fallbacks[name] = with_fallback(shared, typed, passes, precision=plain)
                 optimized[name] = legalize_component(
                     shared, target.program_passes(brief), dump=dump and dump / "legalized", hooks=[timing]
                 )

@@ -23,13 +23,14 @@ import numpy as np
 
 from vlexport.core.artifact import Array, Artifact
 from vlexport.core.bundle import ARTIFACT_FOLDER, check_files, file_record, read_bundle
-from vlexport.core.bundle_schema import Component, LatencyResult, OperatorTime, Report
+from vlexport.core.bundle_schema import Bundle, Component, LatencyResult, OperatorTime, Report
 from vlexport.core.devices import available_cores
 from vlexport.core.errors import CapabilityError, UsageError
 from vlexport.core.isolate import IsolatedSession
 from vlexport.core.progress import Reporter, Silent
 from vlexport.core.verdict import Gate
 from vlexport.report.write import new_report, require_writable, write_report
+from vlexport.stages.ceiling import ceilings, gops
 from vlexport.stages.golden import read_golden
 from vlexport.stages.validate import TIMED, judge_gates
 from vlexport.targets import open_target
@@ -157,6 +158,7 @@ def profile(config: ProfileConfig, *, reporter: Reporter | None = None) -> Repor
             large=_sized(golden, bundle.main, {**opt, **large}) if large else None, timeout_s=config.timeout_s,
             operators=True,
         )  # fmt: skip
+    latency = _beside_products(latency, ours, bundle, config)
     report = judge_gates(new_report(bundle).model_copy(update={"latency": latency}), config.gates)
     write_report(config.bundle, bundle, report)
     return report
@@ -205,6 +207,15 @@ def measure_latency(
             result = result.model_copy(update={"operators": _by_operator(session, inputs)})
         # Last, because a second copy of the artifact is in memory then.
         return result.model_copy(update={"warm_load_ms": session.reload_ms()})
+
+
+def _beside_products(latency: LatencyResult, ours: Measurable, bundle: Bundle, config: ProfileConfig) -> LatencyResult:
+    """The speed in operations, and what the machine's plain products reach."""
+    found = ceilings(
+        ours.target, ours.artifact, bundle.precision, threads=latency.threads, timeout_s=config.timeout_s
+    )  # fmt: skip
+    reached = gops(bundle.main.cost.macs, latency.p50_ms)
+    return latency.model_copy(update={"gops": reached, "ceilings": found}) if found else latency
 
 
 def _by_operator(session: IsolatedSession, inputs: Mapping[str, Array]) -> tuple[OperatorTime, ...]:
