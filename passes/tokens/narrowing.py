@@ -243,9 +243,7 @@ class Narrowing:
         assert found is not None
         return found
 
-    def _aligned(
-        self, node: Node, values: Sequence[Value], operands: Sequence[Node], *, tail: int = 0
-    ) -> list[Value]:
+    def _aligned(self, node: Node, values: Sequence[Value], operands: Sequence[Node], *, tail: int = 0) -> list[Value]:
         """Operands that broadcast against each other, of one length on each axis; the last ``tail`` do not."""
         found = list(values)
         rank = len(node.meta["val"].shape)
