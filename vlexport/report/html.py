@@ -106,7 +106,7 @@ def _spent(latency: LatencyResult) -> list[tuple[str, OperatorTime | None, Opera
 
 def _figures_of(latency: LatencyResult) -> list[Callable[[LatencyResult], str]]:
     """What is said of a latency; of its speed in operations only where that was measured."""
-    found = [tail_phrase, throughput_phrase, load_phrase, memory_phrase]
+    found: list[Callable[[LatencyResult], str]] = [tail_phrase, throughput_phrase, load_phrase, memory_phrase]
     return [*found, speed_phrase] if latency.ceilings else found
 
 
