@@ -8,8 +8,8 @@ Before → after::
     %4 = _to_copy(%3, dtype=f16)
     %5 = linear(%4, …): f16
 
-The same holds of ``look_up`` and its tables. What computes in half reads rounded values in half, and no cast stands
-between a runtime's ``dequantize`` and the call that it belongs to.
+The same holds of ``look_up``, whatever its tables hold: what is rounded is looked up. What computes in half reads
+rounded values in half, and no cast stands between a runtime's ``dequantize`` and the call that it belongs to.
 
 Equation: with a scale s that half holds, ``half(float(q · s)) = q · s`` rounded once: a product of 8 and 11 bits fits
 into float32.
@@ -35,6 +35,7 @@ from vlexport.ir.rounded import HALF_DTYPES
 from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
 
 _INTO, _OUT_OF = "cast → quantize", "dequantize → cast"
+_LOOKED_UP = "look_up → cast"
 
 
 class FoldCasts(Pass[Program]):
@@ -52,7 +53,8 @@ class FoldCasts(Pass[Program]):
                 before: Any = source.args[0]
                 half, pattern, nodes = before.meta["val"].dtype, _INTO, (node, source)
             elif dialect.is_cast(node) and isinstance(source, Node) and source.target in (DEQUANTIZE, LOOK_UP):
-                half, pattern, nodes = node.meta["val"].dtype, _OUT_OF, (node, source)
+                pattern = _OUT_OF if source.target is DEQUANTIZE else _LOOKED_UP
+                half, nodes = node.meta["val"].dtype, (node, source)
             else:
                 continue
             call = nodes[0] if pattern == _INTO else nodes[1]
@@ -91,7 +93,9 @@ def _why_not(ir: Program, call: Node, half: torch.dtype) -> str:
     scale = ir.tensor_of(call.args[1])
     point: Any = call.args[2] if len(call.args) > 2 else None
     if scale is None:
-        return "its scale is computed, not stored"
+        return f"its {'table' if call.target is LOOK_UP else 'scale'} is computed, not stored"
+    if call.target is LOOK_UP:
+        return ""
     if point is not None and point.meta["val"].dtype is BIAS:
         return "a bias is rounded at the product of two scales"
     if not torch.equal(scale.to(half).to(scale.dtype), scale):

@@ -29,8 +29,8 @@ back.
 Numerical effect: samples with at most K live tokens are computed exactly but for rounding: ``max|a−b| / max|b|`` is at
 most 1e-4 on them. Of a sample with more, the tokens of the lowest score (without a score: the last ones) are left out:
 nothing is promised of it, the gate sets it aside and counts it, and ``overflow=output`` says how many tokens were. A
-sample of which no token survives, which the model itself refuses, gives a finite answer of no meaning: that of its
-first token.
+sample of which no token survives, which a model that selects refuses, gives a finite answer of no meaning: that of its
+first token. Under a dense mask it is computed as the model does, or NaN both times.
 
 Source: our own. The models: threshold pruning as in Learned Token Pruning (Kim et al., 2022) and A-ViT (Yin et al.,
 2022).

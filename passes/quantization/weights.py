@@ -47,7 +47,7 @@ def rounded_weight(weight: Tensor, kind: str, *, block: int = 0, scales: str = "
 
 def by_palettes(weight: Tensor, kind: str, *, group: int = 0, scales: str = "float32") -> tuple[Tensor, Tensor]:
     """A weight as places in tables, a table for so many output channels or for all; for ``look_up``."""
-    places, tables = palettize(weight.detach().numpy(), kind, group=group, scales=scales)
+    places, tables = palettize(weight.detach().double().numpy(), kind, group=group, scales=scales)
     return torch.from_numpy(places), torch.from_numpy(tables)
 
 

@@ -201,7 +201,8 @@ def moved_axes(node: Node) -> Mapping[int, int] | None:
         return {i: i - (gone and i > dim) for i in range(rank) if i != dim}
     if name in _SMALLER and "dim" in dialect.operand_names(node):
         dims = operands[1]
-        gone_axes = {d % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims])} if dims else set()
+        dims = range(rank) if dims is None or dims == [] else dims if isinstance(dims, (list, tuple)) else [dims]
+        gone_axes = {d % rank for d in dims}
         kept = bool(operands[2])
         return {i: i - (0 if kept else sum(d < i for d in gone_axes)) for i in range(rank) if i not in gone_axes}
     return None

@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from vlexport.ir import dialect
 from vlexport.passes.tokens.intervals import ANY
-from vlexport.passes.tokens.left_out import EVERYWHERE, LeftOut, token_axis
+from vlexport.passes.tokens.left_out import LeftOut, token_axis
 from vlexport.passes.tokens.pick_rules import picked
 from vlexport.passes.tokens.rebuild import Rebuild, aten
 from vlexport.passes.tokens.survivors import selected
@@ -290,7 +290,7 @@ class Narrowing:
     def _hidden(self, source: Node, scores: Value, axis: int, narrow: Narrow) -> Value:
         """Scores, or what is added to them, without the rows in which no key at all is live: all would have weight."""
         for row, bounds in narrow.left_out.known(source).items():
-            if row not in (axis, EVERYWHERE) and bounds.weightless and _is_long(scores, row):
+            if row is not None and row != axis and bounds.weightless and _is_long(scores, row):
                 scores = self.narrowed(scores, row, narrow)
         return scores
 

@@ -78,3 +78,10 @@ def test_palette_errs_less_than_equal_steps_when_bits_are_few() -> None:
     steps = dequantize(quantize(values, scale, zero, GRIDS["int4"]), scale, zero)
     found = looked_up(*palettize(values, "palette4"))
     assert squared_error(found, values) < 0.65 * squared_error(steps, values)
+
+
+def test_values_that_half_does_not_hold_become_its_largest() -> None:
+    values = np.array([[-1e6, 1.0, 2.0, 1e6]], np.float32)
+    with np.errstate(all="raise"):
+        found = looked_up(*palettize(values, "palette4", scales="float16"))
+    assert found.tolist() == [[-65504.0, 1.0, 2.0, 65504.0]]

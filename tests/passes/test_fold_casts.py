@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.harness import captured, check_pass, near_misses
-from vlexport.ir.quant_ops import CHOOSE_QPARAMS, DEQUANTIZE, E4M3, QUANTIZE
+from vlexport.ir.quant_ops import CHOOSE_QPARAMS, DEQUANTIZE, E4M3, LOOK_UP, QUANTIZE
 from vlexport.passes.fold_casts import FoldCasts
 
 HALF = torch.float16
@@ -53,6 +53,22 @@ def test_float8_is_read_in_half_when_it_is_dequantized() -> None:
 def test_cast_stays_when_half_does_not_hold_the_scale(scale: float) -> None:
     found = near_misses(FoldCasts(), captured(Rounded(scale, odd=1.0001), example()))
     assert [reason for _, reason in found] == ["its scale is no number of float16"] * 3
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_cast_of_what_is_looked_up_goes_whatever_the_tables_hold(groups: int) -> None:
+    class LookedUp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            draw = torch.Generator().manual_seed(0)
+            self.register_buffer("places", torch.randint(0, 16, (4, 8), generator=draw).to(torch.uint8))
+            self.register_buffer("tables", torch.randn(groups, 16, generator=draw))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x.to(HALF), LOOK_UP(self.places, self.tables).to(HALF))
+
+    checked = check_pass(FoldCasts(), LookedUp(), example(), expect_changes=1)
+    assert [c.what for c in checked.changes] == ["look_up → cast without the cast"]
 
 
 def test_cast_stays_when_the_scale_is_found_at_run_time() -> None:

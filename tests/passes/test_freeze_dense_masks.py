@@ -280,6 +280,17 @@ def test_text_is_golden() -> None:
     check_golden("freeze_dense_masks", text(frozen(program, SAMPLES, batch=2)))
 
 
+def test_nothing_is_known_of_rows_behind_a_reduction_over_everything() -> None:
+    class Largest(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            mask = (x[..., 0] > 0).to(x.dtype)
+            return (x * mask.unsqueeze(-1)).amax((), keepdim=True)
+
+    program = captured(Largest().eval(), SAMPLES[0][0], dynamic=False)
+    (mask,) = program.calls("aten.gt.Scalar")
+    assert LeftOut(program, mask).at(program.results[0], 1).constant is None
+
+
 class Twice(Once):
     """A second mask that is not computed from the first."""
 

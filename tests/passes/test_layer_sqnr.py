@@ -63,6 +63,12 @@ def test_ranges_of_each_run_count_in_what_a_layer_loses(mixed: Program) -> None:
         assert 25.0 < each.own_db < each.weight_db - 0.1
 
 
+@pytest.mark.parametrize("kind", ["int8", "palette8"])
+def test_weight_of_bfloat16_is_rounded_as_that_of_float32_is(kind: str) -> None:
+    weight = torch.randn(4, 8, generator=torch.Generator().manual_seed(2)).bfloat16()
+    assert torch.equal(rounded_weight(weight, kind), rounded_weight(weight.float(), kind))
+
+
 def test_rounded_weight_is_within_half_a_step_of_each_channel() -> None:
     weight = torch.randn(5, 7, generator=torch.Generator().manual_seed(3)) * torch.tensor([1.0, 10, 0.1, 3, 0])[:, None]
     steps = weight.abs().amax(1) / 127

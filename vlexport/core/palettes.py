@@ -33,7 +33,7 @@ def palettize(values: Array, kind: str, *, group: int = 0, scales: str = "float3
         values: Finite floating array of at least one dim.
         kind: Name of a palette.
         group: So many neighbours on dim 0 share a table; 0 for all.
-        scales: Type whose numbers the tables shall hold: ``float32`` or ``float16``.
+        scales: Type whose numbers the tables shall hold: ``float32`` or ``float16``; larger values become its largest.
 
     Returns:
         uint8 of the shape of ``values``, and float32 ``(tables, 2**bits)``, each sorted.
@@ -42,7 +42,8 @@ def palettize(values: Array, kind: str, *, group: int = 0, scales: str = "float3
     tables, places = [], []
     for part in parts:
         table = _table(part, 1 << PALETTES[kind])
-        tables.append(np.sort(table.astype(scales).astype(np.float64)))
+        reach = float(np.finfo(scales).max)
+        tables.append(np.sort(np.clip(table, -reach, reach).astype(scales).astype(np.float64)))
         places.append(np.searchsorted(_midpoints(tables[-1]), part).astype(np.uint8))
     return np.stack(places).reshape(values.shape), np.stack(tables).astype(np.float32)
 
