@@ -1,8 +1,8 @@
 """fusions: which operators of ONNX Runtime's own are worth writing, by what was measured on processors of each kind.
 
 ``fusion_costs.json`` holds what ``tests/benchmarks/onnxruntime_fusions.py`` measured, and where: a build times nothing.
-A fusion is on where the lower end of the ratio's interval on such a processor lies above 1; on a processor of which
-nothing is known it stays off.
+A fusion is on where the lower end of the ratio's interval on such a processor lies above 1 for one model and the upper
+end below 1 for none; on a processor of which nothing is known it stays off.
 """
 
 from __future__ import annotations
@@ -56,5 +56,6 @@ def is_worth_it(fusion: str, precision: str, instruction_set: Iterable[str]) -> 
     """
     flags = set(instruction_set)
     asked = [each for each in fusion_costs() if (each.fusion, each.precision) == (fusion, precision)]
-    known = next((each for each in asked if each.instruction_set in flags), None)
-    return known is not None and known.low > 1.0
+    kind = next((each.instruction_set for each in asked if each.instruction_set in flags), None)
+    known = [each for each in asked if each.instruction_set == kind]
+    return any(each.low > 1.0 for each in known) and not any(each.high < 1.0 for each in known)

@@ -1,5 +1,5 @@
-"""What ONNX Runtime's own operators gain on deit_small: every way to build it against the plain export, and each fusion
-against the same artifact without it.
+"""What ONNX Runtime's own operators gain on deit_small and a text tower: every way to build them against the plain
+export, and each fusion against the same artifact without it.
 
     python -m tests.benchmarks.onnxruntime_fusions --scratch DIR --record docs/measured/onnxruntime_fusions.json --costs
     python -m tests.benchmarks.onnxruntime_fusions --scratch DIR --quick
@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
+from torch import Tensor, nn
 
 import vlexport
 from tests.zoo_record import write_record
@@ -33,10 +35,12 @@ from vlexport.stages.profile import ProfileConfig, profile
 from vlexport.targets.onnxruntime.fusions import FusionCost, fusion_costs
 
 MODEL = "deit_small_patch16_224"
+TEXT = "text tower of MiniLM's shape"
 COSTS = Path("targets/onnxruntime/fusion_costs.json")
 KINDS = ("avx512_vnni", "avx2", "asimddp", "asimd")
 """Flags that figures speak for: a processor is of the first kind that it has."""
 PLAIN = "naive"
+_WORDS = 1000
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Variant:
         fusion: What it has that ``without`` has not; empty for none.
         without: The variant that it is measured against beside the plain export.
         tokens: ``--tokens``. The plain export computes all of them, and says nothing of a fusion then: it is left out.
+        source: The model.
     """
 
     name: str
@@ -58,11 +63,12 @@ class Variant:
     fusion: str = ""
     without: str = ""
     tokens: str = ""
+    source: str = MODEL
 
     @property
     def model(self) -> str:
         """What is measured, as the table of costs names it."""
-        return f"{MODEL} with --tokens {self.tokens}" if self.tokens else MODEL
+        return f"{self.source} with --tokens {self.tokens}" if self.tokens else self.source
 
     @property
     def against(self) -> tuple[str, ...]:
@@ -88,8 +94,16 @@ VARIANTS = (
         "tome-biased-attention", "fp32", {**_PLAIN_ATTENTION, "onnxruntime.fuse_biased_attention": "true"},
         "fuse-biased-attention", "tome", tokens=_MERGING,
     ),
+    Variant(
+        "text", "fp32", {**_PLAIN_ATTENTION, "onnxruntime.fuse_biased_attention": "false"}, source=TEXT,
+    ),
+    Variant(
+        "text-biased-attention", "fp32", {**_PLAIN_ATTENTION, "onnxruntime.fuse_biased_attention": "true"},
+        "fuse-biased-attention", "text", source=TEXT,
+    ),
 )  # fmt: skip
-"""Merged tokens weigh as many as they are of, which is added to the scores of every block but the first."""
+"""Merged tokens weigh as many as they are of, which is added to the scores of every block but the first; the text tower
+masks what pads."""
 
 
 @dataclass(frozen=True)
@@ -120,16 +134,40 @@ class Row:
     size_bytes: int
 
 
-def saved(scratch: Path) -> tuple[Path, Path]:
-    """The model's file and its calibration samples, written once."""
-    file, calib = scratch / f"{MODEL}.pt", scratch / "calib.npz"
-    if not file.is_file():
-        torch.manual_seed(0)
-        made = factory_from_text(f"timm:{MODEL}")
+class TextTower(nn.Module):
+    """Ids and mask ``(1, 32)`` to vectors ``(1, 32, 384)``: six layers with random weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shape = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+        self.bert = transformers.BertModel(transformers.BertConfig(vocab_size=_WORDS, **shape), add_pooling_layer=False)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        found: Tensor = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return found
+
+
+def saved(source: str, scratch: Path) -> Path:
+    """A model's file, written once."""
+    file = scratch / f"{source.replace(' ', '-')}.pt"
+    if file.is_file():
+        return file
+    torch.manual_seed(0)
+    if source == TEXT:
+        ids = torch.arange(32)[None]
+        vlexport.save(TextTower().eval(), file, inputs={"input_ids": ids, "attention_mask": (ids < 12).long()})
+    else:
+        made = factory_from_text(f"timm:{source}")
         vlexport.save(made.module.eval(), file, inputs={"x": torch.zeros(2, 3, 224, 224)})
-    if not calib.is_file():
-        np.savez(calib, x=np.random.default_rng(1).standard_normal((16, 3, 224, 224), np.float32))
-    return file, calib
+    return file
+
+
+def calibration(scratch: Path) -> Path:
+    """Samples of the vision model, written once."""
+    file = scratch / "calib.npz"
+    if not file.is_file():
+        np.savez(file, x=np.random.default_rng(1).standard_normal((16, 3, 224, 224), np.float32))
+    return file
 
 
 def built(variant: Variant, scratch: Path) -> Path:
@@ -137,17 +175,17 @@ def built(variant: Variant, scratch: Path) -> Path:
     output = scratch / f"{variant.name}.bundle"
     if output.is_dir():
         return output
-    file, calib = saved(scratch)
     config = vlexport.BuildConfig(
-        model=str(file), output=str(output), precision=variant.precision, options=variant.options, profile=False,
-        tokens=variant.tokens or None, calib=str(calib) if variant.precision == "int8" else None,
+        model=str(saved(variant.source, scratch)), output=str(output), precision=variant.precision,
+        options=variant.options, profile=False,
+        tokens=variant.tokens or None, calib=str(calibration(scratch)) if variant.precision == "int8" else None,
     )  # fmt: skip
     return vlexport.build(config).output
 
 
 def row(variant: Variant, against: str, scratch: Path, *, threads: int, quick: bool) -> Row:
     """Measure a variant."""
-    bundle, reference = built(variant, scratch), str(saved(scratch)[0])
+    bundle, reference = built(variant, scratch), str(saved(variant.source, scratch))
     other = PLAIN if against == PLAIN else str(built(next(v for v in VARIANTS if v.name == against), scratch))
     report = profile(
         ProfileConfig(

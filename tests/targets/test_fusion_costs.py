@@ -22,6 +22,10 @@ PLANTED = (
     cost("fuse-attention", "fp32", "avx512_vnni", 0.99),
     cost("fuse-attention", "fp32", "avx2", 1.01),
     cost("fuse-qattention", "int8", "avx512_vnni", 1.05),
+    cost("fuse-biased-attention", "fp32", "avx2", 0.99),
+    cost("fuse-biased-attention", "fp32", "avx2", 1.01),
+    cost("fuse-biased-attention", "fp32", "asimd", 1.01),
+    cost("fuse-biased-attention", "fp32", "asimd", 0.95),
 )
 
 
@@ -39,6 +43,8 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> None:
         ("fuse-qattention", "int8", ("avx2",), False),  # nothing is known
         ("fuse-qattention", "fp32", ("avx512_vnni",), False),
         ("fuse-attention", "fp32", (), False),
+        ("fuse-biased-attention", "fp32", ("avx2",), True),  # one model is faster, none slower
+        ("fuse-biased-attention", "fp32", ("asimd",), False),  # one is slower
     ],
 )
 @pytest.mark.usefixtures("planted")
