@@ -23,13 +23,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor, nn
 
 import vlexport
 from tests.zoo_record import write_record
 from vlexport.core.devices import available_cores, this_machine
 from vlexport.core.errors import InternalError
+from vlexport.frontends import compat
 from vlexport.frontends.architecture import factory_from_text
 from vlexport.stages.profile import ProfileConfig, profile
 from vlexport.targets.onnxruntime.fusions import FusionCost, fusion_costs
@@ -139,6 +139,9 @@ class TextTower(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        compat.declare_torchvision_operators()
+        import transformers
+
         shape = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
         self.bert = transformers.BertModel(transformers.BertConfig(vocab_size=_WORDS, **shape), add_pooling_layer=False)
 
