@@ -112,11 +112,13 @@ class LoweredPass(Frozen):
         name: Its id.
         value: ``module:class``, imported when it is used.
         option: The target's option that turns it on, true or false; None where :meth:`Target.settled` decides.
+        searched: ``--autotune`` measures the artifact with it and without.
     """
 
     name: str
     value: str
     option: str
+    searched: bool = False
 
     def kind(self) -> type[Pass[Any]]:
         """Its class."""

@@ -115,20 +115,20 @@ class OnnxRuntimeTarget(Target):
         LoweredPass(name="optimize-onnx", value="vlexport.targets.onnx.optimize_onnx:OptimizeOnnx", option="optimize"),
         LoweredPass(
             name="fuse-qattention", value="vlexport.targets.onnxruntime.fuse_qattention:FuseQattention",
-            option="fuse_qattention",
+            option="fuse_qattention", searched=True,
         ),
         LoweredPass(
             name="fuse-attention", value="vlexport.targets.onnxruntime.fuse_attention:FuseAttention",
-            option="fuse_attention",
+            option="fuse_attention", searched=True,
         ),
         LoweredPass(
             name="fuse-biased-attention",
             value="vlexport.targets.onnxruntime.fuse_biased_attention:FuseBiasedAttention",
-            option="fuse_biased_attention",
+            option="fuse_biased_attention", searched=True,
         ),
         LoweredPass(
             name="fuse-dynamic-linear", value="vlexport.targets.onnxruntime.fuse_dynamic_linear:FuseDynamicLinear",
-            option="fuse_dynamic_linear",
+            option="fuse_dynamic_linear", searched=True,
         ),
     )  # fmt: skip
 

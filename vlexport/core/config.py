@@ -132,7 +132,10 @@ class BuildConfig(BaseModel):
         "built", "Exit with 4 when the artifact was made but could not be verified here.", "--require", recipe=False
     )
     autotune: bool = _option(
-        False, "Measure the target's other session options and keep what is faster.", "--autotune", recipe=False
+        False,
+        "Measure the target's fusions and other session options, and keep what is faster.",
+        "--autotune",
+        recipe=False,
     )
     budget_minutes: float | None = _option(
         None, "No candidate of a search is begun after so many minutes.", "--budget-minutes", recipe=False,

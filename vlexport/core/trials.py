@@ -72,7 +72,7 @@ class SearchRecord(Frozen):
         front: Numbers of the trials that no other one beats in both accuracy and speed, the fastest first.
     """
 
-    about: Literal["layers", "precision", "tokens"]
+    about: Literal["layers", "precision", "tokens", "fusions"]
     said: str
     trials: tuple[Trial, ...] = ()
     adopted: dict[str, str] = Field(default_factory=dict)

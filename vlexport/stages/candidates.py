@@ -15,8 +15,8 @@ from pathlib import Path
 
 import vlexport
 from vlexport.core.artifact import Array
-from vlexport.core.bundle import ARTIFACT_FOLDER
-from vlexport.core.bundle_schema import Component, LatencyResult
+from vlexport.core.bundle import ARTIFACT_FOLDER, file_record
+from vlexport.core.bundle_schema import Component, FileRecord, LatencyResult
 from vlexport.core.code_identity import code_digest
 from vlexport.core.config import BuildConfig
 from vlexport.core.dataset import Dataset
@@ -141,6 +141,11 @@ class Bench:
             self._made[key] = (order, component, folder)
         return self._made[key]
 
+    def is_same(self, options: Options, other: Options) -> bool:
+        """Whether two candidates have the same files, opened in the same way."""
+        (_, mine, here), (_, its, there) = self.make(options), self.make(other)
+        return mine.artifact == its.artifact and _files(here) == _files(there)
+
     def forget(self, options: Options) -> None:
         """A candidate is not needed again: its files go."""
         made = self._made.pop(repr(sorted(options.items())), None)
@@ -238,6 +243,11 @@ def guarded(options: Options, against: Options, examine: Callable[[], Trial]) ->
     except (CapabilityError, UsageError, InputError) as error:
         reason = f"{error.code}: {error.message}"
         return Trial(options=dict(options), against=dict(against), outcome="refused", reason=reason)
+
+
+def _files(folder: Path) -> dict[str, FileRecord]:
+    files = (folder / ARTIFACT_FOLDER).rglob("*")
+    return {each.relative_to(folder).as_posix(): file_record(each) for each in files if each.is_file()}
 
 
 def _outcome(verdict: Verdict) -> str:

@@ -66,7 +66,7 @@ def fastest(
 
     Args:
         bench: Makes, judges and times candidates.
-        about: ``precision`` or ``tokens``.
+        about: ``precision``, ``tokens`` or ``fusions``.
         candidates: Beside the recipe as it stands.
         parts: Samples; None where no gate is on accuracy.
         time_all: Time those that fail the gates too, so that all can be compared.
@@ -151,6 +151,8 @@ def shown_options(options: Options) -> str:
 
 
 def _trial(bench: Bench, options: Options, samples: Dataset | None, *, time_all: bool) -> Trial:
+    if bench.is_same(options, {}):
+        return Trial(options=dict(options), outcome="not faster", reason="it changes nothing here")
     judged = bench.judge(options, samples) if samples is not None else None
     figures = dict(judged.figures) if judged is not None else {}
     figures["gmacs"] = round(bench.make(options)[1].cost.macs / 1e9, 4)

@@ -1,10 +1,11 @@
-"""searches: what a build searches before it makes its artifact: tokens, precision, layers in float; in this order.
+"""searches: what a build searches before it makes its artifact: tokens, precision, layers in float, fusions.
 
 ::
 
     --tokens auto     the fastest of a small grid that holds the gates
     --precision auto  the fastest of the target's precisions that holds them, as measured on this machine
     --max-drop P      with a precision in integers: the fewest layers in float with which they hold
+    --autotune        the fastest of the target's fusions on and off, as measured; options of a session come later
 
 What is decided becomes part of the recipe; a build from that recipe measures nothing.
 """
@@ -16,6 +17,8 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from vlexport.core.artifact import Frozen
+from vlexport.core.config import BuildConfig
 from vlexport.core.dataset import Dataset
 from vlexport.core.errors import CapabilityError, DataError, GateError, UsageError
 from vlexport.core.progress import StageClock
@@ -31,6 +34,7 @@ from vlexport.stages.prepare import Prepared, prepared_again
 from vlexport.stages.quantized import require_calibrated
 from vlexport.stages.search import Journal, Split, split
 from vlexport.stages.validate import Run
+from vlexport.targets.base import Target
 
 
 @dataclass
@@ -77,7 +81,8 @@ def choose(order: Order, prepared: Prepared, sources: Sources, clock: StageClock
         VlexportError: When the recipe as it stands cannot be made.
     """
     chosen = Chosen(order, prepared, sources.run)
-    if not (order.config.tokens == AUTO or order.config.precision == "auto" or _layers_open(order, prepared)):
+    others = order.config.tokens == AUTO or order.config.precision == "auto" or _layers_open(order, prepared)
+    if not (others or order.axes):
         return chosen
     with tempfile.TemporaryDirectory(prefix="vlexport-") as scratch:
         searches = _Searches(chosen, sources, clock, Path(scratch))
@@ -90,6 +95,9 @@ def choose(order: Order, prepared: Prepared, sources: Sources, clock: StageClock
         elif _layers_open(chosen.order, prepared):
             with clock.stage("search layers"):
                 searches.layers()
+        if order.axes:
+            with clock.stage("search fusions"):
+                searches.fusions()
     return chosen
 
 
@@ -148,6 +156,19 @@ class _Searches:
         kept = self._kept(bench, {})
         if kept is not None:
             self._adopt(bench, kept.options, kept.record, kept.journal, chose=kept.parts is not None)
+
+    def fusions(self) -> None:
+        """``--autotune``: fusions that nobody asked for, each the other way round."""
+        order = self._chosen.order
+        wanted = open_fusions(order.config, order.target, order.brief.options)
+        if not wanted:
+            return
+        bench = self._bench()
+        found = fastest(
+            bench, "fusions", wanted, None, time_all=True, budget_minutes=self._left(), resume=order.config.resume,
+            reporter=self._clock.reporter,
+        )  # fmt: skip
+        self._adopt(bench, found.options, found.record, found.journal, chose=False, resolve=False)
 
     def _precisions(self, bench: Bench) -> list[dict[str, str]]:
         """Precisions beside the default that can be tried; notes say why others are not."""
@@ -248,6 +269,19 @@ def _resolved(order: Order) -> Order:
         return order
     gates = (*config.gate, f"drop<={config.max_drop:g}")
     return replace(order, config=config.model_copy(update={"gate": gates, "max_drop": None}))
+
+
+def open_fusions(config: BuildConfig, target: Target, settled: Frozen) -> list[dict[str, str]]:
+    """Fusions that a search may turn on or off, each as the option that does; none that was given.
+
+    Args:
+        config: What was asked for.
+        target: Whose fusions.
+        settled: Its options as they are without a search.
+    """
+    names = [each.option for each in target.lowered if each.searched]
+    free = [name for name in names if f"{target.id}.{name}" not in config.options]
+    return [{f"{target.id}.{name}": str(not getattr(settled, name)).lower()} for name in free]
 
 
 def _layers_open(order: Order, prepared: Prepared) -> bool:
