@@ -21,6 +21,8 @@ from vlexport.passes.projections.projection import PROJECTIONS, Projection, proj
 
 SCALING = ("aten.relu.default", "aten.leaky_relu.default", "aten.max_pool2d.default")
 """``f(c · x) = c · f(x)`` for every c > 0."""
+_POOL, _POOLED = "aten.max_pool2d.default", 2
+"""Its axes are the last two: channels that lie there are mixed."""
 ATTENTION = "aten.scaled_dot_product_attention.default"
 _VALUE = 2
 """Place of attention's values."""
@@ -77,6 +79,8 @@ def producer_of(ir: Program, value: Node, axis: int) -> Producer | str:
         return found
     if found.channel_axis != axis:
         return "its channels lie on another axis than those of what reads it"
+    if axis >= value.meta["val"].ndim - _POOLED and any(dialect.op_name(each) == _POOL for each in between):
+        return "the max_pool2d's windows lie over its channels"
     if node is not value and len(node.users) > 1:
         return f"the {dialect.plain_name(node)}'s output is used by {len(node.users) - 1} other(s)"
     total = found.outputs(ir)

@@ -108,6 +108,7 @@ class Two(nn.Module):
     [
         (Two(nn.GELU()), []),  # no pattern of this pass
         (Two(nn.ReLU6()), []),
+        (Two(nn.MaxPool2d(3, 1, 1)), ["the max_pool2d's windows lie over its channels"]),
         (Two(nn.ReLU(), also=True), ["not all that reads it are projections over the same channels"]),
     ],
 )
