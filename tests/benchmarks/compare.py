@@ -144,6 +144,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=0.4, help="of one block of runs")
     parser.add_argument("--threads", type=int, default=0, help="of every runtime; 0 takes all cores")
     parser.add_argument("--retry", action="store_true", help="try again what failed before")
+    parser.add_argument("--built", action="store_true", help="leave out what no earlier run has built")
     parser.add_argument("--record", type=Path, help="JSON file for the cells")
     parser.add_argument("--render", type=Path, help="measure nothing: read this record")
     parser.add_argument("--page", type=Path, help="page whose tables are replaced")
@@ -162,6 +163,8 @@ def main() -> int:
     wanted = tuple(filter(None, given.rows.split(",")))
     plan = dataclasses.replace(FULL, rounds=given.rounds, block_seconds=given.seconds)
     work = [(MODELS[name], row) for name in chosen for row in rows_of(name, MODELS[name].everyone, wanted)]
+    if given.built:
+        work = [(model, row) for model, row in work if place.is_built(model.name, row)]
     cells, started = [], time.monotonic()
     for done, (model, row) in enumerate(work, 1):
         source = prepared(model, sizes, scratch)

@@ -117,6 +117,10 @@ class Place:
         """Of one cell."""
         return self.scratch / "cells" / model / row.name
 
+    def is_built(self, model: str, row: Row) -> bool:
+        """Whether a row was tried before."""
+        return (self.folder(model, row) / "built.json").is_file()
+
     def environment(self, row: Row) -> Environment:
         """The peer's."""
         return Environment(row.environment, self.scripts)
