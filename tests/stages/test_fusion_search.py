@@ -15,6 +15,7 @@ from vlexport.core.bundle_schema import LatencyResult
 from vlexport.core.config import BuildConfig, read_recipe
 from vlexport.stages import candidates, tune
 from vlexport.stages.build import BuildResult, build
+from vlexport.stages.plan import plan
 from vlexport.stages.profile import Measurable, Plan
 from vlexport.targets.onnxruntime import OnnxRuntimeTarget
 
@@ -92,3 +93,16 @@ def test_fusion_that_is_on_stays_when_it_measured_no_slower(
     tried = {key: each.outcome for each in record.trials for key in each.options}
     assert (tried[FUSED], record.adopted, timed) == ("not faster", {}, ["plain/fused"])
     assert "com.microsoft" in found.bundle.compatibility["domains"]
+
+
+def test_plan_names_fusions_and_the_budget_is_one_for_all_searches(
+    built: Built, timed: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = built(budget_minutes=1e-9)
+    (record,) = found.report.searches
+    tuning = found.report.tuning
+    assert tuning is not None
+    assert (len(record.trials), record.finished, tuning.finished, timed) == (0, False, False, [])
+    config = BuildConfig(model=str(tmp_path / "model.pt"), output=str(tmp_path / "other"), autotune=True)
+    planned = plan(config).candidates
+    assert {FUSED, BIASED, "onnxruntime.graph_optimization"} <= planned.keys()

@@ -133,7 +133,8 @@ def build_prepared(order: Order, prepared: Prepared, folder: Path, reporter: Rep
                 metrics=prepared.metrics, tools=tools_of(config, target, lowered),
                 threads=config.threads or available_cores(),
             )  # fmt: skip
-            tuned = autotune(subject, order.axes, dataset, reporter=reporter)
+            left = chosen.minutes_left()
+            tuned = autotune(subject, order.axes, dataset, budget_minutes=left, reporter=reporter)
         components[name], dataset = tuned.component, tuned.dataset
         order = replace(
             order, config=tuned.config, brief=replace(brief, options=settled_of(tuned.config, target, brief.precision))

@@ -45,6 +45,7 @@ from vlexport.stages.folded import require_folded
 from vlexport.stages.order import require_judged
 from vlexport.stages.probe_memory import require_memory
 from vlexport.stages.quantized import require_calibrated
+from vlexport.stages.searches import fusions_to_try
 from vlexport.stages.tokens import component_passes
 from vlexport.stages.tune import axes_of
 from vlexport.stages.write_bundle import require_free
@@ -119,6 +120,8 @@ def plan(
     collect(lambda: require_judged(gates_of(config), target, target.probe()))
     candidates: dict[str, tuple[str, ...]] = {}
     collect(lambda: candidates.update(axes_of(config, target, options_of(config, target))))
+    if candidates:
+        candidates.update(fusions_to_try(config, target, brief.options))
     if config.precision == "auto":
         candidates["precision"] = tuple(each for each in target.precisions if each != precision)
     if config.tokens == AUTO:

@@ -49,6 +49,7 @@ class Chosen:
         notes: What was asked for and not searched, and why.
         confirming: Samples to report accuracy on; None where nothing was chosen on samples.
         journals: To be removed once the recipe is written.
+        started: When the searches began, on the monotonic clock: the budget is for all of them.
     """
 
     order: Order
@@ -58,6 +59,12 @@ class Chosen:
     notes: list[str] = field(default_factory=list)
     confirming: Dataset | None = None
     journals: list[Journal] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+
+    def minutes_left(self) -> float | None:
+        """Of the budget; None without one."""
+        budget = self.order.config.budget_minutes
+        return None if budget is None else max(budget - (time.monotonic() - self.started) / 60, 0.0)
 
     def finish(self) -> None:
         """The decisions are on disk: forget the trials of searches that came to their end."""
@@ -106,7 +113,6 @@ class _Searches:
 
     def __init__(self, chosen: Chosen, sources: Sources, clock: StageClock, scratch: Path) -> None:
         self._chosen, self._sources, self._clock, self._scratch = chosen, sources, clock, scratch
-        self._started = time.monotonic()
         self._parts: Split | None = None
 
     def tokens(self) -> None:
@@ -123,7 +129,8 @@ class _Searches:
         bench = self._bench()
         found = fastest(
             bench, "tokens", [{"tokens": each} for each in AUTO_GRID], self._split(), time_all=True,
-            budget_minutes=self._left(), resume=chosen.order.config.resume, reporter=self._clock.reporter,
+            budget_minutes=self._chosen.minutes_left(), resume=chosen.order.config.resume,
+            reporter=self._clock.reporter,
         )  # fmt: skip
         self._adopt(bench, found.options, found.record, found.journal, resolve=False)
         if found.options:
@@ -144,7 +151,7 @@ class _Searches:
             chosen.order = bench.order_of({})
             return
         found = fastest(
-            bench, "precision", candidates, self._split(), time_all=False, budget_minutes=self._left(),
+            bench, "precision", candidates, self._split(), time_all=False, budget_minutes=self._chosen.minutes_left(),
             resume=config.resume, reporter=self._clock.reporter,
         )  # fmt: skip
         self._adopt(bench, found.options, found.record, found.journal)
@@ -160,13 +167,14 @@ class _Searches:
     def fusions(self) -> None:
         """``--autotune``: fusions that nobody asked for, each the other way round."""
         order = self._chosen.order
-        wanted = open_fusions(order.config, order.target, order.brief.options)
+        open_ones = fusions_to_try(order.config, order.target, order.brief.options)
+        wanted = [{name: value} for name, values in open_ones.items() for value in values]
         if not wanted:
             return
         bench = self._bench()
         found = fastest(
-            bench, "fusions", wanted, None, time_all=True, budget_minutes=self._left(), resume=order.config.resume,
-            reporter=self._clock.reporter,
+            bench, "fusions", wanted, None, time_all=True, budget_minutes=self._chosen.minutes_left(),
+            resume=order.config.resume, reporter=self._clock.reporter,
         )  # fmt: skip
         self._adopt(bench, found.options, found.record, found.journal, chose=False, resolve=False)
 
@@ -226,8 +234,8 @@ class _Searches:
             return None
         assert parts is not None
         return keep_layers(
-            bench, options, dataset, parts, budget_minutes=self._left(), resume=chosen.order.config.resume,
-            reporter=self._clock.reporter,
+            bench, options, dataset, parts, budget_minutes=self._chosen.minutes_left(),
+            resume=chosen.order.config.resume, reporter=self._clock.reporter,
         )  # fmt: skip
 
     def _bench(self) -> Bench:
@@ -256,11 +264,6 @@ class _Searches:
         self._parts = self._parts or split(dataset)
         return self._parts
 
-    def _left(self) -> float | None:
-        """Minutes of the budget that are left."""
-        budget = self._chosen.order.config.budget_minutes
-        return None if budget is None else max(budget - (time.monotonic() - self._started) / 60, 0.0)
-
 
 def _resolved(order: Order) -> Order:
     """``--max-drop`` as a gate, which judges and searches nothing: the recipe holds what the search has found."""
@@ -271,8 +274,8 @@ def _resolved(order: Order) -> Order:
     return replace(order, config=config.model_copy(update={"gate": gates, "max_drop": None}))
 
 
-def open_fusions(config: BuildConfig, target: Target, settled: Frozen) -> list[dict[str, str]]:
-    """Fusions that a search may turn on or off, each as the option that does; none that was given.
+def fusions_to_try(config: BuildConfig, target: Target, settled: Frozen) -> dict[str, tuple[str, ...]]:
+    """Fusions that a search may turn on or off, ``SCOPE.NAME`` → the other value; none that was given.
 
     Args:
         config: What was asked for.
@@ -281,7 +284,7 @@ def open_fusions(config: BuildConfig, target: Target, settled: Frozen) -> list[d
     """
     names = [each.option for each in target.lowered if each.searched]
     free = [name for name in names if f"{target.id}.{name}" not in config.options]
-    return [{f"{target.id}.{name}": str(not getattr(settled, name)).lower()} for name in free]
+    return {f"{target.id}.{name}": (str(not getattr(settled, name)).lower(),) for name in free}
 
 
 def _layers_open(order: Order, prepared: Prepared) -> bool:

@@ -156,14 +156,16 @@ def require_searchable(config: BuildConfig, components: Collection[str]) -> None
 
 
 def autotune(
-    subject: Subject, axes: Mapping[str, tuple[str, ...]], dataset: Dataset | None, *, reporter: Reporter | None = None
-) -> Tuned:
+    subject: Subject, axes: Mapping[str, tuple[str, ...]], dataset: Dataset | None, *,
+    budget_minutes: float | None = None, reporter: Reporter | None = None,
+) -> Tuned:  # fmt: skip
     """Search the options of ``axes``.
 
     Args:
         subject: What is varied.
         axes: As of :func:`axes_of`.
         dataset: Labelled samples; None judges candidates by the golden vectors alone.
+        budget_minutes: What other searches have left of the budget; None for all of it.
         reporter: Progress.
 
     Raises:
@@ -181,6 +183,7 @@ def autotune(
         count = len(journal.trials)
         reporter.note(f"{count} trials are known already" if count else "nothing to resume: the search starts anew")
     examiner = Examiner(subject, parts)
+    left = config.budget_minutes if budget_minutes is None else budget_minutes
     with reporter.steps("autotune", sum(map(len, axes.values()))) as advance:
         for _ in journal.trials:
             advance()
@@ -190,7 +193,7 @@ def autotune(
             advance()
             return trial
 
-        decision = search(CoordinateSteps(axes), examine, journal, budget_minutes=config.budget_minutes)
+        decision = search(CoordinateSteps(axes), examine, journal, budget_minutes=left)
     confirmation = None
     if decision.options:
         with reporter.stage("confirm"):
