@@ -280,6 +280,13 @@ class Target(abc.ABC):
         """
         return {}
 
+    def relowered(self, options: Frozen) -> Mapping[str, tuple[str, ...]]:
+        """Option → values worth trying on this machine, for options that change the artifact itself.
+
+        Searched passes of :attr:`lowered` are tried anyway.
+        """
+        return {}
+
     def retuned(self, artifact: Artifact, options: Frozen) -> Artifact:
         """The same files, opened as ``options`` say.
 

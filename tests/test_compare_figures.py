@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.compare_rows import ROWS
-from tests.benchmarks.compare_tables import comma_separated, machine, points, summary, table
+from tests.benchmarks.compare_tables import at_batch, comma_separated, machine, points, summary, table
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = json.loads((ROOT / "docs/measured/compare.json").read_text(encoding="utf-8"))
 MANY = ROOT / "docs/measured/compare_models.json"
+BATCH8 = ROOT / "docs/measured/compare_batch8.json"
 BUILT = {"seconds": 12.34, "peak_bytes": 2_000_000_000, "size_bytes": 23_000_000, "versions": {}, "load": 1.0}
 MACHINE = {"cpu": "a processor", "instruction_set": ["avx2"], "cores": 2}
 TIMED = {
@@ -27,7 +28,8 @@ def cell(row: str, **more: Any) -> dict[str, Any]:
         "samples": 200, "sqnr_db": 25.04, "cosine": 0.999, "agreements": 196, "right": 170, "plain_only": 3,
         "this_only": 1,
     }  # fmt: skip
-    return {"model": "net", "row": row, "built": BUILT, "judged": judged, "timed": TIMED, "failed": "", **more}
+    held = {"built": BUILT, "judged": judged, "timed": TIMED, "failed": "", "date": ""}
+    return {"model": "net", "row": row, **held, **more}
 
 
 def test_page_holds_every_table_when_rendered_from_the_record() -> None:
@@ -48,6 +50,17 @@ def test_page_holds_the_line_of_every_model_when_many_were_measured() -> None:
         return
     record = json.loads(MANY.read_text(encoding="utf-8"))
     assert held == f"{machine(record, MANY.name)}\n\n{summary(record)}"
+
+
+def test_page_holds_the_line_of_every_row_when_eight_samples_were_run_at_once() -> None:
+    page = (ROOT / "docs/compare.md").read_text(encoding="utf-8")
+    held = page.partition("<!-- batch8 -->\n")[2].partition("\n<!-- /batch8 -->")[0]
+    if not BATCH8.is_file():
+        assert held == "Not measured yet."
+        return
+    record = json.loads(BATCH8.read_text(encoding="utf-8"))
+    assert record["batch"] == 8
+    assert held == f"{machine(record, BATCH8.name)}\n\n{at_batch(record)}"
 
 
 def test_record_holds_no_path_and_every_row_by_its_name() -> None:

@@ -1,23 +1,47 @@
-"""Execution providers of ONNX Runtime by the name that a user gives. Names only: no runtime is imported here."""
+"""Execution providers of ONNX Runtime by the name that a user gives, and how they are opened. No runtime is imported.
+
+Source: ONNX Runtime, "OpenVINO Execution Provider", configuration options (1.24).
+"""
 
 from __future__ import annotations
+
+import json
 
 from vlexport.core.errors import CapabilityError
 
 CPU = "cpu"
+OPENVINO = "openvino"
 PROVIDERS: dict[str, str] = {
     CPU: "CPUExecutionProvider",
-    "openvino": "OpenVINOExecutionProvider",
+    OPENVINO: "OpenVINOExecutionProvider",
     "cuda": "CUDAExecutionProvider",
     "coreml": "CoreMLExecutionProvider",
     "xnnpack": "XnnpackExecutionProvider",
 }
-"""Name → ONNX Runtime's own name. Only ``cpu`` has been run by us."""
+"""Name → ONNX Runtime's own name. Only ``cpu`` and ``openvino``, on a CPU, have been run by us."""
+FLOATS = ("f32", "bf16")
+"""What the OpenVINO provider may compute floats in."""
+
+Opened = list[tuple[str, dict[str, str]]]
+"""Providers with their options, as ``onnxruntime.InferenceSession`` takes them."""
 
 
-def wanted_providers(name: str) -> list[str]:
-    """What a session is opened with: the provider, and the CPU for operators that it has no kernel of."""
-    return list(dict.fromkeys((PROVIDERS[name], PROVIDERS[CPU])))
+def wanted_providers(name: str, *, threads: int = 0, floats: str = FLOATS[0]) -> Opened:
+    """What a session is opened with: the provider, and the CPU for operators that it has no kernel of.
+
+    Args:
+        name: A key of :data:`PROVIDERS`.
+        threads: For the provider; 0 leaves the number to it.
+        floats: One of :data:`FLOATS`; of ``openvino`` alone.
+    """
+    if name == CPU:
+        return [(PROVIDERS[CPU], {})]
+    options: dict[str, str] = {}
+    if name == OPENVINO:
+        hints = {"INFERENCE_PRECISION_HINT": floats, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
+        options = {"device_type": "CPU", "load_config": json.dumps({"CPU": hints})}
+        options |= {"num_of_threads": str(threads)} if threads else {}
+    return [(PROVIDERS[name], options), (PROVIDERS[CPU], {})]
 
 
 def missing_provider(name: str, found: list[str] | tuple[str, ...]) -> CapabilityError | None:

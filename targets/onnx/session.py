@@ -14,7 +14,7 @@ from vlexport.core.artifact import Array, Artifact, Session, Timing, artifact_fi
 from vlexport.core.errors import CapabilityError
 from vlexport.targets.onnx.guard import require_contained
 from vlexport.targets.onnx.operator_times import operator_times
-from vlexport.targets.onnx.providers import CPU, PROVIDERS, missing_provider, wanted_providers
+from vlexport.targets.onnx.providers import CPU, FLOATS, PROVIDERS, Opened, missing_provider, wanted_providers
 
 _LEVELS = {
     "none": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
@@ -51,10 +51,9 @@ class OnnxRuntimeSession(Session):
         missing = missing_provider(provider, onnxruntime.get_available_providers())
         if missing is not None and not stand_in:
             raise missing
+        self._providers = _providers(artifact, CPU if missing else provider, threads)
         try:
-            self._session = onnxruntime.InferenceSession(
-                str(self._file), options, providers=wanted_providers(CPU if missing else provider)
-            )
+            self._session = onnxruntime.InferenceSession(str(self._file), options, providers=self._providers)
         except Exception as error:  # onnxruntime's exceptions share no public base class
             raise CapabilityError(
                 "VLX0505", f"ONNX Runtime {onnxruntime.__version__} refuses {artifact.path}: {_said(error, folder)}",
@@ -81,7 +80,7 @@ class OnnxRuntimeSession(Session):
         with tempfile.TemporaryDirectory(prefix="vlexport-") as scratch:
             options = _options(*self._recorded)
             options.enable_profiling, options.profile_file_prefix = True, str(Path(scratch) / "trace")
-            watched = onnxruntime.InferenceSession(str(self._file), options, providers=self._session.get_providers())
+            watched = onnxruntime.InferenceSession(str(self._file), options, providers=self._providers)
             for _ in range(runs):
                 watched.run(None, values)
             return operator_times(Path(watched.end_profiling()), runs=runs)
@@ -94,6 +93,14 @@ class OnnxRuntimeSession(Session):
 def open_session(folder: Path, artifact: Artifact, threads: int) -> Session:
     """Open an artifact in this process."""
     return OnnxRuntimeSession(folder, artifact, threads)
+
+
+def _providers(artifact: Artifact, name: str, threads: int) -> Opened:
+    """What is opened, as the artifact records it."""
+    recorded = artifact.session_options
+    return wanted_providers(
+        name, threads=threads or int(recorded.get("threads", 0)), floats=str(recorded.get("provider_floats", FLOATS[0]))
+    )
 
 
 def _options(artifact: Artifact, threads: int) -> onnxruntime.SessionOptions:
@@ -121,6 +128,7 @@ def _require_known(artifact: Artifact) -> None:
         "dynamic_block_base": lambda value: type(value) is int and 0 <= value <= _MAX_BLOCKS,
         "graph_optimization": lambda value: value in _LEVELS,
         "provider": lambda value: value in PROVIDERS,
+        "provider_floats": lambda value: value in FLOATS,
     }
     for name, holds in checks.items():
         if name in recorded and not holds(recorded[name]):

@@ -16,7 +16,7 @@ from vlexport.core.devices import this_machine
 from vlexport.core.errors import CapabilityError, VlexportError
 from vlexport.core.scheme import QuantScheme, read_schemes
 from vlexport.targets.base import Brief, LoweredPass, PlainProduct, Probe, Target
-from vlexport.targets.onnx.providers import CPU, PROVIDERS, missing_provider
+from vlexport.targets.onnx.providers import CPU, FLOATS, OPENVINO, PROVIDERS, missing_provider
 from vlexport.targets.onnxruntime.fusions import is_worth_it
 from vlexport.targets.onnxruntime.minimum import oldest_release
 
@@ -46,8 +46,10 @@ class OnnxRuntimeOptions(Frozen):
         optimize: Run optimize-onnx (onnxscript's optimizer) on the lowered graph. Off: the exporter leaves it nothing.
         simplify: Run simplify-onnx (onnxsim) before it. Off: fewer nodes, no gain in speed shown.
         provider: Execution provider that opens the artifact, beside the CPU's for operators that it lacks. Where it is
-            missing, opening is an error. Only cpu has been run by us.
+            missing, opening is an error. Only cpu and openvino have been run by us.
         provider_fallback: The CPU may stand in for a missing provider; its times are then not measured.
+        provider_floats: What the OpenVINO provider computes floats in: f32, or bf16 (8 bits of each value, faster where
+            the processor has it). Other providers do not look at it.
         fuse_attention: Write attention as one operator of ONNX Runtime's own (com.microsoft.Attention), which no other
             runtime opens. Left out, it is done where that was measured to be faster on such a processor.
         fuse_biased_attention: The same where a mask or bias is added to the scores. Left out, it is as fuse_attention
@@ -67,6 +69,7 @@ class OnnxRuntimeOptions(Frozen):
     simplify: bool = False
     provider: str = Field(default=CPU, pattern=f"^({'|'.join(PROVIDERS)})$")
     provider_fallback: bool = False
+    provider_floats: str = Field(default=FLOATS[0], pattern=f"^({'|'.join(FLOATS)})$")
     fuse_attention: bool | None = None
     fuse_biased_attention: bool | None = None
     fuse_qattention: bool | None = None
@@ -88,6 +91,8 @@ def _session_options(options: OnnxRuntimeOptions) -> dict[str, str | int | float
     names = [name for name, _ in _WORTH_TRYING]
     if options.provider != CPU:
         names += ["provider", "provider_fallback"]
+    if options.provider == OPENVINO:
+        names.append("provider_floats")
     return {name: getattr(options, name) for name in names}
 
 
@@ -237,10 +242,18 @@ class OnnxRuntimeTarget(Target):
         return ONNX
 
     def tunables(self, options: Frozen) -> Mapping[str, tuple[str, ...]]:
-        """Session options and the level of graph optimisation, the likeliest first."""
+        """Session options and the level of graph optimisation, the likeliest first; of OpenVINO's, how it computes."""
+        chosen = cast("OnnxRuntimeOptions", options)
+        if chosen.provider == OPENVINO:
+            return {"provider_floats": tuple(each for each in FLOATS if each != chosen.provider_floats)}
         return {
             name: tuple(v for v in values if v != _as_text(getattr(options, name))) for name, values in _WORTH_TRYING
         }
+
+    def relowered(self, options: Frozen) -> Mapping[str, tuple[str, ...]]:
+        """The OpenVINO provider, where this machine's runtime has it."""
+        offered = PROVIDERS[OPENVINO] in self.probe().providers
+        return {"provider": (OPENVINO,)} if offered and cast("OnnxRuntimeOptions", options).provider == CPU else {}
 
     def retuned(self, artifact: Artifact, options: Frozen) -> Artifact:
         """The same model file with other session options."""

@@ -3,14 +3,16 @@
     python -m tests.benchmarks.compare --scratch DIR --stage judge                   # installs, builds, judges
     python -m tests.benchmarks.compare --scratch DIR --record docs/measured/compare.json --page docs/compare.md
     python -m tests.benchmarks.compare --scratch DIR --models all --rows vlexport    # many models, plain export only
+    python -m tests.benchmarks.compare --scratch DIR --batch 8 --rows vlexport,ort-dynamic
     python -m tests.benchmarks.compare --render docs/measured/compare.json --page docs/compare.md --figure compare.svg
 
 Every toolchain gets the same weights, the same captured program or its plain export, the same calibration samples and
 the same samples to judge. Each peer is installed in an environment of its own under the scratch folder, and its
-artifact is built, judged and timed there, each in a fresh process at batch 1. A ratio is plain export / this one,
+artifact is built, judged and timed there, each in a fresh process. A ratio is plain export / this one,
 measured as ``vlexport profile`` measures: interleaved rounds, the plain export first and last in each, rounds in which
 it drifts by more than 5 % repeated. Nothing is done twice: a run that was interrupted goes on where it was, and
-``--retry`` tries again what failed. Take times on a machine that does nothing else.
+``--retry`` tries again what failed. ``--merge`` keeps what the record holds of other rows, each with its day. Take
+times on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -26,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.compare_cells import Built, Judged, Place, Timed, build, judge, time_cell
-from tests.benchmarks.compare_models import MODELS, Model, Sizes, prepared
+from tests.benchmarks.compare_models import MODELS, Model, Sizes, folder_name, prepared
 from tests.benchmarks.compare_rows import FOR_ALL_MODELS, ROWS, Row, rows_of
-from tests.benchmarks.compare_tables import comma_separated, machine, points, summary, table
+from tests.benchmarks.compare_tables import at_batch, comma_separated, machine, points, summary, table
 from tests.benchmarks.peers import Environment, PeerError, installed
 from vlexport.core.devices import available_cores, this_machine
 from vlexport.core.progress import Silent
@@ -37,6 +39,8 @@ from vlexport.stages.profile import FULL, Plan
 STAGES = ("build", "judge", "time")
 MANY = "compare_models.json"
 """The record of many models."""
+AT_BATCH = "compare_batch{}.json"
+"""The record of more than one sample at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Cell:
 
     Attributes:
         failed: Why, in the peer's words; empty when nothing failed.
+        date: When it was taken.
     """
 
     model: str
@@ -53,11 +58,12 @@ class Cell:
     judged: Judged | None = None
     timed: Timed | None = None
     failed: str = ""
+    date: str = ""
 
 
 def cell_of(place: Place, model: Model, row: Row, source: Path, *, stages: int, plan: Plan, threads: int) -> Cell:
     """Build, judge and time, as far as ``stages`` says and as it goes."""
-    cell = Cell(model.name, row.name)
+    cell = Cell(model.name, row.name, date=_today())
     try:
         cell = dataclasses.replace(cell, built=build(place, row, source))
         if stages > 1:
@@ -86,16 +92,23 @@ def line(cell: Cell) -> str:
     return " ".join([*said, f"FAILED: {cell.failed}" if cell.failed else ""]).strip()
 
 
-def recorded(cells: list[Cell], sizes: Sizes, threads: int) -> dict[str, Any]:
-    """What is written."""
+def recorded(cells: list[Cell], sizes: Sizes, threads: int, before: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is written: these cells, each in the place of what ``before`` holds of its model and row."""
+    found = {(each["model"], each["row"]): each for each in [*before, *map(dataclasses.asdict, cells)]}
+    order = [(model, row.name) for model in MODELS for row in ROWS]
     return {
         "command": " ".join(["python -m tests.benchmarks.compare", *_portable(sys.argv[1:])]),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "date": _today(),
         "machine": this_machine().model_dump(mode="json"),
         "threads": threads,
         "calibration": sizes.calibration,
-        "cells": [dataclasses.asdict(cell) for cell in cells],
+        "batch": sizes.batch,
+        "cells": [found[key] for key in order if key in found],
     }
+
+
+def _today() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
 
 
 def _portable(arguments: list[str]) -> list[str]:
@@ -125,6 +138,9 @@ def render(record: dict[str, Any], page: Path | None, figure: Path | None, text:
 
 def _said(record: dict[str, Any]) -> dict[str, str]:
     """Mark of the page → what stands there: a line a model where the peers took no part, else a table a model."""
+    if record["batch"] > 1:
+        file = AT_BATCH.format(record["batch"])
+        return {f"batch{record['batch']}": f"{machine(record, file)}\n\n{at_batch(record)}"}
     if {cell["row"] for cell in record["cells"]} <= set(FOR_ALL_MODELS):
         return {"many": f"{machine(record, MANY)}\n\n{summary(record)}"}
     models = dict.fromkeys(cell["model"] for cell in record["cells"])
@@ -140,12 +156,14 @@ def main() -> int:
     parser.add_argument("--stage", choices=STAGES, default="time", help="how far to go")
     parser.add_argument("--samples", type=int, default=200, help="that judge")
     parser.add_argument("--calibration", type=int, default=32, help="samples that calibrate")
+    parser.add_argument("--batch", type=int, default=1, help="samples that are run at once")
     parser.add_argument("--rounds", type=int, default=FULL.rounds)
     parser.add_argument("--seconds", type=float, default=0.4, help="of one block of runs")
     parser.add_argument("--threads", type=int, default=0, help="of every runtime; 0 takes all cores")
     parser.add_argument("--retry", action="store_true", help="try again what failed before")
     parser.add_argument("--built", action="store_true", help="leave out what no earlier run has built")
     parser.add_argument("--record", type=Path, help="JSON file for the cells")
+    parser.add_argument("--merge", action="store_true", help="keep the record's other cells")
     parser.add_argument("--render", type=Path, help="measure nothing: read this record")
     parser.add_argument("--page", type=Path, help="page whose tables are replaced")
     parser.add_argument("--csv", type=Path)
@@ -158,20 +176,22 @@ def main() -> int:
     here, threads = this_machine(), given.threads or available_cores()
     print(f"{here.cpu} ({', '.join(here.instruction_set)}), {here.cores} cores, {threads} threads", flush=True)
     scratch = given.scratch.resolve()
-    place, sizes = Place(scratch, given.retry), Sizes(given.calibration, given.samples)
+    place, sizes = Place(scratch, given.retry), Sizes(given.calibration, given.samples, given.batch)
     chosen = list(MODELS) if given.models == "all" else given.models.split(",")
     wanted = tuple(filter(None, given.rows.split(",")))
     plan = dataclasses.replace(FULL, rounds=given.rounds, block_seconds=given.seconds)
     work = [(MODELS[name], row) for name in chosen for row in rows_of(name, MODELS[name].everyone, wanted)]
     if given.built:
-        work = [(model, row) for model, row in work if place.is_built(model.name, row)]
+        work = [(model, row) for model, row in work if place.is_built(folder_name(model, sizes), row)]
     cells, started = [], time.monotonic()
     for done, (model, row) in enumerate(work, 1):
         source = prepared(model, sizes, scratch)
         stages = STAGES.index(given.stage) + 1
         cells.append(cell_of(place, model, row, source, stages=stages, plan=plan, threads=threads))
         print(f"[{done}/{len(work)}, {time.monotonic() - started:.0f} s] {line(cells[-1])}", flush=True)
-    record = recorded(cells, sizes, threads)
+    merged = given.merge and given.record is not None and given.record.is_file()
+    before = json.loads(given.record.read_text(encoding="utf-8"))["cells"] if merged else []
+    record = recorded(cells, sizes, threads, before)
     if given.record is not None:
         half = given.record.with_suffix(".part")
         half.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -76,7 +76,7 @@ class Timed:
     """Latency against the plain export, both alone in their processes, interleaved.
 
     Attributes:
-        p50_ms: Median of one sample.
+        p50_ms: Median of one batch.
         plain_ms: The plain export's, in the same rounds.
         ratio: plain / this, the median over rounds; None where the machine was too noisy to tell.
         low: Lower end of its 95 % interval; ``high`` the upper.
@@ -250,8 +250,9 @@ def time_cell(
     """
     rows = [build_key(place, each, source) for each in (row, plain)]
     key = _key(*rows, repr(plan), str(threads), this_machine().model_dump_json())
+    batch = json.loads((source / "model.json").read_text(encoding="utf-8")).get("batch", 1)
     with np.load(source / "samples.npz", allow_pickle=False) as archive:
-        inputs = {name: archive[name][:1] for name in archive.files}
+        inputs = {name: archive[name][:batch] for name in archive.files}
 
     def make() -> Timed:
         with place.opened(source.name, row, threads) as mine, place.opened(source.name, plain, threads) as other:

@@ -1,7 +1,8 @@
 """The models of the comparison, and what every toolchain gets of each: a program, its plain export, the same samples.
 
-A model's folder holds ``model.pt`` (as ``vlexport.save`` writes it, batch 1), ``plain.onnx`` (``torch.onnx.export`` of
-that program), ``calibration.npz``, ``samples.npz``, ``labels.npy`` where there are labels, and ``model.json``.
+A model's folder holds ``model.pt`` (as ``vlexport.save`` writes it, at one batch), ``plain.onnx``
+(``torch.onnx.export`` of that program), ``calibration.npz``, ``samples.npz``, ``labels.npy`` where there are labels,
+and ``model.json``.
 """
 
 from __future__ import annotations
@@ -38,10 +39,11 @@ _EMOJI = (range(0x1F300, 0x1F650), range(0x1F680, 0x1F700), range(0x1F900, 0x1FA
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many samples calibrate, and how many judge."""
+    """How many samples calibrate, how many judge, and how many are run at once."""
 
     calibration: int
     judged: int
+    batch: int = 1
 
 
 @dataclass(frozen=True)
@@ -231,15 +233,21 @@ MODELS: dict[str, Model] = {
 SHORT = ("deit_small", "solar_cells", "minilm")
 
 
+def folder_name(model: Model, sizes: Sizes) -> str:
+    """Of the model at a batch."""
+    return model.name if sizes.batch == 1 else f"{model.name}-batch{sizes.batch}"
+
+
 def prepared(model: Model, sizes: Sizes, scratch: Path) -> Path:
     """The model's folder, written once for these sizes."""
-    folder, state = scratch / "models" / model.name, scratch / "models" / model.name / "model.json"
+    folder = scratch / "models" / folder_name(model, sizes)
+    state = folder / "model.json"
     wanted = {"calibration": sizes.calibration, "judged": sizes.judged}
     if state.is_file() and json.loads(state.read_text(encoding="utf-8"))["sizes"] == wanted:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     made = model.make(sizes, scratch)
-    example = {name: torch.from_numpy(value[:1]) for name, value in made.samples.items()}
+    example = {name: torch.from_numpy(value[: sizes.batch]) for name, value in made.samples.items()}
     captured = vlexport.save(made.module, folder / "model.pt", inputs=example, dynamic=False)
     artifact = open_target("onnxruntime").lower_naive(captured.program, folder)
     (folder / artifact.path).replace(folder / "plain.onnx")
@@ -249,7 +257,7 @@ def prepared(model: Model, sizes: Sizes, scratch: Path) -> Path:
         np.save(folder / "labels.npy", made.labels)
     built_from, judged_on = ("plain.onnx", "calibration.npz"), ("samples.npz",)
     digests = {"built_from": _digest(folder, built_from), "judged_on": _digest(folder, judged_on)}
-    state.write_text(json.dumps({"sizes": wanted, **digests}) + "\n", encoding="utf-8")
+    state.write_text(json.dumps({"sizes": wanted, "batch": sizes.batch, **digests}) + "\n", encoding="utf-8")
     return folder
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 OURS = "vlexport_here"
+OURS_OPENVINO = "vlexport_openvino"
 PLAIN = "plain"
 _CALIBRATED = "--calib {source}/calibration.npz"
 _TOME = "tome:r=28,layers=4+5+6+7+8+9+10+11"
+_OPENVINO = "--set onnxruntime.provider=openvino"
+_OPENVINO_INT8 = f"--precision int8 {_CALIBRATED} {_OPENVINO} --set onnxruntime.provider_floats=bf16"
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Row:
     @property
     def ours(self) -> bool:
         """Whether vlexport builds it."""
-        return self.environment == OURS
+        return self.environment in (OURS, OURS_OPENVINO)
 
 
 ROWS = (
@@ -47,6 +50,15 @@ ROWS = (
     Row(
         "vlexport-int8-tokens", "vlexport --precision int8 --tokens tome", OURS,
         f"--precision int8 {_CALIBRATED} --tokens {_TOME}", "int8", ("solar_cells",),
+    ),
+    Row("vlexport-openvino-fp32", "vlexport, OpenVINO provider", OURS_OPENVINO, _OPENVINO, "fp32"),
+    Row(
+        "vlexport-openvino-int8", "vlexport --precision int8, OpenVINO provider, bf16", OURS_OPENVINO, _OPENVINO_INT8,
+        "int8, bf16",
+    ),
+    Row(
+        "vlexport-openvino-tokens", "the same and --tokens tome", OURS_OPENVINO, f"{_OPENVINO_INT8} --tokens {_TOME}",
+        "int8, bf16", ("solar_cells",),
     ),
     Row("ort-transformers", "onnxruntime.transformers optimizer", "onnx_runtime", "transformers-optimizer", "fp32"),
     Row("ort-onnxscript", "onnxscript optimize_for_ort", "onnx_runtime", "optimize-for-ort", "fp32"),

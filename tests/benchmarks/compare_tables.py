@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from tests.benchmarks.compare_rows import FOR_ALL_MODELS, OURS, PLAIN, ROWS
+from tests.benchmarks.compare_rows import FOR_ALL_MODELS, PLAIN, ROWS
 from vlexport.core.intervals import wilson
 from vlexport.core.verdict import measured_drop
 
@@ -99,12 +99,31 @@ def summary(record: Record) -> str:
     return "\n".join(lines)
 
 
+def at_batch(record: Record) -> str:
+    """A line a model and row, of a record of several samples at once."""
+    lines = ["| model | built by | plain export | median | ratio (95 %) | same answer | SQNR |", "|" + "---|" * 7]
+    for cell in record["cells"]:
+        row, timed = _BY_NAME[cell["row"]], cell["timed"]
+        if cell["row"] == PLAIN:
+            continue
+        name = f"**{row.shown}**" if row.ours else row.shown
+        if timed is None or cell["judged"] is None:
+            lines.append(f"| {cell['model']} | {name} | `{cell['failed']}` | | | | |")
+            continue
+        cells = [cell["model"], name, f"{timed['plain_ms']:.1f} ms", *_latency(timed), *_fidelity(cell)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def machine(record: Record, file: str = "compare.json") -> str:
     """The sentence before the tables, which names the record's file."""
     about, count = record["machine"], record["threads"]
+    days = sorted({cell["date"] for cell in record["cells"] if cell["date"]})
+    when = " and ".join(days) if days else record["date"]
+    at_once = f" {record['batch']} samples at once," if record["batch"] > 1 else ""
     said = (
-        f"Measured {record['date']} on {about['cpu']} ({', '.join(about['instruction_set'])}), {count} "
-        f"thread{'s' * (count > 1)}, {record['calibration']} calibration samples "
+        f"Measured {when} on {about['cpu']} ({', '.join(about['instruction_set'])}), {count} "
+        f"thread{'s' * (count > 1)},{at_once} {record['calibration']} calibration samples "
         f"([measured/{file}](measured/{file}))."
     )
     return said if any(cell["timed"] for cell in record["cells"]) else f"{said} Nothing was timed in that run."
@@ -150,5 +169,5 @@ def points(record: Record) -> dict[str, list[dict[str, Any]]]:
             continue
         label = "right answers, %" if labelled else "SQNR against the plain export, dB"
         point = {"name": row.name, "ms": cell["timed"]["p50_ms"], "value": value, "label": label}
-        found.setdefault(cell["model"], []).append({**point, "ours": row.environment == OURS})
+        found.setdefault(cell["model"], []).append({**point, "ours": row.ours})
     return found

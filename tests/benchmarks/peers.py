@@ -14,6 +14,7 @@ import json
 import os
 import queue
 import re
+import site
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,8 @@ import numpy as np
 
 SCRIPTS = Path(__file__).resolve().parent / "peer_scripts"
 SHARED = ("child.py", "onnx_session.py")
+BORROWING = ("vlexport_openvino",)
+"""Environments of vlexport with another runtime: behind their own packages they see those of this interpreter."""
 """What scripts import from beside them."""
 INSTALL_SECONDS = 1500.0
 ANSWER_SECONDS = 1200.0
@@ -105,10 +108,11 @@ def installed(
 
 def _install(environment: Environment, folder: Path, timeout_s: float) -> str:
     """Make the environment anew; why that failed, or nothing."""
-    requirements = str(environment.requirements)
+    borrows = environment.name in BORROWING
+    wanted = ["-r", str(environment.requirements), *(["--no-deps"] if borrows else [])]
     commands = (
         [sys.executable, "-m", "venv", "--clear", "--without-pip", str(folder)],
-        [sys.executable, "-m", "pip", "--python", str(folder / "bin/python"), "install", "-q", "-r", requirements],
+        [sys.executable, "-m", "pip", "--python", str(folder / "bin/python"), "install", "-q", *wanted],
     )
     for command in commands:
         try:
@@ -119,6 +123,9 @@ def _install(environment: Environment, folder: Path, timeout_s: float) -> str:
             return f"not installed within {timeout_s:.0f} s"
         if done.returncode:
             return last_line(done.stderr + done.stdout)
+    if borrows:
+        (own,) = folder.glob("lib/python*/site-packages")
+        (own / "borrowed.pth").write_text("\n".join(site.getsitepackages()) + "\n", encoding="utf-8")
     return ""
 
 

@@ -1,6 +1,7 @@
-"""What token reduction gains: latency of ONNX Runtime at batch 1 against the same model built without it.
+"""What token reduction gains: latency of ONNX Runtime at a batch against the same model built without it.
 
     python -m tests.benchmarks.token_latency --scratch DIR --record docs/measured/tokens_latency.json
+    python -m tests.benchmarks.token_latency --scratch DIR --record docs/measured/tokens_latency.json --batch 8
     python -m tests.benchmarks.token_latency --scratch DIR --only deit_small_patch16_224
 
 Both bundles come from ``vlexport build`` with the same flags but ``--tokens``, and are measured as ``vlexport profile
@@ -54,8 +55,9 @@ class Row:
     Attributes:
         model: A key of :data:`MODELS`.
         name: The variant's; ``tokens`` is what ``--tokens`` got.
+        batch: Images at once.
         macs: Multiply-accumulates of one image; ``dense_macs`` those without reduction.
-        p50_ms: Median of one image, milliseconds; ``dense_p50_ms`` without reduction, in the same rounds.
+        p50_ms: Median of one batch, milliseconds; ``dense_p50_ms`` without reduction, in the same rounds.
         ratio: Median over rounds of dense / reduced, with its 95 % interval from ``low`` to ``high``.
         rounds: Whose control held; ``repeated`` were thrown away.
         verdict: As ``vlexport profile`` says it.
@@ -64,6 +66,7 @@ class Row:
     model: str
     name: str
     tokens: str
+    batch: int
     macs: int
     dense_macs: int
     p50_ms: float
@@ -76,20 +79,20 @@ class Row:
     verdict: str
 
 
-def saved(name: str, scratch: Path) -> Path:
-    """A model's file, written once."""
-    file = scratch / f"{name}.pt"
+def saved(name: str, batch: int, scratch: Path) -> Path:
+    """A model's file for one batch, written once."""
+    file = scratch / f"{name}-batch{batch}.pt"
     if file.is_file():
         return file
+    example = torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
     if name == SOLAR_CELLS:
-        example = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
         vlexport.save(
-            load_model(), file, inputs={"image": example}, preprocess=data.PREPROCESS, labels=data.LABELS
+            load_model(), file, inputs={"image": example}, dynamic=False, preprocess=data.PREPROCESS, labels=data.LABELS
         )  # fmt: skip
         return file
     torch.manual_seed(0)
-    made = factory_from_text(f"timm:{name}")
-    vlexport.save(made.module.eval(), file, inputs=made.inputs, preprocess=f"timm:{name}")
+    module = factory_from_text(f"timm:{name}").module.eval()
+    vlexport.save(module, file, inputs=example, dynamic=False, preprocess=f"timm:{name}")
     return file
 
 
@@ -101,11 +104,11 @@ def built(model: Path, variant: Variant, scratch: Path) -> Path:
     return output
 
 
-def rows(model: str, scratch: Path, wanted: list[Variant], threads: int) -> Iterator[Row]:
+def rows(model: str, batch: int, scratch: Path, wanted: list[Variant], threads: int) -> Iterator[Row]:
     """Some variants against the first, one after the other."""
     if not wanted:
         return
-    file = saved(model, scratch)
+    file = saved(model, batch, scratch)
     against = built(file, MODELS[model][0], scratch)
     for variant in wanted:
         bundle = built(file, variant, scratch)
@@ -114,20 +117,21 @@ def rows(model: str, scratch: Path, wanted: list[Variant], threads: int) -> Iter
         if latency is None:
             raise InternalError("VLX0901", "profile measured nothing")
         yield Row(
-            model=model, name=variant.name, tokens=variant.tokens, macs=_macs(bundle), dense_macs=_macs(against),
+            model=model, name=variant.name, tokens=variant.tokens, batch=batch,
+            macs=_macs(bundle) // batch, dense_macs=_macs(against) // batch,
             p50_ms=latency.p50_ms, dense_p50_ms=latency.baseline_p50_ms, ratio=latency.ratio,
             low=latency.ratio_low, high=latency.ratio_high, rounds=latency.rounds, repeated=latency.repeated,
             verdict=latency.verdict,
         )  # fmt: skip
 
 
-def measured(record: Path | None, versions: str) -> dict[tuple[str, str], Row]:
-    """Model and ``--tokens`` → what a record of the same versions holds."""
+def measured(record: Path | None, versions: str) -> dict[tuple[str, str, int], Row]:
+    """Model, ``--tokens`` and batch → what a record of the same versions holds."""
     if record is None or not record.is_file():
         return {}
     held = json.loads(record.read_text(encoding="utf-8"))
     found = [Row(**each) for each in held["rows"]] if held["versions"] == versions else []
-    return {(row.model, row.tokens): row for row in found}
+    return {(row.model, row.tokens, row.batch): row for row in found}
 
 
 def _macs(bundle: Path) -> int:
@@ -138,8 +142,9 @@ def line(row: Row) -> str:
     """A row for the terminal."""
     ratio = "no ratio" if row.ratio is None else f"{row.ratio:.2f}x ({row.low:.2f} to {row.high:.2f})"
     share = 100 * (1 - row.macs / row.dense_macs)
+    macs = f"{row.macs / 1e9:.3f} GMACs an image ({share:.1f} % fewer)"
     return (
-        f"{row.model} {row.name}: {ratio}, {row.p50_ms:.1f} ms, {row.macs / 1e9:.3f} GMACs ({share:.1f} % fewer), "
+        f"{row.model} {row.name} at batch {row.batch}: {ratio}, {row.p50_ms:.1f} ms, {macs}, "
         f"{row.rounds} rounds, {row.repeated} repeated, {row.verdict}"
     )
 
@@ -151,6 +156,7 @@ def main() -> int:
     parser.add_argument("--record", type=Path, help="JSON file for the rows")
     parser.add_argument("--only", choices=MODELS, action="append", default=[], help="a model; repeatable")
     parser.add_argument("--variant", action="append", default=[], help="a variant by name; repeatable")
+    parser.add_argument("--batch", type=int, default=1, help="images at once")
     parser.add_argument("--threads", type=int, default=0, help="of ONNX Runtime; 0 takes all cores")
     given = parser.parse_args()
     machine = this_machine()
@@ -163,9 +169,9 @@ def main() -> int:
         for model in given.only or MODELS
     }
     for model, variants in wanted.items():
-        missing = [each for each in variants if (model, each.tokens) not in found]
-        for number, row in enumerate(rows(model, given.scratch, missing, given.threads), 1):
-            found[model, row.tokens] = row
+        missing = [each for each in variants if (model, each.tokens, given.batch) not in found]
+        for number, row in enumerate(rows(model, given.batch, given.scratch, missing, given.threads), 1):
+            found[model, row.tokens, row.batch] = row
             print(f"{number} of {len(missing)}: {line(row)}", flush=True)
             if given.record is not None:
                 command = f"python -m tests.benchmarks.token_latency --record {given.record}"

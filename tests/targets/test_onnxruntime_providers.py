@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from vlexport.core.config import BuildConfig
 from vlexport.core.errors import VlexportError
 from vlexport.frontends.capture import capture
 from vlexport.stages.build import build
+from vlexport.stages.searches import fusions_to_try
 from vlexport.targets.base import Brief
-from vlexport.targets.onnx.providers import PROVIDERS
+from vlexport.targets.onnx.providers import FLOATS, PROVIDERS
 from vlexport.targets.onnxruntime import OnnxRuntimeOptions, OnnxRuntimeTarget
 
 TARGET = OnnxRuntimeTarget()
@@ -63,11 +65,11 @@ class FakeSession:
     """An ONNX Runtime session whose provider's libraries load, or do not: then it is the CPU's, as the real one."""
 
     loads = True
-    asked: list[str]
+    asked: list[tuple[str, dict[str, str]]]
 
-    def __init__(self, path: str, options: Any, providers: list[str]) -> None:
+    def __init__(self, path: str, options: Any, providers: list[tuple[str, dict[str, str]]]) -> None:
         type(self).asked = providers
-        self.providers = providers if self.loads else ["CPUExecutionProvider"]
+        self.providers = [name for name, _ in providers] if self.loads else ["CPUExecutionProvider"]
 
     def get_providers(self) -> list[str]:
         return self.providers
@@ -90,8 +92,42 @@ def test_session_asks_for_the_provider_and_the_cpu_when_the_runtime_has_it(
     assert artifact.session_options["provider"] == name
     assert TARGET.probe_for(Brief(OnnxRuntimeOptions(provider=name))).available
     with TARGET.open_here(folder, artifact) as session:
-        assert fake.asked == [PROVIDERS[name], "CPUExecutionProvider"]
+        assert [asked for asked, _ in fake.asked] == [PROVIDERS[name], "CPUExecutionProvider"]
         assert session.timing == "real"
+
+
+@pytest.mark.parametrize("floats", FLOATS)
+def test_openvino_is_told_threads_and_what_floats_are_computed_in(
+    floats: str, program: Any, folder: Path, fake: type[FakeSession]
+) -> None:
+    with TARGET.open_here(folder, artifact_of(program, provider="openvino", provider_floats=floats), threads=3):
+        (_, told), (_, of_cpu) = fake.asked
+    assert (told["device_type"], told["num_of_threads"], of_cpu) == ("CPU", "3", {})
+    assert json.loads(told["load_config"])["CPU"]["INFERENCE_PRECISION_HINT"] == floats
+
+
+def test_session_is_refused_when_a_bundle_records_floats_that_are_none(program: Any, folder: Path) -> None:
+    artifact = artifact_of(program, provider="openvino", provider_fallback=True)
+    foreign = artifact.model_copy(update={"session_options": {**artifact.session_options, "provider_floats": "f8"}})
+    with pytest.raises(VlexportError, match="provider_floats") as caught:
+        TARGET.open_here(folder, foreign)
+    assert caught.value.code == "VLX0505"
+
+
+def test_openvino_is_tried_by_a_search_when_the_runtime_has_it_and_nobody_chose(fake: type[FakeSession]) -> None:
+    options = OnnxRuntimeOptions()
+    assert TARGET.relowered(options) == {"provider": ("openvino",)}
+    config = BuildConfig(model="m.pt", output="b", options={"onnxruntime.provider": "cpu"})
+    assert "onnxruntime.provider" in fusions_to_try(BuildConfig(model="m.pt", output="b"), TARGET, options)
+    assert "onnxruntime.provider" not in fusions_to_try(config, TARGET, options)
+    assert TARGET.relowered(OnnxRuntimeOptions(provider="openvino")) == {}
+    assert TARGET.tunables(OnnxRuntimeOptions(provider="openvino")) == {"provider_floats": ("bf16",)}
+
+
+def test_openvino_is_not_tried_when_the_runtime_lacks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    assert TARGET.relowered(OnnxRuntimeOptions()) == {}
+    assert "provider_floats" not in TARGET.tunables(OnnxRuntimeOptions())
 
 
 def test_nothing_new_is_recorded_when_the_provider_is_the_cpu(program: Any) -> None:

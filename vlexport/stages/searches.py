@@ -275,7 +275,9 @@ def _resolved(order: Order) -> Order:
 
 
 def fusions_to_try(config: BuildConfig, target: Target, settled: Frozen) -> dict[str, tuple[str, ...]]:
-    """Fusions that a search may turn on or off, ``SCOPE.NAME`` → the other value; none that was given.
+    """Fusions that a search may turn on or off, and what else it may lower for: ``SCOPE.NAME`` → the other values.
+
+    What was given is not tried.
 
     Args:
         config: What was asked for.
@@ -283,8 +285,8 @@ def fusions_to_try(config: BuildConfig, target: Target, settled: Frozen) -> dict
         settled: Its options as they are without a search.
     """
     names = [each.option for each in target.lowered if each.searched]
-    free = [name for name in names if f"{target.id}.{name}" not in config.options]
-    return {f"{target.id}.{name}": (str(not getattr(settled, name)).lower(),) for name in free}
+    found = {name: (str(not getattr(settled, name)).lower(),) for name in names} | dict(target.relowered(settled))
+    return {f"{target.id}.{k}": values for k, values in found.items() if f"{target.id}.{k}" not in config.options}
 
 
 def _layers_open(order: Order, prepared: Prepared) -> bool:

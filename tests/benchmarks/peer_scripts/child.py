@@ -1,9 +1,9 @@
 """What every peer's script does: answer one JSON request a line until its input ends. Needs numpy alone.
 
 A request names what to do, and files; a reply holds figures. Arrays travel in ``.npz`` files, an input of ``N`` samples
-as ``(N, ...)``; a sample is always run alone, at batch 1. Standard output is taken away from the peer before it is
-imported, since compilers print. Whatever goes wrong ends the process with its traceback: the other side reports the
-last line.
+as ``(N, ...)``; as many samples are run at once as ``model.json`` says. Standard output is taken away from the peer
+before it is imported, since compilers print. Whatever goes wrong ends the process with its traceback: the other side
+reports the last line.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Build = Callable[[str, Path, Path], None]
 """``(recipe, source, output)``: make the artifact of a recipe in the empty folder ``output``. ``source`` holds
 ``plain.onnx``, ``model.pt`` (``torch.export``), ``calibration.npz`` and ``model.json``."""
 Open = Callable[[str, Path, int], Run]
-"""``(recipe, folder, threads)``: open what ``Build`` made; the answer runs one sample and gives its first output."""
+"""``(recipe, folder, threads)``: open what ``Build`` made; the answer runs one batch and gives its first output."""
 
 
 def serve(build: Build, open_session: Open, packages: Sequence[str]) -> None:
@@ -55,16 +55,22 @@ def serve(build: Build, open_session: Open, packages: Sequence[str]) -> None:
 
 
 def calibration(source: Path, limit: int | None = None) -> list[Arrays]:
-    """Calibration samples, each ``{input: (1, ...)}``."""
-    return samples_of(source / "calibration.npz")[:limit]
+    """Calibration samples in batches, each ``{input: (batch, ...)}``; at most ``limit`` batches."""
+    return batches(source / "calibration.npz")[:limit]
 
 
-def samples_of(file: Path) -> list[Arrays]:
-    """Samples of an archive, each ``{input: (1, ...)}``."""
-    with np.load(file, allow_pickle=False) as archive:
-        arrays = {name: archive[name] for name in archive.files}
+def batches(file: Path) -> list[Arrays]:
+    """An archive of a model's folder in batches, each ``{input: (batch, ...)}``."""
+    size = json.loads((file.parent / "model.json").read_text(encoding="utf-8")).get("batch", 1)
+    arrays = arrays_of(file)
     count = len(next(iter(arrays.values())))
-    return [{name: value[i : i + 1] for name, value in arrays.items()} for i in range(count)]
+    return [{name: value[i : i + size] for name, value in arrays.items()} for i in range(0, count, size)]
+
+
+def arrays_of(file: Path) -> Arrays:
+    """All of an archive."""
+    with np.load(file, allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}
 
 
 def has_vnni() -> bool:
@@ -93,19 +99,19 @@ class _Session:
 
     def run(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._run is not None
-        outputs = np.concatenate([np.asarray(self._run(sample)) for sample in samples_of(Path(request["inputs"]))])
+        outputs = np.concatenate([np.asarray(self._run(batch)) for batch in batches(Path(request["inputs"]))])
         np.savez(request["outputs"], output=outputs)
         return {"samples": len(outputs)}
 
     def time(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._run is not None
-        sample = samples_of(Path(request["inputs"]))[0]
+        inputs = arrays_of(Path(request["inputs"]))
         for _ in range(request["warmup"]):
-            self._run(sample)
+            self._run(inputs)
         times = []
         for _ in range(request["runs"]):
             started = time.perf_counter()
-            self._run(sample)
+            self._run(inputs)
             times.append((time.perf_counter() - started) * 1e3)
         return {"times_ms": times}
 
