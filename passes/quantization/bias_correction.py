@@ -20,7 +20,7 @@ from vlexport.calibration.keys import value_keys
 from vlexport.ir.program import Program
 from vlexport.passes.projections.projection import Projection, projection_of
 from vlexport.passes.quantization.decisions import Decisions
-from vlexport.passes.quantization.layer_sqnr import watch_layers
+from vlexport.passes.quantization.layer_sqnr import Watch
 from vlexport.passes.quantization.rescale import with_tensors
 
 
@@ -50,8 +50,9 @@ def mean_errors(program: Program, decisions: Decisions, samples: Iterable[tuple[
         sums[key] = sums.get(key, torch.zeros(lacking.shape[1], dtype=torch.float64)) + lacking.sum(0)
         counts[key] = counts.get(key, 0) + lacking.shape[0]
 
+    watch = Watch(program, decisions)
     for sample in samples:
-        watch_layers(program, decisions, sample, look)
+        watch.run(sample, look)
     return {key: total / counts[key] for key, total in sums.items()}
 
 

@@ -23,7 +23,7 @@ from vlexport.ir import dialect, provenance
 from vlexport.ir.program import Program
 from vlexport.ir.quant_ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE
 from vlexport.passes.quantization.decisions import Decisions, LayerDecision, ValueDecision
-from vlexport.passes.quantization.weights import rounded_weight
+from vlexport.passes.quantization.weights import packed
 
 
 class LayerSqnr(Frozen):
@@ -79,6 +79,7 @@ def per_layer_sqnr(
     nodes = {key: node for node, key in value_keys(program).items()}
     layers = {nodes[each.call]: _Tally(each) for each in decisions.layers}
     ends = _ends(program, quantized) if quantized is not None else {}
+    watch = Watch(program, decisions)
     for sample in samples:
         found = _found_in(quantized, sample, ends) if quantized is not None else {}
 
@@ -93,7 +94,7 @@ def per_layer_sqnr(
                 layer.arrived = layer.arrived or ValueRange()
                 layer.arrived.update(value.numpy(), arrived.numpy())
 
-        watch_layers(program, decisions, sample, look)
+        watch.run(sample, look)
     return tuple(
         LayerSqnr(
             call=each.decision.call, op=each.decision.op, module=each.decision.module, own_db=each.own.kept_db,
@@ -103,28 +104,63 @@ def per_layer_sqnr(
     )  # fmt: skip
 
 
-def watch_layers(program: Program, decisions: Decisions, sample: tuple[Tensor, ...], look: Look) -> None:
-    """Run a float Program once, and compute every layer again with rounded operands on the way.
+class Watch:
+    """A float Program, run to compute its quantized layers again with rounded operands on the way.
 
     Args:
         program: In float; the one that was decided about.
-        decisions: What is rounded, and how.
-        sample: One tensor per input, with batch dim.
-        look: Told of every layer.
+        decisions: What is rounded, and how. Stored operands are rounded once, whatever the number of runs.
     """
-    nodes = {key: node for node, key in value_keys(program).items()}
-    layers = {nodes[each.call]: each for each in decisions.layers}
-    wanted = {operand for node in layers for operand in node.all_input_nodes}
-    values = decisions.by_value()
-    kept: dict[Node, Any] = {n: v for n, v in zip(program.placeholders, sample, strict=True) if n in wanted}
 
-    def seen(node: Node, value: Any) -> None:
-        if node in wanted:
-            kept[node] = value
-        if node in layers:
-            look(node, value, *_again(program, node, layers[node], values, kept.__getitem__, decisions.scales))
+    def __init__(self, program: Program, decisions: Decisions) -> None:
+        nodes = {key: node for node, key in value_keys(program).items()}
+        self._program = program
+        self._layers = {nodes[each.call]: each for each in decisions.layers}
+        self._wanted = {operand for node in self._layers for operand in node.all_input_nodes}
+        self._values = decisions.by_value()
+        self._weights = {
+            node: packed(_stored(program, node), each.weight, block=each.block, scales=decisions.scales)
+            for node, each in self._layers.items()
+            if each.weight
+        }
 
-    program.run(*sample, observe=seen)
+    def run(self, sample: tuple[Tensor, ...], look: Look) -> None:
+        """Run once.
+
+        Args:
+            sample: One tensor per input, with batch dim.
+            look: Told of every layer.
+        """
+        given = zip(self._program.placeholders, sample, strict=True)
+        kept: dict[Node, Any] = {node: value for node, value in given if node in self._wanted}
+
+        def seen(node: Node, value: Any) -> None:
+            if node in self._wanted:
+                kept[node] = value
+            if node in self._layers:
+                look(node, value, *self._again(node, kept.__getitem__))
+
+        self._program.run(*sample, observe=seen)
+
+    def _again(self, node: Node, kept: Callable[[Node], Any]) -> tuple[Tensor, Tensor]:
+        """The layer with its weight rounded, and with its computed operands rounded too."""
+        program, decision = self._program, self._layers[node]
+        given = list(dialect.operands(node))
+        plain = [_value(program, each, kept) for each in given]
+        if node in self._weights:
+            plain[dialect.operand_names(node).index("weight")] = self._weights[node]()
+        every = list(plain)
+        positions = [i for i, each in enumerate(given) if isinstance(each, Node) and program.tensor_of(each) is None]
+        for place, key in zip(positions, decision.operands, strict=False):
+            every[place] = rounded(plain[place], self._values[key])
+        if decision.dynamic:
+            every[positions[0]] = _rounded_by_range(plain[positions[0]])
+        assert isinstance(node.target, torch._ops.OpOverload)
+        made = []
+        for operands in (plain, every):
+            args, kwargs = dialect.arguments(node.target, operands)
+            made.append(node.target(*args, **kwargs))
+        return made[0], made[1]
 
 
 def rounded(value: Tensor, decision: ValueDecision) -> Tensor:
@@ -142,41 +178,11 @@ def _rounded_by_range(value: Tensor) -> Tensor:
     return found
 
 
-def _weight(program: Program, node: Node, decision: LayerDecision, scales: str) -> Tensor | None:
-    if not decision.weight:
-        return None
+def _stored(program: Program, node: Node) -> Tensor:
     given = dict(zip(dialect.operand_names(node), dialect.operands(node), strict=True))
     stored = program.tensor_of(given["weight"])
     assert stored is not None
-    return rounded_weight(stored, decision.weight, block=decision.block, scales=scales)
-
-
-def _again(
-    program: Program,
-    node: Node,
-    decision: LayerDecision,
-    values: Mapping[str, ValueDecision],
-    kept: Callable[[Node], Any],
-    scales: str,
-) -> tuple[Tensor, Tensor]:
-    """The layer with its weight rounded, and with its computed operands rounded too."""
-    given = list(dialect.operands(node))
-    plain = [_value(program, each, kept) for each in given]
-    weight = _weight(program, node, decision, scales)
-    if weight is not None:
-        plain[dialect.operand_names(node).index("weight")] = weight
-    every = list(plain)
-    positions = [i for i, each in enumerate(given) if isinstance(each, Node) and program.tensor_of(each) is None]
-    for place, key in zip(positions, decision.operands, strict=False):
-        every[place] = rounded(plain[place], values[key])
-    if decision.dynamic:
-        every[positions[0]] = _rounded_by_range(plain[positions[0]])
-    assert isinstance(node.target, torch._ops.OpOverload)
-    made = []
-    for operands in (plain, every):
-        args, kwargs = dialect.arguments(node.target, operands)
-        made.append(node.target(*args, **kwargs))
-    return made[0], made[1]
+    return stored
 
 
 def _value(program: Program, operand: Any, kept: Callable[[Node], Any]) -> Any:

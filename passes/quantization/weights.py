@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -37,12 +40,15 @@ def as_steps(weight: Tensor, kind: str, *, block: int = 0, scales: str = "float3
 
 def rounded_weight(weight: Tensor, kind: str, *, block: int = 0, scales: str = "float32") -> Tensor:
     """A weight after rounding, as float32 of its shape; arguments as of :func:`as_steps`, or of :func:`by_palettes`."""
-    found: Tensor
+    return packed(weight, kind, block=block, scales=scales)()
+
+
+def packed(weight: Tensor, kind: str, *, block: int = 0, scales: str = "float32") -> Callable[[], Tensor]:
+    """The same for one that is wanted many times: it is rounded once, and kept in the size of its steps."""
     if kind in PALETTES:
-        found = quant_ops.LOOK_UP(*by_palettes(weight, kind, group=block, scales=scales))
-    else:
-        found = quant_ops.DEQUANTIZE(*as_steps(weight, kind, block=block, scales=scales), 1 if block else 0, block)
-    return found
+        return partial(quant_ops.LOOK_UP, *by_palettes(weight, kind, group=block, scales=scales))
+    steps = as_steps(weight, kind, block=block, scales=scales)
+    return partial(quant_ops.DEQUANTIZE, *steps, 1 if block else 0, block)
 
 
 def by_palettes(weight: Tensor, kind: str, *, group: int = 0, scales: str = "float32") -> tuple[Tensor, Tensor]:
