@@ -7,8 +7,8 @@ embedding, every block adds to what was rounded first, and the end of the model 
     x = conv(image)     x = reshape, permute, cat, sum with positions
     y = x + branch(norm(x))
 
-On a trained ViT-S/14 that one rounding was the largest part of all noise in the features: 28.6 dB with it, 31.1 without.
-Such a call stays in float, as long as all of them together are few of the model's multiplications.
+On a trained ViT-S/14 that one rounding was the largest part of all noise in the features: 28.6 dB with it, 31.1 dB
+without. Such a call stays in float, as long as all of them together are few of the model's multiplications.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Adaptive token sampling branches on how many tokens an image has left: refused, with the line that does it.
 
-A block after Fayyaz et al. 2022, arXiv 2111.15667, section 3: tokens are scored by the class token's attention times the
-length of their values; where evenly spaced levels cross the sum of the sorted scores, tokens stay, each once. Checked
-with the authors' own ``ats_block.py`` (adaptivetokensampling/ATS 9271257a), too: there the same comparison, of the
-number of tokens to draw with that at hand, is what torch.export stops at.
+A block after Fayyaz et al. 2022, arXiv 2111.15667, section 3: tokens are scored by the class token's attention times
+the length of their values; where evenly spaced levels cross the sum of the sorted scores, tokens stay, each once. Never
+more are drawn than are left, as in the authors' ``ats_block.py`` (adaptivetokensampling/ATS 9271257a).
 """
 
 from __future__ import annotations

@@ -134,9 +134,7 @@ def _eva(pool: str) -> Any:
     )  # fmt: skip
     with torch.no_grad():
         for name, parameter in made.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.3)
-            elif name.endswith(("qkv.weight", "proj.weight", "fc1.weight", "fc2.weight", "head.weight", "_embed", "_token")):
+            if name.endswith(("bias", "_embed", "_token")) or (name.endswith("weight") and parameter.ndim == 2):
                 parameter.normal_(std=0.3)
     return made
 
