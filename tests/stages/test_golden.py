@@ -73,7 +73,7 @@ def test_output_without_rows_has_the_bound_of_the_loosest_row() -> None:
 
 
 @pytest.mark.parametrize(
-    ("moved", "bound"), [(0.001, 0.1), (0.11, 0.3), (0.15, 0.3), (0.2, 0.4), (0.9, 0.5), (float("inf"), 0.5)]
+    ("moved", "bound"), [(0.001, 0.1), (0.0552, 0.12), (0.15, 0.3), (0.2, 0.4), (0.9, 0.5), (float("inf"), 0.5)]
 )
 def test_bound_is_twice_what_moved_and_never_blind(moved: float, bound: float, tmp_path: Path) -> None:
     found = write_golden(tmp_path, "main", INPUTS, OUTPUTS, tolerance=0.1, tipping=(1,), moved=moved)

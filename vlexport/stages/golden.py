@@ -53,7 +53,7 @@ def tipping_note(components: Mapping[str, Component]) -> tuple[str, ...]:
         return ()
     rows, bound = sum(len(each.tipping) for each in looser), max(each.tipping_tolerance for each in looser)
     return (
-        f"{rows} golden samples hang on choices that the last digits tip over: the artifact is held to {bound:.0e} "
+        f"{rows} golden samples hang on choices that the last digits tip over: the artifact is held to {bound:.1e} "
         f"there, twice what the program's own outputs moved by, not to {looser[0].tolerance:.0e}",
     )
 

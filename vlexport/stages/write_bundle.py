@@ -185,18 +185,18 @@ def write_golden(
         write_npz(folder / name, arrays)
     if not tipping:
         return Golden(inputs=names[0], outputs=names[1], tolerance=tolerance)
-    allowed = min(max(one_digit_up(TIPPING_SLACK * moved), tolerance), TIPPING_LARGEST)
+    allowed = min(max(two_digits_up(TIPPING_SLACK * moved), tolerance), TIPPING_LARGEST)
     return Golden(
         inputs=names[0], outputs=names[1], tolerance=tolerance, tipping=tipping, tipping_tolerance=allowed
     )  # fmt: skip
 
 
-def one_digit_up(value: float) -> float:
-    """Rounded up to one significant digit, so that bundles are equal from machine to machine."""
+def two_digits_up(value: float) -> float:
+    """Rounded up to two significant digits, so that bundles are equal from machine to machine."""
     if value <= 0.0 or not math.isfinite(value):
         return value
-    step = 10.0 ** math.floor(math.log10(value))
-    return float(f"{math.ceil(value / step - 1e-9) * step:.0e}")
+    step = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return float(f"{math.ceil(value / step - 1e-9) * step:.1e}")
 
 
 def write_npz(file: Path, arrays: Mapping[str, Array]) -> None:
