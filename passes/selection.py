@@ -3,14 +3,22 @@
 A top-k, sort or argmax turns a difference of one rounding step into another index. Where two scores that decide a
 selection lie within :data:`SELECTION_MARGIN` of each other, an exact pass may rightly give another output; the gate
 sets such rows aside when they disagree, and counts them.
+
+In a graph that rounds to integers, the last digit tips integers over first, and these the choice: margins of scores
+say nothing there. So the graph is asked itself (:func:`tipped_choices`): its inputs are moved in their last digits, as
+another kernel's sums would move what is computed from them, and it is seen which rows then choose otherwise, and by
+how much their outputs move.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from vlexport.ir import dialect
@@ -26,10 +34,93 @@ _SELECTIONS = {
 _FIRST_ONLY = ("aten.argmax.default", "aten.argmin.default", "aten.max.dim", "aten.min.dim")
 _SMALLEST_FIRST = ("aten.argmin.default", "aten.min.dim")
 
+NUDGE = 1e-6
+"""By what share inputs are moved, at random: about the rounding of a float32 sum of some hundred terms."""
+TRIALS = 4
+
+
+@dataclass(frozen=True)
+class Tipped:
+    """Rows that choose otherwise once the last digits of the inputs move.
+
+    Attributes:
+        rows: Of dim 0 of the first input.
+        moved: By how much an output of one of them moved at most, as a share of that output's largest value.
+    """
+
+    rows: tuple[int, ...] = ()
+    moved: float = 0.0
+
+
+def tipped_choices(program: Program, values: Sequence[Tensor]) -> Tipped:
+    """Run a Program on inputs and on some that are the same but for their last digits; see which rows choose otherwise.
+
+    Nothing is found in a graph without selections, nor of inputs without floats: there is no last digit to move.
+    """
+    selections = _selections(program)
+    if not selections or not any(each.is_floating_point() for each in values):
+        return Tipped()
+    generator = torch.Generator().manual_seed(0)
+    outputs, chosen = _run(program, values, selections)
+    batch = int(values[0].shape[0]) if values[0].ndim else 1
+    rows: set[int] = set()
+    moved = 0.0
+    for _ in range(TRIALS):
+        found, others = _run(program, [_nudged(each, generator) for each in values], selections)
+        tipped = sorted({row for pair in zip(others, chosen, strict=True) for row in _differing(*pair, batch)})
+        rows.update(tipped)
+        if tipped:
+            moved = max([moved, *(_moved(a, b, tipped, batch) for a, b in zip(found, outputs, strict=True))])
+    return Tipped(tuple(sorted(rows)), moved)
+
+
+def _nudged(value: Tensor, generator: torch.Generator) -> Tensor:
+    if not value.is_floating_point():
+        return value
+    return value * (1.0 + NUDGE * torch.randn(value.shape, generator=generator)).to(value.dtype)
+
+
+def _run(program: Program, values: Sequence[Tensor], wanted: Sequence[Node]) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    """Outputs, and the indices that each selection gave."""
+    chosen: list[Tensor] = []
+
+    def keep(node: Node, value: Any) -> None:
+        if node in wanted:
+            chosen.extend(each for each in _tensors(value) if not each.is_floating_point())
+
+    return program.run(*values, observe=keep), chosen
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [each for each in (value if isinstance(value, (tuple, list)) else (value,)) if isinstance(each, Tensor)]
+
+
+def _differing(ours: Tensor, reference: Tensor, batch: int) -> set[int]:
+    if ours.shape != reference.shape or not ours.ndim or ours.shape[0] != batch:
+        return set() if torch.equal(ours, reference) else set(range(batch))
+    return set((ours != reference).reshape(batch, -1).any(1).nonzero()[:, 0].tolist())
+
+
+def _moved(ours: Tensor, reference: Tensor, rows: Sequence[int], batch: int) -> float:
+    """``max|a−b| / max|b|``, of those rows where there are rows; integers, or what is NaN, are all the way off."""
+    if not reference.is_floating_point():
+        return float(not torch.equal(ours, reference))
+    largest = float(reference.abs().max()) if reference.numel() else 0.0
+    if ours.shape == reference.shape and reference.ndim and reference.shape[0] == batch:
+        ours, reference = ours[list(rows)], reference[list(rows)]
+    elif ours.shape != reference.shape:
+        return 1.0
+    found = float((ours - reference).abs().max()) / largest if largest else 0.0
+    return found if math.isfinite(found) else 1.0
+
+
+def _selections(program: Program) -> list[Node]:
+    return [n for n in program.calls() if dialect.op_name(n) in _SELECTIONS and isinstance(n.args[0], Node)]
+
 
 def undecided_rows(program: Program, values: Sequence[torch.Tensor]) -> tuple[int, ...]:
     """Rows of a batch (dim 0 of the first input) that some selection of the Program leaves undecided."""
-    selections = [n for n in program.calls() if dialect.op_name(n) in _SELECTIONS and isinstance(n.args[0], Node)]
+    selections = _selections(program)
     if not selections or not values or not values[0].ndim:
         return ()
     batch = int(values[0].shape[0])

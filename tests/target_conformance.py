@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 import vlexport
 from vlexport.core.artifact import Array, Artifact, Session
+from vlexport.core.bundle_schema import Golden
 from vlexport.core.errors import GateError, VlexportError
 from vlexport.core.isolate import IsolatedSession
 from vlexport.core.pipeline import pipeline_of
@@ -411,11 +412,12 @@ class TargetConformance(LoweringConformance):
     def test_golden_check_decides_when_vectors_are_right_and_wrong(self, several: Case, opened: Session) -> None:
         inputs = several.inputs(2)
         wanted = several.expected(inputs)
-        check_golden(opened, inputs, wanted, tolerance=FLOAT_TOLERANCE, code="VLX0504")
+        golden = Golden(inputs="", outputs="", tolerance=FLOAT_TOLERANCE)
+        check_golden(opened, inputs, wanted, golden=golden, code="VLX0504")
         for name, value in wanted.items():
             wrong = {**wanted, name: ~value if value.dtype == bool else value + 1}
             with pytest.raises(GateError) as caught:
-                check_golden(opened, inputs, wrong, tolerance=FLOAT_TOLERANCE, code="VLX0504")
+                check_golden(opened, inputs, wrong, golden=golden, code="VLX0504")
             assert (caught.value.code, caught.value.where) == ("VLX0504", name)
 
     def test_artifact_works_elsewhere_when_moved(self, target: Target, one: Case, tmp_path: Path) -> None:

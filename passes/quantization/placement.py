@@ -5,6 +5,9 @@ too, that is the value behind an activation which only clips (relu, relu6, a cla
 saturation. From such a value on, calls that move values about (``shared``) stay in integers as long as a quantized call
 reads what they make, all at one scale.
 
+A result that the kernel rounds and that begins a residual stream of norms and sums is none of those: the call stays in
+float (:mod:`vlexport.passes.quantization.stream`).
+
 What is added to a convolution's result is read as it was rounded for another convolution, on targets that say so
 (``residual``): else it is written twice, in integers and in float. That costs little where it lies behind a rectifier;
 a stream that nothing bounds, as of a transformer, stays in float.
@@ -24,6 +27,7 @@ from vlexport.ir import dialect
 from vlexport.ir.program import Program
 from vlexport.passes.match import same_shape
 from vlexport.passes.quantization.named_calls import named_calls
+from vlexport.passes.quantization.stream import WHY, heads_of_streams
 
 Refuse = Callable[[Node], str]
 """Why a value cannot be rounded, or an empty string."""
@@ -90,13 +94,16 @@ def place(
     found: list[Layer] = []
     refused: dict[Node, str] = {}
     kept, alone = named_calls(program, keep), named_calls(program, only)
-    for node in program.calls():
-        rule = scheme.layer(dialect.plain_name(node))
-        if rule is None or (rule.activation is not None and rule.activation.fixed_scale is not None):
-            continue  # a fixed scale is one of results, for whoever reads them
-        layer, why = _layer(program, node, rule)
+    rules = [(node, scheme.layer(dialect.plain_name(node))) for node in program.calls()]
+    # a fixed scale is one of results, for whoever reads them
+    fits = [(n, r) for n, r in rules if r and (r.activation is None or r.activation.fixed_scale is None)]
+    sites = {node: _layer(program, node, rule) for node, rule in fits}
+    heads = heads_of_streams(program, [(n, each.output) for n, (each, _) in sites.items() if each and each.output])
+    for node, (layer, why) in sites.items():
         if node in kept or (only and node not in alone):
             why = "it is kept in float"
+        elif node in heads:
+            why = WHY
         if layer is not None and not why:
             values = [*layer.operands, *([layer.output] if layer.output is not None else [])]
             why = next((reason for reason in map(refuse, values) if reason), "")

@@ -123,6 +123,67 @@ def vit(**options: Any) -> Vit:
     return made.eval()
 
 
+def _eva(pool: str) -> Any:
+    """EVA-01 as timm has it: no rotary positions, biases of query and value apart from the weight, none of keys."""
+    from timm.models.eva import Eva
+
+    torch.manual_seed(5)
+    made = Eva(
+        img_size=GRID * PATCH, patch_size=PATCH, embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS, mlp_ratio=6144 / 1408,
+        num_classes=5, global_pool=pool,
+    )  # fmt: skip
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if name.endswith(("bias", "_embed", "_token")) or (name.endswith("weight") and parameter.ndim == 2):
+                parameter.normal_(std=0.3)
+    return made
+
+
+class EvaBlock(nn.Module):
+    """A block of EVA-01 in the halves that references ask for."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.block = block
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        attn = self.block.attn
+        bias = torch.cat((attn.q_bias, torch.zeros(WIDTH), attn.v_bias))
+        made = F.linear(self.block.norm1(x), attn.qkv.weight, bias)
+        q, k, v = (each.unflatten(-1, (HEADS, -1)).transpose(1, 2) for each in made.chunk(3, -1))
+        return q, k, v
+
+    def attend(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        made: Tensor = x + self.block.attn(self.block.norm1(x), attn_mask=mask)
+        return made
+
+    def widen(self, x: Tensor) -> Tensor:
+        made: Tensor = x + self.block.mlp(self.block.norm2(x))
+        return made
+
+
+class EvaVit(nn.Module):
+    """EVA-01 whose head reads the class token, with the parts that references ask for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = _eva("token")
+        self.front = self.net.cls_token
+        self.blocks = nn.ModuleList(EvaBlock(each) for each in self.net.blocks)
+
+    def embed(self, image: Tensor) -> Tensor:
+        made: Tensor = self.net._pos_embed(self.net.patch_embed(image))[0]
+        return made
+
+    def read(self, x: Tensor) -> Tensor:
+        made: Tensor = self.net.forward_head(self.net.norm(x))
+        return made
+
+    def forward(self, image: Tensor) -> Tensor:
+        made: Tensor = self.net(image)
+        return made
+
+
 def pictures(batch: int, seed: int = 0) -> Tensor:
     return torch.randn(batch, 3, GRID * PATCH, GRID * PATCH, generator=torch.Generator().manual_seed(seed))
 
@@ -157,7 +218,7 @@ def error(program: Program, image: Tensor, expected: Tensor) -> float:
 # -- references ---------------------------------------------------------------------------------------------------
 
 
-def evit(net: Vit, image: Tensor, keep: float, layers: tuple[int, ...], fuse: bool) -> Tensor:
+def evit(net: Vit | EvaVit, image: Tensor, keep: float, layers: tuple[int, ...], fuse: bool) -> Tensor:
     """One sample after the other, one token after the other."""
     outputs = []
     for each in image:
@@ -181,7 +242,7 @@ def evit(net: Vit, image: Tensor, keep: float, layers: tuple[int, ...], fuse: bo
     return torch.cat(outputs)
 
 
-def tome(net: Vit, image: Tensor, counts: tuple[int, ...]) -> Tensor:
+def tome(net: Vit | EvaVit, image: Tensor, counts: tuple[int, ...]) -> Tensor:
     """One sample after the other, one pair after the other."""
     outputs = []
     for each in image:
@@ -227,11 +288,12 @@ SPELLINGS: dict[str, dict[str, Any]] = {
     "registers": {"fused": False, "scaled": True, "front": 4},
     "registers read": {"front": 3, "reads": "front"},
 }
+EVA = "eva-01"
 
 
 @cache
-def subject(name: str) -> tuple[Vit, Program]:
-    net = vit(**SPELLINGS[name])
+def subject(name: str) -> tuple[Vit | EvaVit, Program]:
+    net = EvaVit().eval() if name == EVA else vit(**SPELLINGS[name])
     return net, prepared(captured(net, pictures(2)))
 
 
@@ -243,7 +305,7 @@ def without_places() -> tuple[nn.Module, Program]:
 
 
 @pytest.mark.parametrize(
-    ("name", "fuse"), [*((name, True) for name in SPELLINGS), ("fused", False), ("registers", False)]
+    ("name", "fuse"), [*((name, True) for name in (*SPELLINGS, EVA)), ("fused", False), ("registers", False)]
 )
 def test_evit_equals_the_reference_when_attention_is_concentrated(name: str, fuse: bool) -> None:
     net, program = subject(name)
@@ -256,7 +318,7 @@ def test_evit_equals_the_reference_when_attention_is_concentrated(name: str, fus
         assert error(after, image, expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", SPELLINGS)
+@pytest.mark.parametrize("name", [*SPELLINGS, EVA])
 def test_tome_equals_the_reference_when_attention_is_concentrated(name: str) -> None:
     net, program = subject(name)
     after = reduced(program, "tome:r=3+0+2")
@@ -326,6 +388,7 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "dinov2 with registers": (lambda: _transformers("dinov2_registers", "pooler_output"), 5),
     "clip": (lambda: _transformers("clip", "pooler_output"), 1),
     "siglip": (lambda: _transformers("siglip", "pooler_output"), 0),
+    "eva-01, mean": (lambda: without_positions(_eva("avg")), 1),
 }
 """What merging must not change, with the tokens in front of its patches."""
 

@@ -111,11 +111,27 @@ class CostRecord(Frozen):
 
 
 class Golden(Frozen):
-    """Golden vectors of one component: relative file names and the bound for ``max|a−b| / max|b|``."""
+    """Golden vectors of one component: relative file names and the bound for ``max|a−b| / max|b|``.
+
+    Attributes:
+        inputs: File.
+        outputs: File.
+        tolerance: The bound.
+        tipping: Rows (dim 0) in which the program itself chooses other tokens once the last digits of the inputs move.
+            It is left out of the JSON where there are none, as in every graph without such a choice.
+        tipping_tolerance: The bound for these: what the program's outputs moved by then, and as much again.
+    """
 
     inputs: str
     outputs: str
     tolerance: float
+    tipping: tuple[int, ...] = ()
+    tipping_tolerance: float = 0.0
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = plain(self)
+        return {k: v for k, v in values.items() if self.tipping or not k.startswith("tipping")}
 
 
 class Component(Frozen):

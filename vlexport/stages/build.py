@@ -36,7 +36,7 @@ from vlexport.stages.choices import (
     why_untimed,
 )
 from vlexport.stages.dims import dims_of
-from vlexport.stages.golden import check_bundle
+from vlexport.stages.golden import check_bundle, tipping_note
 from vlexport.stages.make import make
 from vlexport.stages.naive import plain_export
 from vlexport.stages.order import Order, configs_of, order_of
@@ -150,6 +150,7 @@ def build_prepared(order: Order, prepared: Prepared, folder: Path, reporter: Rep
     report = report.model_copy(update={"tuning": tuning, "searches": tuple(chosen.records)})
     notes = [note for name, each in optimized.items() for note in sources.said(name, each.notes)]
     first = (*_narrowing(prepared.sources, sources, config), *order.notes, *chosen.notes, *_facts(sources, components))
+    first = (*first, *tipping_note(components))
     report = report.model_copy(update={"notes": (*first, *report.notes, *notes)})
     if prepared.calibration is not None and prepared.calibration.skipped:
         report = _with_notes(report, skipped_phrase(prepared.calibration, "calibration samples"))

@@ -30,6 +30,7 @@ from vlexport.passes.base import Pass
 from vlexport.passes.gate import FLOAT32_BOUND, NumericGate
 from vlexport.passes.pipeline import DumpHook, Hook, run_pipeline
 from vlexport.passes.probes import Probe, as_array, make_probes
+from vlexport.passes.selection import Tipped, tipped_choices
 from vlexport.stages.account import Refusals, accounts, fusion_accounts
 from vlexport.stages.choices import HALF_PRECISIONS, precision_passes_of
 from vlexport.stages.lowered import lower_and_rewrite
@@ -246,6 +247,7 @@ def lower_component(
     golden, smallest = write_goldens(
         bundle, name, tolerance=golden_tolerance(brief.precision), dims=signature.dims, run=owed.run,
         draw=lambda sizes, masks: drawn(owed.program, seed + 1, sizes, masks=masks),
+        tipped=lambda inputs: tipped_choices(owed.program, in_order(owed.program, inputs)),
     )  # fmt: skip
     return Component(
         artifact=artifact,
@@ -285,6 +287,7 @@ def write_goldens(
     dims: Mapping[str, DimRange],
     draw: Callable[[Mapping[str, int], bool], dict[str, Array]],
     run: Callable[[Mapping[str, Array]], dict[str, Array]],
+    tipped: Callable[[Mapping[str, Array]], Tipped] = lambda _: Tipped(),
 ) -> tuple[Golden, Golden | None]:
     """Golden vectors with every dynamic dim two above its smallest size, or at its largest, and at the smallest.
 
@@ -295,16 +298,23 @@ def write_goldens(
         dims: Dynamic dims; without any, there are no vectors at the smallest size.
         draw: Inputs for sizes of the dims, with random or full masks.
         run: Computes the outputs.
+        tipped: Which rows choose otherwise once the last digits of the inputs move.
     """
+
+    def written(inputs: dict[str, Array], suffix: str = "") -> Golden:
+        hangs = tipped(inputs)
+        return write_golden(
+            bundle, name, inputs, run(inputs), suffix=suffix, tolerance=tolerance, tipping=hangs.rows,
+            moved=hangs.moved,
+        )  # fmt: skip
+
     larger = draw(
         {n: r.min + GOLDEN_STEP if r.max is None else min(r.min + GOLDEN_STEP, r.max) for n, r in dims.items()}, True
     )
-    golden = write_golden(bundle, name, larger, run(larger), tolerance=tolerance)
+    golden = written(larger)
     if not dims:
         return golden, None
-    smallest = draw({dim: r.min for dim, r in dims.items()}, False)
-    outputs = run(smallest)
-    return golden, write_golden(bundle, name, smallest, outputs, suffix="-smallest", tolerance=tolerance)
+    return golden, written(draw({dim: r.min for dim, r in dims.items()}, False), "-smallest")
 
 
 def cost_record(program: Program) -> CostRecord:

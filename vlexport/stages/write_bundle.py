@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import shutil
 import zipfile
@@ -23,6 +24,11 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 GOLDEN_TOLERANCE = 1e-4
 """Bound of max|a−b| / max|b| between artifact and source Program, fp32: other kernels sum in another order."""
+
+TIPPING_SLACK = 2.0
+"""Rows whose choice of tokens hangs on the last digits are held to so many times what the program itself moved by."""
+TIPPING_LARGEST = 0.5
+"""And to no more than this: outputs that far off prove nothing."""
 
 _HALF_TOLERANCE = {"fp16": 2e-2, "bf16": 1e-1, "int8": 1e-1, "fp8": 1e-1}
 """The same for artifacts in a half type: a unit in the last place is 1e-3 (fp16) and 8e-3 (bf16) of a value, and a deep
@@ -158,16 +164,39 @@ def write_golden(
     *,
     suffix: str = "",
     tolerance: float = GOLDEN_TOLERANCE,
+    tipping: tuple[int, ...] = (),
+    moved: float = 0.0,
 ) -> Golden:
     """Golden vectors of a component as two ``.npz`` files, ``inputs{suffix}.npz`` and ``outputs{suffix}.npz``.
 
-    ``tolerance`` is what an artifact may differ by, as ``max|a−b| / max|b|``.
+    Args:
+        folder: Of the bundle.
+        component: Folder below ``golden/``.
+        inputs: By name.
+        outputs: By name.
+        suffix: Of the files' names.
+        tolerance: What an artifact may differ by, as ``max|a−b| / max|b|``.
+        tipping: Rows whose choices hang on the last digits.
+        moved: By how much the outputs of these moved, in the same unit.
     """
     (folder / GOLDEN_FOLDER / component).mkdir(parents=True, exist_ok=True)
     names = [f"{GOLDEN_FOLDER}/{component}/{kind}{suffix}.npz" for kind in ("inputs", "outputs")]
     for name, arrays in zip(names, (inputs, outputs), strict=True):
         write_npz(folder / name, arrays)
-    return Golden(inputs=names[0], outputs=names[1], tolerance=tolerance)
+    if not tipping:
+        return Golden(inputs=names[0], outputs=names[1], tolerance=tolerance)
+    allowed = min(max(two_digits_up(TIPPING_SLACK * moved), tolerance), TIPPING_LARGEST)
+    return Golden(
+        inputs=names[0], outputs=names[1], tolerance=tolerance, tipping=tipping, tipping_tolerance=allowed
+    )  # fmt: skip
+
+
+def two_digits_up(value: float) -> float:
+    """Rounded up to two significant digits, so that bundles are equal from machine to machine."""
+    if value <= 0.0 or not math.isfinite(value):
+        return value
+    step = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return float(f"{math.ceil(value / step - 1e-9) * step:.1e}")
 
 
 def write_npz(file: Path, arrays: Mapping[str, Array]) -> None:
