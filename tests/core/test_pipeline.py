@@ -31,6 +31,9 @@ class Adder(Session):
         arrays = self.checked(inputs)
         return {self.outputs[0].name: sum(arrays.values()) + np.float32(self.amount)}
 
+    def operator_times(self, inputs: Mapping[str, Array], *, runs: int) -> dict[str, tuple[int, float]]:
+        return {"Add": (runs, float(self.run(inputs)[self.outputs[0].name][0])), f"Of{self.amount:g}": (1, self.amount)}
+
     def close(self) -> None:
         self.closed = True
 
@@ -68,6 +71,12 @@ def test_components_run_in_order_when_chained() -> None:
         assert session.run(ones("a.x", "b.x"))["sum"].tolist() == [13, 13]
         assert {str(each.folder): each.threads for each in OPENED} == {"place/a": 3, "place/b": 3}
     assert all(each.closed for each in OPENED)
+
+
+def test_operators_are_those_of_all_components_each_on_what_it_is_given() -> None:
+    with opened(made(CHAIN, ("a.sum", "b.y"))) as session:
+        found = session.operator_times(ones("a.x", "b.x"), runs=3)
+    assert list(found.items()) == [("Add", (6, 15.0)), ("Of10", (1, 10.0)), ("Of1", (1, 1.0))]
 
 
 def test_artifact_is_itself_when_it_is_the_only_one() -> None:

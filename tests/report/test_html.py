@@ -32,6 +32,7 @@ from vlexport.core.bundle_schema import (
     LatencyResult,
     Machine,
     NearMissRecord,
+    OperatorTime,
     PassRecord,
     Report,
     Tuning,
@@ -316,6 +317,23 @@ def test_operators_are_shown_with_bars_when_they_were_counted() -> None:
     assert "28 calls became 4" in shown
     assert '<rect class="fill-base" width="100.0%"' in text
     assert '<rect class="fill-ours" width="50.0%"' in text
+
+
+def test_time_by_operator_is_shown_before_and_after_when_a_profiler_told_it() -> None:
+    bundle = a_bundle()
+    report = a_report(bundle)
+    assert "Where the time goes" not in html_from_report(report, bundle), "nobody asked"
+    assert report.latency is not None
+    ours = (OperatorTime(operator="MatMul", count=4, ms=3.0), OperatorTime(operator="Gelu", count=2, ms=0.5))
+    theirs = (OperatorTime(operator="MatMul", count=4, ms=3.2), OperatorTime(operator="Erf", count=2, ms=1.5))
+    latency = report.latency.model_copy(update={"operators": ours, "baseline_operators": theirs})
+    page = Page(html_from_report(report.model_copy(update={"latency": latency}), bundle))
+    row = " ".join(page.text.split()).partition("Where the time goes ")[2]
+    heads = "Operatorimage: callsmsthis bundle: callsms"
+    assert row.startswith(f"{heads} MatMul43.2043.00 Erf21.500 Gelu020.50 all together64.7063.50")
+    alone = report.latency.model_copy(update={"operators": ours})
+    row = " ".join(Page(html_from_report(report.model_copy(update={"latency": alone}), bundle)).text.split())
+    assert "Operatorthis bundle: callsms MatMul43.00 Gelu20.50 all together63.50" in row
 
 
 def test_near_misses_are_one_line_a_reason_when_many_blocks_share_it() -> None:

@@ -258,8 +258,11 @@ def test_latency_covers_all_components_when_timed_against_naive(made: Path, mode
         with each.target.open(each.folder, each.artifact, threads=1) as session:
             np.testing.assert_allclose(session.run(inputs)["output"], expected["output"], rtol=1e-4)
     quick = Plan(rounds=1, block_seconds=0.01, limit_seconds=5)
-    found = measure_latency(ours, inputs, baseline=naive, plan=quick, threads=1, reporter=Silent())
+    found = measure_latency(ours, inputs, baseline=naive, plan=quick, threads=1, reporter=Silent(), operators=True)
     assert found.p50_ms > 0
+    before, after = ({each.operator: each for each in t} for t in (found.baseline_operators, found.operators))
+    assert {"Conv", "Mul"} <= before.keys() & after.keys(), "of both components"
+    assert [each.ms for each in found.operators] == sorted((each.ms for each in found.operators), reverse=True)
     assert found.baseline_size_bytes == sum(f.stat().st_size for f in tmp_path.rglob("*.onnx"))
 
 

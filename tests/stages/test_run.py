@@ -150,8 +150,10 @@ def test_run_takes_every_kind_of_data_when_named(bundle: Path, make: Any, capfd:
     for name, colour in (("a", 0), ("b", 1)):
         make.photo(Path("photos") / f"{name}.png", colour)
     make.npz(Path("x.npz"), [2, 0])
+    Path("x.jsonl").write_text('{"image": "photos/b.png"}\n{"image": "photos/a.png"}\n')
     for data, said in (("photos", ["a.png: red", "b.png: green"]), ("photos/*.png", ["a.png: red", "b.png: green"]),
-                       ("x.npz", ["#0: blue", "#1: red"])):  # fmt: skip
+                       ("x.npz", ["#0: blue", "#1: red"]),
+                       ("x.jsonl", ["x.jsonl:1: green", "x.jsonl:2: red"])):  # fmt: skip
         assert main(["run", "bundle", data]) == 0
         lines = capfd.readouterr().out.splitlines()
         assert [line.rpartition(" ")[0].split(",")[0].rsplit(" ", 1)[0] for line in lines] == said
@@ -248,3 +250,9 @@ def test_receipt_has_a_latency_when_profiled(model_file: Path, tmp_path: Path, c
     report = json.loads((tmp_path / "b/measured/local-1/report.json").read_text())
     assert report["latency"]["baseline"] == "naive"
     assert report["latency"]["baseline_size_bytes"] > report["size_bytes"] / 2
+    before, after = (report["latency"][key] for key in ("baseline_operators", "operators"))
+    counts = [{each["operator"]: each["count"] for each in times} for times in (before, after)]
+    assert counts[0]["Conv"] == counts[1]["Conv"] == 1
+    assert all(each["ms"] > 0 for each in (*before, *after))
+    page = (tmp_path / "b/measured/local-1/report.html").read_text()
+    assert page.index("naive: calls</th>") < page.index("this bundle: calls</th>")

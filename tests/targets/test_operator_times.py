@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir
@@ -32,6 +32,16 @@ def test_kernels_are_summed_by_operator_and_averaged_over_runs_the_longest_first
     assert list(found) == ["MatMul", "Relu"]
 
 
+@pytest.mark.parametrize(("p50_ms", "runs"), [(0.1, 10), (250.0, 8), (2000.0, 3), (None, 10)])
+def test_profiler_watches_fewer_runs_when_they_take_long(p50_ms: float | None, runs: int) -> None:
+    class Watched:
+        def operator_times(self, inputs: object, *, runs: int) -> dict[str, tuple[int, float]]:
+            return {"Relu": (runs, 1.0)}
+
+    (found,) = _by_operator(cast("Any", Watched()), {}, p50_ms)
+    assert found.count == runs
+
+
 @pytest.mark.parametrize("timing", ["real", "emulated"])
 def test_operators_are_told_by_the_child_where_times_mean_something(timing: Any, tmp_path: Path) -> None:
     model = net()
@@ -42,7 +52,7 @@ def test_operators_are_told_by_the_child_where_times_mean_something(timing: Any,
     )  # fmt: skip
     with IsolatedSession("vlexport.targets.onnx.session:open_session", tmp_path, artifact, threads=1) as session:
         session.timing = timing
-        found = _by_operator(session, {"x": np.ones((1, 3, 4), np.float32)})
+        found = _by_operator(session, {"x": np.ones((1, 3, 4), np.float32)}, p50_ms=1.0)
     counts = {each.operator: each.count for each in found}
     assert counts == ({"Relu": 2, "MatMul": 1, "Add": 1} if timing == "real" else {})
     assert all(each.ms > 0 for each in found)

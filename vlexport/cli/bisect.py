@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,18 @@ def bisect(**values: Any) -> Outcome:
     """Find the pass, and the match of it, that makes a built model differ from its source."""
     values.pop("json_output")
     bound = values.pop("bound")
-    require_build_half("vlexport bisect")
     from vlexport.core.bundle import RECIPE_FILE, read_bundle
+    from vlexport.frontends.named_paths import require_model, require_samples
 
     built = None
-    if values["recipe"] and Path(values["recipe"]).is_dir():
+    if values["recipe"] and os.path.isdir(values["recipe"]):
         folder = Path(values["recipe"])
         built = (folder, read_bundle(folder))
         values["recipe"] = str(folder / RECIPE_FILE)
     config = config_of(values)
+    require_model(config.model, config.arch)
+    require_samples(config)
+    require_build_half("vlexport bisect")
 
     from vlexport.stages.bisect import bisect as stage
 

@@ -13,7 +13,7 @@ from vlexport.core.bundle_schema import plain_json
 from vlexport.core.config import BuildConfig
 from vlexport.core.errors import EXIT_CAPABILITY
 from vlexport.core.halves import require_build_half
-from vlexport.core.verdict import exit_code
+from vlexport.core.verdict import exit_code, gate_from_text
 
 if TYPE_CHECKING:
     from vlexport.stages.build import BuildResult
@@ -26,11 +26,21 @@ def build(**values: Any) -> Outcome:
     planned = values.pop("plan")
     config = config_of(values)
 
+    from vlexport.core.user_metric import metric_names
+    from vlexport.frontends.named_paths import require_model, require_samples
+    from vlexport.stages.write_bundle import output_of, require_folder, require_free
     from vlexport.targets import open_target, target_names
 
     names = target_names(config.target)
     for name in names:
         open_target(name)
+    for text in config.gate:
+        gate_from_text(text, extra=metric_names(config.metric))
+    require_model(config.model, config.arch)
+    if not planned:  # a plan lists what else is wrong
+        require_samples(config)
+        require_folder(config.dump)
+        require_free(output_of(config), force=config.force, several=len(names) > 1)
     require_build_half("vlexport build")
     if planned:
         return _plan(config)

@@ -47,9 +47,11 @@ def run(
     import numpy as np
 
     from vlexport.core.bundle import read_bundle
-    from vlexport.stages.run import ranked, write_outputs
+    from vlexport.stages.run import ranked, require_place, write_outputs
     from vlexport.stages.run import run as stage
 
+    if output is not None:
+        require_place(output)
     labels = read_bundle(bundle).main.labels
     found = stage(bundle, data, threads=threads)
     if output is not None:

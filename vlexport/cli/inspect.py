@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect as python_inspect
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 def inspect(**values: Any) -> Outcome:
     """Show what a model file or a bundle holds, and what targets would refuse of a model."""
+    from vlexport.frontends.named_paths import require_model
     from vlexport.report.inspection import bundle_lines, model_lines
     from vlexport.stages.inspect import inspect_bundle, is_bundle
 
@@ -39,6 +41,7 @@ def inspect(**values: Any) -> Outcome:
             )  # fmt: skip
         shown = inspect_bundle(Path(values["model"]))
         return Outcome(bundle_lines(shown), {"kind": "bundle", **plain_json(shown)})
+    require_model(values["model"], values["arch"])
     require_build_half("vlexport inspect MODEL")
     from vlexport.stages.inspect_model import inspect_model
 
@@ -73,13 +76,13 @@ def explain(
 ) -> Outcome:
     """Explain an error code, or what each pass of a bundle did, where, and why not elsewhere."""
     code = code_in(subject)
-    if code and not Path(subject).exists():
+    if code and not os.path.exists(subject):
         if pass_name is not None or layers:
             flag = "--layers" if layers else "--pass"
             raise UsageError("VLX0703", f"{flag} goes with a bundle", where=flag, hint="leave it out")
         found = explanation(code)
         return Outcome(explanation_lines(found), plain_json(found))
-    if not Path(subject).exists():
+    if not os.path.exists(subject):
         raise UsageError(
             "VLX0703", f"'{subject}' is no error code, and no bundle stands there{nearest(subject, CODES)}",
             where="explain", hint="as `vlexport explain VLX0503` or `vlexport explain BUNDLE`; "

@@ -60,6 +60,22 @@ class PipelineSession(Session):
         arrays = fitted(specs, inputs, known=[spec.name for spec in self.inputs])
         return self._wiring.run(arrays, {name: session.run for name, session in self._sessions.items()})
 
+    def operator_times(self, inputs: Mapping[str, Array], *, runs: int) -> dict[str, tuple[int, float]]:
+        """Of all components together, each on what the others give it."""
+        given: dict[str, Mapping[str, Array]] = {}
+
+        def recorded(name: str, values: Mapping[str, Array]) -> dict[str, Array]:
+            given[name] = values
+            return self._sessions[name].run(values)
+
+        self._wiring.run(self.checked(inputs), {name: partial(recorded, name) for name in self._sessions})
+        found: dict[str, tuple[int, float]] = {}
+        for name, values in given.items():
+            for operator, (count, ms) in self._sessions[name].operator_times(values, runs=runs).items():
+                calls, spent = found.get(operator, (0, 0.0))
+                found[operator] = (calls + count, spent + ms)
+        return dict(sorted(found.items(), key=lambda each: -each[1][1]))
+
     def close(self) -> None:
         """Close all sessions."""
         self._closing.close()

@@ -13,6 +13,7 @@ folder or glob          photos, unlabelled
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,9 +25,13 @@ from vlexport.core.errors import DataError
 from vlexport.core.jsonl_samples import open_jsonl
 from vlexport.core.photo_samples import open_folder, open_glob
 from vlexport.core.preprocess import Preprocess
+from vlexport.core.user_code import require_code_file
 from vlexport.core.user_samples import open_function
 
-__all__ = ["Dataset", "Label", "Sample", "open_data"]
+__all__ = ["Dataset", "Label", "Sample", "open_data", "require_data"]
+
+ROW_FILES = (".npz", ".jsonl")
+"""Endings of files that hold many samples."""
 
 
 def open_data(
@@ -62,18 +67,43 @@ def _opened(
 ) -> Dataset:
     path = Path(data)
     file, colon, function = data.rpartition(":")
-    if path.is_dir():
+    if os.path.isdir(data):  # unlike Path's, false for a name that no file system can hold
         return open_folder(data, path, inputs=inputs, preprocess=preprocess, labels=labels)
-    if path.is_file() and path.suffix.lower() == ".npz":
+    if os.path.isfile(data) and path.suffix.lower() == ".npz":
         return open_npz(data, inputs=inputs, labels=labels)
-    if path.is_file() and path.suffix.lower() == ".jsonl":
+    if os.path.isfile(data) and path.suffix.lower() == ".jsonl":
         return open_jsonl(data, path, inputs=inputs, preprocess=preprocess, labels=labels)
     if colon and file.endswith(".py"):
         return open_function(Path(file), function, inputs=inputs, preprocess=preprocess, labels=labels)
-    if not path.exists() and re.search(r"[*?[]", data):
+    if _is_glob(data):
         return open_glob(data, inputs=inputs, preprocess=preprocess)
+    raise _unknown(data)
+
+
+def require_data(data: str | None) -> None:
+    """Refuse DATA that is not there, without opening it or running the user's code; None is none.
+
+    Raises:
+        DataError: VLX0201.
+    """
+    if data is None:
+        return
+    file, colon, function = data.rpartition(":")
+    if os.path.isdir(data) or (os.path.isfile(data) and Path(data).suffix.lower() in ROW_FILES) or _is_glob(data):
+        return
+    if not colon or not file.endswith(".py"):
+        raise _unknown(data)
+    require_code_file(Path(file), function)
+
+
+def _is_glob(data: str) -> bool:
+    return not os.path.exists(data) and re.search(r"[*?[]", data) is not None
+
+
+def _unknown(data: str) -> DataError:
+    path = Path(data)
     known = "a folder of photos, a folder of class folders, a glob of photos, FILE.npz, FILE.jsonl or FILE.py:FUNCTION"
     if path.suffix == ".py":
-        raise DataError("VLX0201", f"'{data}' names no function", where=data, hint=f"write {data}:FUNCTION")
-    what = "is of no known kind" if path.exists() else "does not exist"
-    raise DataError("VLX0201", f"'{data}' {what}", where=data, hint=f"DATA is {known}")
+        return DataError("VLX0201", f"'{data}' names no function", where=data, hint=f"write {data}:FUNCTION")
+    what = "is of no known kind" if os.path.exists(data) else "does not exist"
+    return DataError("VLX0201", f"'{data}' {what}", where=data, hint=f"DATA is {known}")

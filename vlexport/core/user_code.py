@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import importlib
 import importlib.util
+import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -127,6 +128,16 @@ class Blamed(contextlib.AbstractContextManager[None]):
         raise DataError(self._code, f"{self._doing} {self._file} failed at {where}: {said}", where=where) from error
 
 
+def require_code_file(file: Path, name: str) -> None:
+    """Refuse ``FILE.py:NAME`` without its file.
+
+    Raises:
+        DataError: VLX0201.
+    """
+    if not os.path.isfile(file):
+        raise DataError("VLX0201", f"'{file}' does not exist", where=f"{file}:{name}")
+
+
 def user_object(file: Path, name: str, *, code: str = "VLX0209") -> Any:
     """A function or class of a Python file of the user's. Importing the file runs it.
 
@@ -139,8 +150,7 @@ def user_object(file: Path, name: str, *, code: str = "VLX0209") -> Any:
         DataError: VLX0201 when there is no such file, ``code`` when importing fails or the file has no such function.
     """
     where = f"{file}:{name}"
-    if not file.is_file():
-        raise DataError("VLX0201", f"'{file}' does not exist", where=where)
+    require_code_file(file, name)
     with Blamed(file, "importing", code):
         module = import_user_file(file)
     found = getattr(module, name, None)

@@ -21,6 +21,7 @@ from vlexport.core.preprocess import Preprocess
 from vlexport.core.preprocess_configs import preprocess_from_timm_config
 from vlexport.core.user_code import code_folders, import_user_file, import_user_module, on_path
 from vlexport.frontends import compat
+from vlexport.frontends.named_paths import require_factory_file
 
 WEIGHT_ARGUMENTS = ("pretrained", "checkpoint_path")
 """Arguments of ``timm.create_model`` that make it load or fetch weights, by readers of its own."""
@@ -62,10 +63,7 @@ def factory_from_text(text: str, arguments: Mapping[str, Any] | None = None) -> 
     place, separator, factory = text.rpartition(":")
     if separator and place.endswith(".py"):
         file = Path(place)
-        if not file.is_file():
-            raise ModelFileError(
-                "VLX0110", "the architecture's file does not exist", where=f"--arch {text}", hint="check the path"
-            )
+        require_factory_file(text)
         return _from_code(lambda: import_user_file(file), code_folders(file), file.name, factory, arguments or {}, text)
     if separator and _DOTTED.fullmatch(place):
         here = Path.cwd()

@@ -18,6 +18,7 @@ from typing import BinaryIO
 import torch
 
 from vlexport.core.errors import ModelFileError
+from vlexport.frontends.model_file import ZIP_ERRORS
 
 SERIALIZATION_ID = ".data/serialization_id"
 """A member that torch may fill at random and never needs: neither hashed nor written."""
@@ -26,18 +27,6 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _DESCRIPTOR_BIT, _UTF8_BIT = 0x8, 0x800
 _DESCRIPTOR_SIZES = (12, 16, 20, 24)  # CRC and two sizes of 4 or 8 bytes, with or without a signature
-ZIP_ERRORS = (
-    zipfile.BadZipFile,
-    ArithmeticError,
-    EOFError,
-    LookupError,
-    NotImplementedError,
-    OSError,
-    RuntimeError,
-    struct.error,
-    ValueError,
-)
-"""What the standard library raises at the directory of a damaged or hostile archive."""
 
 
 def refused(message: str, where: str) -> ModelFileError:

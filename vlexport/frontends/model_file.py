@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 import zipfile
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from vlexport.core.errors import ModelFileError
-from vlexport.frontends.archive_zip import ZIP_ERRORS
 from vlexport.frontends.safetensors_file import index_in
 
 Kind = Literal["vlexport-archive", "foreign-pt2", "checkpoint", "torchscript", "safetensors", "shards", "unknown"]
@@ -19,6 +19,19 @@ METADATA_MEMBER = "extra/vlexport.json"
 """The member that only files written by ``vlexport.save`` have."""
 
 _LEGACY_CHECKPOINT = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    ArithmeticError,
+    EOFError,
+    LookupError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    struct.error,
+    ValueError,
+)
+"""What the standard library raises at the directory of a damaged or hostile archive."""
+
 _PICKLE = re.compile(rb"\x80[\x02-\x05]")
 _MAX_SAFETENSORS_HEADER = 100_000_000
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from vlexport.core.errors import ModelFileError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MAX_INDEX_BYTES = 64 * 2**20
 _MAX_NAME = 255

@@ -30,7 +30,6 @@ from vlexport.passes.pipeline import TimingHook
 from vlexport.report.write import new_report, write_report
 from vlexport.stages.choices import (
     INTEGER_PRECISIONS,
-    output_of,
     settled_of,
     tools_of,
     why_untimed,
@@ -46,7 +45,7 @@ from vlexport.stages.searches import Chosen, choose
 from vlexport.stages.tune import Subject, Tuned, autotune
 from vlexport.stages.validate import Run, judge_gates, measure_accuracy, skipped_phrase
 from vlexport.stages.whole_model import opt_inputs, whole_goldens
-from vlexport.stages.write_bundle import golden_tolerance, require_free, staging, write_bundle
+from vlexport.stages.write_bundle import golden_tolerance, output_of, require_free, staging, write_bundle
 
 
 @dataclass(frozen=True)
@@ -208,7 +207,7 @@ def _measured(
         ours = Measurable("artifact", target, folder / ARTIFACT_FOLDER, artifact)
         measured = partial(
             measure_latency, ours, opt_inputs(sources, config.seed), plan=QUICK, threads=threads,
-            reporter=clock.reporter,
+            reporter=clock.reporter, operators=True,
         )  # fmt: skip
         try:
             naive = plain_export(target, sources, Path(scratch), cache=prepared.cache, reporter=clock.reporter)

@@ -19,10 +19,9 @@ from vlexport.core.config import BuildConfig
 from vlexport.core.errors import CapabilityError, GateError, UsageError, VlexportError
 from vlexport.core.progress import Reporter, Silent
 from vlexport.stages.build import BuildResult, build_prepared
-from vlexport.stages.choices import output_of
 from vlexport.stages.order import Order, orders_of
 from vlexport.stages.prepare import prepare
-from vlexport.stages.write_bundle import require_free, staging
+from vlexport.stages.write_bundle import output_of, require_free, staging
 from vlexport.targets import target_names
 
 

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -48,16 +46,6 @@ PRECISION_PASSES = {
     "quantize": INTEGER_PRECISIONS, "fold-casts": INTEGER_PRECISIONS,
 }  # fmt: skip
 """Passes that run with a precision → with which."""
-
-
-def model_name_of(config: BuildConfig) -> str:
-    """The model's file name without its ending."""
-    return Path(os.path.abspath(config.model)).stem
-
-
-def output_of(config: BuildConfig) -> Path:
-    """The bundle's folder: ``-o``, or the model's name with ``.bundle``."""
-    return Path(config.output or f"{model_name_of(config)}.bundle")
 
 
 def precision_of(config: BuildConfig, target: Target) -> tuple[str, str]:

@@ -30,7 +30,8 @@ from vlexport.core.preprocess import Preprocess
 from vlexport.core.preprocess_diagnosis import Axis, Diagnosis, Round, Standing, Trial
 from vlexport.core.preprocess_variants import Variant, variants
 from vlexport.core.progress import Reporter, Silent
-from vlexport.core.samples import open_data
+from vlexport.core.samples import open_data, require_data
+from vlexport.frontends.named_paths import require_reference
 from vlexport.stages.reference import open_reference
 from vlexport.targets import open_target
 
@@ -75,6 +76,8 @@ def diagnose_preprocess(config: DiagnoseConfig, *, reporter: Reporter | None = N
     """
     folder = Path(config.bundle)
     bundle = read_bundle(folder)
+    require_data(config.data)
+    require_reference(config.reference, config.arch)
     check_files(folder, bundle)
     component = bundle.main
     recipe = read_recipe(folder / RECIPE_FILE)

@@ -13,7 +13,6 @@ from vlexport.core.verdict import Gate
 from vlexport.stages.choices import (
     INTEGER_PRECISIONS,
     gates_of,
-    model_name_of,
     precision_of,
     profile_of,
     quantize_options_of,
@@ -23,6 +22,7 @@ from vlexport.stages.choices import (
 from vlexport.stages.quantized import require_calibrated
 from vlexport.stages.tune import axes_of
 from vlexport.stages.validate import TIMED
+from vlexport.stages.write_bundle import model_name_of
 from vlexport.targets import open_target, target_names
 from vlexport.targets.base import Brief, Probe, Target
 

@@ -32,7 +32,6 @@ from vlexport.stages.choices import (
     lowered_passes_of,
     open_dataset,
     options_of,
-    output_of,
     precision_of,
     precision_passes_of,
     profile_of,
@@ -48,7 +47,7 @@ from vlexport.stages.quantized import require_calibrated
 from vlexport.stages.searches import fusions_to_try
 from vlexport.stages.tokens import component_passes
 from vlexport.stages.tune import axes_of
-from vlexport.stages.write_bundle import require_free
+from vlexport.stages.write_bundle import output_of, require_free
 from vlexport.targets import open_target
 from vlexport.targets.base import Brief, Target
 

@@ -29,6 +29,7 @@ from vlexport.core.errors import CapabilityError, UsageError
 from vlexport.core.isolate import IsolatedSession
 from vlexport.core.progress import Reporter, Silent
 from vlexport.core.verdict import Gate
+from vlexport.frontends.named_paths import require_reference
 from vlexport.report.write import new_report, require_writable, write_report
 from vlexport.stages.ceiling import ceilings, gops
 from vlexport.stages.golden import read_golden
@@ -44,7 +45,9 @@ REST_SECONDS = 0.1
 _FOR_P90 = 20
 _FOR_P99 = 200
 _WARMUP = 3
-_PROFILED_RUNS = 10
+_PROFILED_RUNS = (3, 10)
+_PROFILED_MS = 2000.0
+"""The runtime's profiler watches so many runs, as many as fit into so long."""
 _MIN_RUNS = 5
 _MAX_RUNS = 200
 
@@ -141,6 +144,10 @@ def profile(config: ProfileConfig, *, reporter: Reporter | None = None) -> Repor
     """
     reporter = reporter or Silent()
     bundle = read_bundle(config.bundle)
+    if config.against == "naive":
+        require_reference(config.reference, config.arch)
+    elif config.against:
+        read_bundle(Path(config.against))
     check_files(config.bundle, bundle)
     require_writable(config.bundle)
     _require_timed(config)
@@ -187,7 +194,8 @@ def measure_latency(
         reporter: Progress.
         large: Inputs of a larger batch, to be measured on ``ours`` after the rounds.
         timeout_s: Seconds that one answer of a runtime may take.
-        operators: Ask the runtimes, too, where the time goes.
+        operators: Ask the runtimes, too, where the time goes. Each opens its file once more, and runs it for about two
+            seconds at most (three runs at least).
     """
     with ours.target.open(ours.folder, ours.artifact, threads=threads, timeout_s=timeout_s) as session:
         if baseline is None:
@@ -197,14 +205,14 @@ def measure_latency(
                 baseline.folder, baseline.artifact, threads=threads, timeout_s=timeout_s
             ) as other:
                 result = interleaved(session, other, inputs, plan, threads, reporter)
-                theirs = _by_operator(other, inputs) if operators else ()
+                theirs = _by_operator(other, inputs, result.baseline_p50_ms) if operators else ()
             named = {"baseline": baseline.name, "baseline_size_bytes": baseline.size_bytes()}
             result = result.model_copy(update={**named, "baseline_operators": theirs})
         result = result.model_copy(update={"peak_memory_bytes": session.peak_memory_bytes()})
         if large is not None:
             result = result.model_copy(update=_at_large(session, large, plan))
         if operators:
-            result = result.model_copy(update={"operators": _by_operator(session, inputs)})
+            result = result.model_copy(update={"operators": _by_operator(session, inputs, result.p50_ms)})
         # Last, because a second copy of the artifact is in memory then.
         return result.model_copy(update={"warm_load_ms": session.reload_ms()})
 
@@ -218,8 +226,12 @@ def _beside_products(latency: LatencyResult, ours: Measurable, bundle: Bundle, c
     return latency.model_copy(update={"gops": reached, "ceilings": found}) if found else latency
 
 
-def _by_operator(session: IsolatedSession, inputs: Mapping[str, Array]) -> tuple[OperatorTime, ...]:
-    found = session.operator_times(inputs, runs=_PROFILED_RUNS)
+def _by_operator(
+    session: IsolatedSession, inputs: Mapping[str, Array], p50_ms: float | None
+) -> tuple[OperatorTime, ...]:
+    least, most = _PROFILED_RUNS
+    runs = max(least, min(most, int(_PROFILED_MS / p50_ms))) if p50_ms else most
+    found = session.operator_times(inputs, runs=runs)
     return tuple(OperatorTime(operator=name, count=count, ms=round(ms, 4)) for name, (count, ms) in found.items())
 
 

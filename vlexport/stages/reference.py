@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ def open_reference(
     if not path:
         yield None
         return
-    if (Path(path) / BUNDLE_FILE).is_file():
+    if os.path.isfile(Path(path) / BUNDLE_FILE):
         from vlexport.targets import open_target
 
         other = read_bundle(Path(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from vlexport.core.artifact import Array, Session
 from vlexport.core.bundle import ARTIFACT_FOLDER, check_files, read_bundle
 from vlexport.core.errors import BundleError, DataError, InputError
 from vlexport.core.photo_samples import UNREADABLE, open_photo
-from vlexport.core.samples import open_data
+from vlexport.core.samples import ROW_FILES, open_data, require_data
 from vlexport.stages.write_bundle import write_npz
 from vlexport.targets import open_target
 
@@ -123,6 +124,18 @@ def ranked(scores: Array, labels: tuple[str, ...], *, top: int) -> list[tuple[st
     return [(labels[i] if i < len(labels) else str(i), float(shares[i])) for i in order]
 
 
+def require_place(file: Path) -> None:
+    """Refuse a file that could not be written, before anything is computed.
+
+    Raises:
+        BundleError: VLX0607.
+    """
+    if file.is_dir():
+        raise _unwritable(file, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))
+    if not file.absolute().parent.is_dir():
+        raise _unwritable(file, FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)))
+
+
 def write_outputs(file: Path, found: Sequence[tuple[str, Mapping[str, Array]]]) -> None:
     """All samples' outputs as one ``.npz``: output name → array with a leading dim of samples.
 
@@ -159,9 +172,12 @@ def run(folder: Path, data: str, *, threads: int = 0) -> list[tuple[str, dict[st
     Returns:
         ``(sample id, output name → array without batch dim)`` pairs.
     """
+    photo = os.path.isfile(data) and Path(data).suffix.lower() not in (*ROW_FILES, ".py")
+    if not photo:
+        require_data(data)
     with LoadedBundle(folder, threads=threads, isolated=True) as loaded:
         main = loaded.bundle.main
-        if Path(data).is_file() and Path(data).suffix.lower() not in (".npz", ".py"):
+        if photo:
             inputs = loaded.prepare(data)
             return [(Path(data).name, _first_rows(loaded.run(inputs), batch_of(inputs)))]
         dataset = open_data(data, inputs=main.artifact.inputs, preprocess=main.preprocess, labels=main.labels or None)

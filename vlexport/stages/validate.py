@@ -31,9 +31,10 @@ from vlexport.core.errors import DataError, UsageError
 from vlexport.core.intervals import clopper_pearson
 from vlexport.core.numerics import Accuracy, Fidelity, OutputFidelity, PairedAccuracy
 from vlexport.core.progress import Reporter, Silent
-from vlexport.core.samples import open_data
+from vlexport.core.samples import open_data, require_data
 from vlexport.core.user_metric import CHANGE, MetricTally, UserMetric, measured_metric, open_metrics
 from vlexport.core.verdict import Gate, Measured, judge, measured_drop, measured_rate, measured_regress
+from vlexport.frontends.named_paths import require_reference
 from vlexport.report.write import new_report, require_writable, write_report
 from vlexport.stages.reference import Reference, open_reference
 from vlexport.stages.write_bundle import GOLDEN_TOLERANCE
@@ -88,8 +89,10 @@ def validate(config: ValidateConfig, *, reporter: Reporter | None = None) -> Rep
         VlexportError: VLX02xx for the data and the metrics, VLX06xx for the bundle.
     """
     reporter = reporter or Silent()
-    metrics = open_metrics(config.metrics)
     bundle = read_bundle(config.bundle)
+    require_data(config.data)
+    require_reference(config.reference, config.arch)
+    metrics = open_metrics(config.metrics)
     check_files(config.bundle, bundle)
     require_writable(config.bundle)
     component = bundle.main

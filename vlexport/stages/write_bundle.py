@@ -16,6 +16,7 @@ import numpy as np
 from vlexport.core.artifact import Array
 from vlexport.core.bundle import BUNDLE_FILE, COMPARE_FILE, GOLDEN_FOLDER, RECIPE_FILE, bundle_text, recorded_files
 from vlexport.core.bundle_schema import Bundle, Golden, digest_of
+from vlexport.core.config import BuildConfig
 from vlexport.core.errors import BundleError
 from vlexport.stages.replace_folder import replace_folder, working_sibling
 
@@ -39,6 +40,16 @@ integers: where a kernel rounds another way at a tie, a value is off by a step o
 def golden_tolerance(precision: str) -> float:
     """Bound of ``max|a−b| / max|b|`` between an artifact of this precision and the source Program, which is fp32."""
     return _HALF_TOLERANCE.get(precision, GOLDEN_TOLERANCE)
+
+
+def model_name_of(config: BuildConfig) -> str:
+    """The model's file name without its ending."""
+    return Path(os.path.abspath(config.model)).stem
+
+
+def output_of(config: BuildConfig) -> Path:
+    """The bundle's folder: ``-o``, or the model's name with ``.bundle``."""
+    return Path(config.output or f"{model_name_of(config)}.bundle")
 
 
 def require_free(output: Path, *, force: bool, several: bool = False) -> None:
