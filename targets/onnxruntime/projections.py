@@ -39,7 +39,7 @@ def projections(found: Site) -> list[Projection]:
     Raises:
         NoSite: Where one is no stored linear over (batch, length, depth), or they read several values.
     """
-    made = [_projection(part) for part in found.parts]
+    made = [projection(part) for part in found.parts]
     if len({each.value for each in made}) > 1:
         raise NoSite("query, key and value are projected from several values")
     return made
@@ -74,7 +74,12 @@ def query_of(model: OnnxModel, found: Site, operands: Sequence[onnx_ir.Value | N
     return project
 
 
-def _projection(part: Part) -> Projection:
+def projection(part: Part) -> Projection:
+    """The linear that a part is columns of.
+
+    Raises:
+        NoSite: Where it is no stored linear over (batch, length, depth).
+    """
     node, bias = part.root.producer(), None
     if node is not None and node.op_type == "Add":
         bias = next((_floats(each) for each in node.inputs if _floats(each) is not None), None)
