@@ -18,7 +18,13 @@ def test_rewrites_compute_the_same_when_graphs_are_random() -> None:
     assert add(counts, random_graphs(range(1000, 1020)), rewrites(SLOW), math.inf)
     assert counts.failures == []
     assert counts.refused == {}
-    for name in ("fuse-attention", "fuse-qattention", "fuse-biased-attention", "fuse-dynamic-linear"):
+    for name in (
+        "fuse-attention",
+        "fuse-qattention",
+        "fuse-biased-attention",
+        "fuse-multi-head-attention",
+        "fuse-dynamic-linear",
+    ):
         assert counts.fused[name] > 0, name
     assert counts.misses > 20
 

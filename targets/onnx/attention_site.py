@@ -53,6 +53,7 @@ class Site:
         guarded: Whether a row of the softmax that is not a number, as where all of it is masked, becomes zeros.
         taps: What others read of query, key and value.
         hidden: Why an operator that hides its projections cannot serve all who read of them; empty where it can.
+        sizes: What stands for dims without a size.
     """
 
     softmax: onnx_ir.Node
@@ -64,12 +65,33 @@ class Site:
     shape: tuple[int, ...]
     guarded: bool
     taps: tuple[Tap, ...]
-    hidden: str = ""
+    hidden: str
+    sizes: Sizes
 
     @property
     def rows(self) -> bool:
         """Whether the result has batch and length in one dim."""
         return self.made.shape is not None and len(self.made.shape) == 2
+
+    def require_positions(self, part: int, value: onnx_ir.Value) -> None:
+        """Refuse a value that an operator would read as other sequences than those that attend.
+
+        Args:
+            part: QUERY, KEY or VALUE.
+            value: What is projected to it, or it itself.
+
+        Raises:
+            NoSite: Where it is not over batch, length and depth.
+        """
+        if value.shape is None or len(value.shape) != 3:
+            raise NoSite("what is projected is not over batch, length and depth")
+        batch, _, queries, keys = self.shape
+        try:
+            given = self.sizes.of(value)
+        except Untraceable as error:
+            raise NoSite(str(error)) from error
+        if given[:-1] != (batch, queries if part == QUERY else keys):
+            raise NoSite("positions are shared out over batch and length behind the projection")
 
     def attributes(self) -> dict[str, int | float | list[int]]:
         """As com.microsoft spells it; the usual scale is left out, which older releases do not know."""
@@ -167,7 +189,8 @@ def _site(softmax: onnx_ir.Node) -> Site:
     if bias is not None:
         _require_fitting(bias, shape, sizes)
     return Site(
-        softmax, (parts[0], parts[1], parts[2]), heads, scale, made, bias, shape, guard is not None, tapped, hidden
+        softmax, (parts[0], parts[1], parts[2]), heads, scale, made, bias, shape, guard is not None, tapped, hidden,
+        sizes,
     )  # fmt: skip
 
 
@@ -236,8 +259,6 @@ def _part(root: onnx_ir.Value, found: Numbers, sizes: Sizes) -> Part:
         raise NoSite("heads are no columns of what it is projected from")
     if numbered(root, sizes).size != batch * length * width or not (same_row == in_order).all():
         raise NoSite("the query, or another part, is not of all positions in their order")
-    if sizes.of(root)[:-1] != (batch, length):  # an operator that reads the root would see other sequences
-        raise NoSite("positions are shared out over batch and length behind the projection")
     return Part(root, same_column.reshape(-1))
 
 

@@ -33,7 +33,6 @@ from vlexport.targets.onnxruntime.projections import Projection, projection
 from vlexport.targets.onnxruntime.score_bias import expanded, may_mask_whole_rows
 
 _PATTERN = "queries, keys and values → attention"
-_NAMES = ("query", "key", "value")
 
 
 class FuseMultiHeadAttention(Pass[OnnxModel]):
@@ -50,7 +49,7 @@ class FuseMultiHeadAttention(Pass[OnnxModel]):
                 found = any_site(softmax)
                 if found.guarded and (found.bias is None or may_mask_whole_rows(found.bias)):
                     raise NoSite("a row may be masked as a whole")
-                linears = [None if _is_whole(part) else _own(found, part) for part in found.parts]
+                linears = [_own(found, part) for part in range(len(found.parts))]
             except NoSite as miss:
                 yield NearMiss(_PATTERN, softmax, str(miss))
                 continue
@@ -64,8 +63,8 @@ class FuseMultiHeadAttention(Pass[OnnxModel]):
         last = found.made.producer()
         assert last is not None
         operands: list[onnx_ir.Value | None] = [
-            part.root if linear is None else _projected(ir, found, part, linear, last, f"{where or 'main'}.{name}")
-            for part, linear, name in zip(found.parts, linears, _NAMES, strict=True)
+            part.root if linear is None else _projected(ir, found, part, linear, last, name)
+            for part, linear, name in zip(found.parts, linears, ("query", "key", "value"), strict=True)
         ]
         if found.bias is not None:
             query, key = operands[:2]
@@ -88,22 +87,26 @@ def _is_whole(part: Part) -> bool:
     return isinstance(width, int) and np.array_equal(part.columns, np.arange(width))
 
 
-def _own(found: Site, part: Part) -> Projection:
-    """The linear of which a part takes some columns.
+def _own(found: Site, part: int) -> Projection | None:
+    """The linear of which a part takes some columns; None where it takes all of what it is moved from.
 
     Raises:
-        NoSite: Where there is none, or it has to stay for others.
+        NoSite: Where there is no linear, or it has to stay for others.
     """
-    made = projection(part)
+    if _is_whole(found.parts[part]):
+        found.require_positions(part, found.parts[part].root)
+        return None
+    made = projection(found, part)
     if found.hidden or found.taps:
         raise NoSite("others read the linear that it takes some columns of")
     return made
 
 
 def _projected(
-    model: OnnxModel, found: Site, part: Part, linear: Projection, before: onnx_ir.Node, name: str
+    model: OnnxModel, found: Site, part: Part, linear: Projection, before: onnx_ir.Node, what: str
 ) -> onnx_ir.Value:
     """A part projected alone: (batch, length, heads · width)."""
+    name = f"{found.softmax.name}_{what}"
     weight = stored(model, f"{name}_weight", linear.weight[:, part.columns])
     bias = stored(model, f"{name}_bias", linear.bias[part.columns])
     product = insert(model, before, "MatMul", [linear.value, weight], origin=found.softmax, name=f"{name}_product")
