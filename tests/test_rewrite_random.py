@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from tests.benchmarks.rewrite_random import SLOW, Counts, examine, random_counts, rewrites
+import math
+
+from tests.benchmarks.rewrite_random import Counts, add, examine, random_graphs, rewrites
 from tests.onnx_grammar import random_graph
 from vlexport.passes.base import Change, Match, Pass
 from vlexport.targets.onnx.model import OnnxModel
 
+SLOW = ("simplify-onnx", "optimize-onnx")
+"""Left to the benchmark."""
+
 
 def test_rewrites_compute_the_same_when_graphs_are_random() -> None:
-    counts = random_counts(range(1000, 1020), rewrites((*SLOW, "optimize-onnx")))
+    counts = Counts()
+    assert add(counts, random_graphs(range(1000, 1020)), rewrites(SLOW), math.inf)
     assert counts.failures == []
     assert counts.refused == {}
-    for name in ("fuse-attention", "fuse-qattention", "fuse-biased-attention", "fuse-dynamic-linear"):
+    for name in (
+        "fuse-attention",
+        "fuse-qattention",
+        "fuse-biased-attention",
+        "fuse-multi-head-attention",
+        "fuse-dynamic-linear",
+    ):
         assert counts.fused[name] > 0, name
     assert counts.misses > 20
 
@@ -38,3 +50,14 @@ def test_examination_names_the_graph_when_a_rewrite_is_wrong() -> None:
     (said,) = counts.failures
     assert said.startswith("seed, break-lowered: ")
     assert "relative error" in said
+
+
+def test_counts_go_on_where_a_record_ends() -> None:
+    whole, first, passes = Counts(), Counts(), rewrites(SLOW)
+    add(whole, random_graphs(range(4)), passes, math.inf)
+    assert not add(first, random_graphs(range(4)), passes, 0.0)
+    assert first == Counts()
+    add(first, random_graphs(range(2)), passes, math.inf)
+    again = Counts.of(first.row("random"))
+    assert add(again, random_graphs(range(4)), passes, math.inf)
+    assert again.row("random") == whole.row("random")

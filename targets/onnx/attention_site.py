@@ -49,9 +49,11 @@ class Site:
         scale: What products of query and key are multiplied by.
         made: The result with heads joined: (batch, length, heads · width), or the same as rows.
         bias: What is added to the scores, as it is before broadcasting; None for nothing.
-        shape: (batch, heads, length, length) of the scores, with the sizes that stand for dims without one.
+        shape: (batch, heads, queries, keys) of the scores, with the sizes that stand for dims without one.
         guarded: Whether a row of the softmax that is not a number, as where all of it is masked, becomes zeros.
         taps: What others read of query, key and value.
+        hidden: Why an operator that hides its projections cannot serve all who read of them; empty where it can.
+        sizes: What stands for dims without a size.
     """
 
     softmax: onnx_ir.Node
@@ -63,11 +65,33 @@ class Site:
     shape: tuple[int, ...]
     guarded: bool
     taps: tuple[Tap, ...]
+    hidden: str
+    sizes: Sizes
 
     @property
     def rows(self) -> bool:
         """Whether the result has batch and length in one dim."""
         return self.made.shape is not None and len(self.made.shape) == 2
+
+    def require_positions(self, part: int, value: onnx_ir.Value) -> None:
+        """Refuse a value that an operator would read as other sequences than those that attend.
+
+        Args:
+            part: QUERY, KEY or VALUE.
+            value: What is projected to it, or it itself.
+
+        Raises:
+            NoSite: Where it is not over batch, length and depth.
+        """
+        if value.shape is None or len(value.shape) != 3:
+            raise NoSite("what is projected is not over batch, length and depth")
+        batch, _, queries, keys = self.shape
+        try:
+            given = self.sizes.of(value)
+        except Untraceable as error:
+            raise NoSite(str(error)) from error
+        if given[:-1] != (batch, queries if part == QUERY else keys):
+            raise NoSite("positions are shared out over batch and length behind the projection")
 
     def attributes(self) -> dict[str, int | float | list[int]]:
         """As com.microsoft spells it; the usual scale is left out, which older releases do not know."""
@@ -88,8 +112,8 @@ def looks_like_one(softmax: onnx_ir.Node) -> bool:
     return any(user.op_type == "MatMul" for user in readers)
 
 
-def site(softmax: onnx_ir.Node) -> Site:
-    """Read attention around a softmax.
+def any_site(softmax: onnx_ir.Node) -> Site:
+    """Read attention around a softmax: of any queries, keys and values, whoever else reads them.
 
     Raises:
         NoSite: With the reason.
@@ -98,6 +122,20 @@ def site(softmax: onnx_ir.Node) -> Site:
         return _site(softmax)
     except Untraceable as error:
         raise NoSite(str(error)) from error
+
+
+def site(softmax: onnx_ir.Node) -> Site:
+    """The same, for operators that compute queries, keys and values of one value and hide them.
+
+    Raises:
+        NoSite: With the reason.
+    """
+    found = any_site(softmax)
+    if found.shape[2] != found.shape[3]:
+        raise NoSite("there are not as many queries as keys")
+    if found.hidden:
+        raise NoSite(found.hidden)
+    return found
 
 
 def plain_site(softmax: onnx_ir.Node) -> Site:
@@ -139,27 +177,35 @@ def _site(softmax: onnx_ir.Node) -> Site:
         raise NoSite("its products are not over batch, heads, length and width")
     found[1] = found[1].swapaxes(-1, -2)
     parts = [_part(from_.root, each, sizes) for from_, each in zip(origins, found, strict=True)]
-    if len({each.shape[:3] for each in found}) > 1 or found[0].shape[-1] != found[1].shape[-1]:
-        raise NoSite("query, key and value have other heads or lengths")
-    made = _joined(context.outputs[0], found[2].shape, sizes)
-    tapped = _taps(made, parts, found, sizes)
+    batch, heads, length, width = found[QUERY].shape
+    if any(each.shape[:2] != (batch, heads) for each in found):
+        raise NoSite("query, key and value have other heads")
+    if found[KEY].shape[2] != found[VALUE].shape[2] or found[KEY].shape[-1] != width:
+        raise NoSite("keys are of another width than queries, or of another number than values")
+    made = _joined(context.outputs[0], (batch, heads, length, found[VALUE].shape[-1]), sizes)
+    tapped, hidden = _taps(made, parts, found, sizes)
     scale = weighed.factor * origins[0].factor * origins[1].factor
-    batch, heads, length, _ = found[0].shape
-    shape = (batch, heads, length, length)
+    shape = (batch, heads, length, found[KEY].shape[2])
     if bias is not None:
         _require_fitting(bias, shape, sizes)
-    return Site(softmax, (parts[0], parts[1], parts[2]), heads, scale, made, bias, shape, guard is not None, tapped)
+    return Site(
+        softmax, (parts[0], parts[1], parts[2]), heads, scale, made, bias, shape, guard is not None, tapped, hidden,
+        sizes,
+    )  # fmt: skip
 
 
-def _taps(made: onnx_ir.Value, parts: Sequence[Part], found: Sequence[Numbers], sizes: Sizes) -> tuple[Tap, ...]:
+def _taps(
+    made: onnx_ir.Value, parts: Sequence[Part], found: Sequence[Numbers], sizes: Sizes
+) -> tuple[tuple[Tap, ...], str]:
+    """What others read of the parts; or nothing and why that cannot be told."""
     try:
         tapped = taps(made, [part.root for part in parts], found, sizes)
     except NoTap as error:
-        raise NoSite(str(error)) from error
+        return (), str(error)
     unlike = found[KEY].shape != found[VALUE].shape
     if unlike and any(each.part != QUERY for each in tapped):
-        raise NoSite("keys that others read are of another width than values")
-    return tuple(tapped)
+        return (), "keys that others read are of another width than values"
+    return tuple(tapped), ""
 
 
 def _biased(scores: onnx_ir.Value) -> tuple[onnx_ir.Value, onnx_ir.Value | None]:

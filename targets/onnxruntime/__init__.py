@@ -54,6 +54,9 @@ class OnnxRuntimeOptions(Frozen):
             runtime opens. Left out, it is done where that was measured to be faster on such a processor.
         fuse_biased_attention: The same where a mask or bias is added to the scores. Left out, it is as fuse_attention
             is given, or done where it was itself measured to be faster.
+        fuse_multi_head_attention: The same where queries, keys and values are not projected from one value
+            (com.microsoft.MultiHeadAttention). Left out, it is done where that was measured to be faster and
+            fuse_attention is not given as false.
         fuse_qattention: The same where projections are in integers (com.microsoft.QAttention).
         fuse_dynamic_linear: Write linears that are rounded by the range of each run as one operator of ONNX Runtime's
             own (com.microsoft.DynamicQuantizeMatMul). Left out, it is done: without, they are slower than in float.
@@ -72,6 +75,7 @@ class OnnxRuntimeOptions(Frozen):
     provider_floats: str = Field(default=FLOATS[0], pattern=f"^({'|'.join(FLOATS)})$")
     fuse_attention: bool | None = None
     fuse_biased_attention: bool | None = None
+    fuse_multi_head_attention: bool | None = None
     fuse_qattention: bool | None = None
     fuse_dynamic_linear: bool | None = None
 
@@ -132,6 +136,11 @@ class OnnxRuntimeTarget(Target):
             option="fuse_biased_attention", searched=True,
         ),
         LoweredPass(
+            name="fuse-multi-head-attention",
+            value="vlexport.targets.onnxruntime.fuse_multi_head_attention:FuseMultiHeadAttention",
+            option="fuse_multi_head_attention", searched=True,
+        ),
+        LoweredPass(
             name="fuse-dynamic-linear", value="vlexport.targets.onnxruntime.fuse_dynamic_linear:FuseDynamicLinear",
             option="fuse_dynamic_linear", searched=True,
         ),
@@ -187,6 +196,9 @@ class OnnxRuntimeTarget(Target):
         worth = {
             "fuse_attention": own and is_worth_it("fuse-attention", "fp32", flags),
             "fuse_biased_attention": own and _biased_too(chosen, flags),
+            "fuse_multi_head_attention": own
+            and chosen.fuse_attention is not False
+            and is_worth_it("fuse-multi-head-attention", "fp32", flags),
             "fuse_qattention": own and precision == "int8" and is_worth_it("fuse-qattention", "int8", flags),
             "fuse_dynamic_linear": own and precision == "int8",
         }

@@ -82,7 +82,7 @@ class FuseBiasedAttention(Pass[OnnxModel]):
         else:
             value = operands[0]
             assert value is not None
-            operands = [*operands, None, None, expanded(ir, found, value, last)]
+            operands = [*operands, None, None, expanded(ir, found, value, value, last)]
         project = query_of(ir, found, operands)
         if found.guarded and may_mask_whole_rows(bias):
             made = written(ir, found, "Attention", operands, project=project, attributes=attributes)

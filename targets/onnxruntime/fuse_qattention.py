@@ -51,8 +51,7 @@ class FuseQattention(IntegerFusion):
                 if len({each.integers for each in linears}) > 1:
                     raise NoSite("query, key and value are projected from several values")
                 require_servable(found, linears[0].integers)
-                if linears[0].integers.shape is None or len(linears[0].integers.shape) != 3:
-                    raise NoSite("what is projected is not over batch, length and depth")
+                found.require_positions(QUERY, linears[0].integers)
             except (NoSite, NoLinear) as miss:
                 yield NearMiss(_PATTERN, softmax, str(miss))
                 continue

@@ -15,7 +15,7 @@ from __future__ import annotations
 RELEASES = {18: "1.18", 19: "1.18", 20: "1.18", 21: "1.18"}
 """Opset of the standard domain → the oldest release that opens our files of it."""
 
-CONTRIBUTED = ("Attention", "QAttention", "DynamicQuantizeMatMul", "MatMulIntegerToFloat")
+CONTRIBUTED = ("Attention", "MultiHeadAttention", "QAttention", "DynamicQuantizeMatMul", "MatMulIntegerToFloat")
 """Operators of com.microsoft that may be written, each as 1.18 has it."""
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir
 
-from vlexport.targets.onnx.attention_site import NoSite, Part, Site
+from vlexport.targets.onnx.attention_site import NoSite, Site
 from vlexport.targets.onnx.attention_taps import QUERY
 from vlexport.targets.onnx.model import OnnxModel, module_path
 from vlexport.targets.onnx.rewriting import insert, stored
@@ -39,7 +39,7 @@ def projections(found: Site) -> list[Projection]:
     Raises:
         NoSite: Where one is no stored linear over (batch, length, depth), or they read several values.
     """
-    made = [_projection(part) for part in found.parts]
+    made = [projection(found, part) for part in range(len(found.parts))]
     if len({each.value for each in made}) > 1:
         raise NoSite("query, key and value are projected from several values")
     return made
@@ -74,8 +74,13 @@ def query_of(model: OnnxModel, found: Site, operands: Sequence[onnx_ir.Value | N
     return project
 
 
-def _projection(part: Part) -> Projection:
-    node, bias = part.root.producer(), None
+def projection(found: Site, part: int) -> Projection:
+    """The linear that QUERY, KEY or VALUE is columns of.
+
+    Raises:
+        NoSite: Where it is no stored linear over (batch, length, depth).
+    """
+    node, bias = found.parts[part].root.producer(), None
     if node is not None and node.op_type == "Add":
         bias = next((_floats(each) for each in node.inputs if _floats(each) is not None), None)
         node = next((v.producer() for v in node.inputs if v is not None and v.const_value is None), None)
@@ -84,8 +89,7 @@ def _projection(part: Part) -> Projection:
     value, weight = node.inputs[0], _floats(node.inputs[1])
     if value is None or weight is None or weight.ndim != 2:
         raise NoSite("a weight is computed, not stored")
-    if value.shape is None or len(value.shape) != 3:
-        raise NoSite("what is projected is not over batch, length and depth")
+    found.require_positions(part, value)
     return Projection(value, weight, np.zeros(weight.shape[1], weight.dtype) if bias is None else bias)
 
 

@@ -45,31 +45,35 @@ def is_same_for_all_heads(bias: onnx_ir.Value) -> bool:
     return bias.shape is not None and (len(bias.shape) < 3 or bias.shape[-3] == 1)
 
 
-def expanded(model: OnnxModel, found: Site, value: onnx_ir.Value, before: onnx_ir.Node) -> onnx_ir.Value:
+def expanded(
+    model: OnnxModel, found: Site, queries: onnx_ir.Value, keys: onnx_ir.Value, before: onnx_ir.Node
+) -> onnx_ir.Value:
     """The bias over batch, heads and both lengths.
 
     Args:
         model: Changed in place.
         found: What it is added to.
-        value: What is projected: (batch, length, depth).
+        queries: Has as many positions as there are queries: (batch, length, depth).
+        keys: The same of keys.
         before: Nodes are put in front of this one.
     """
     bias = found.bias
     assert bias is not None
     assert bias.shape is not None
-    assert value.shape is not None
-    batch, length = value.shape[0], value.shape[1]
-    wanted = (batch, found.heads, length, length)
+    assert queries.shape is not None
+    assert keys.shape is not None
+    wanted = (queries.shape[0], found.heads, queries.shape[1], keys.shape[1])
     own = [1] * (4 - len(bias.shape)) + list(bias.shape)
     short = [mine == 1 and full != 1 for mine, full in zip(own, wanted, strict=True)]
     if not any(short) and len(bias.shape) == 4:
         return bias
     sizes = [each if grows else 1 for each, grows in zip(wanted, short, strict=True)]
     named = all(isinstance(each, int) for each in sizes)
-    name = f"{bias.name}_over_{'_'.join(map(str, sizes)) if named else value.name}"
+    name = f"{bias.name}_over_{'_'.join(map(str, sizes)) if named else queries.name}"
     made = next((user for user, _ in bias.uses() if user.name == name and user.op_type == "Expand"), None)
     if made is None:
-        shape = _stored_shape(model, name, sizes) if named else _shape(model, found, value, sizes, before, name)
+        values = (queries, keys)
+        shape = _stored_shape(model, name, sizes) if named else _shape(model, found, values, sizes, before, name)
         made = insert(model, before, "Expand", [bias, shape], origin=found.softmax, name=name)
         made.outputs[0].type = bias.type
     return made.outputs[0]
@@ -105,11 +109,13 @@ def _stored_shape(model: OnnxModel, name: str, sizes: Sequence[object]) -> onnx_
 
 
 def _shape(
-    model: OnnxModel, found: Site, value: onnx_ir.Value, sizes: Sequence[object], before: onnx_ir.Node, name: str
-) -> onnx_ir.Value:
-    """The same where a size is known at run time alone."""
+    model: OnnxModel, found: Site, values: tuple[onnx_ir.Value, onnx_ir.Value], sizes: Sequence[object],
+    before: onnx_ir.Node, name: str,
+) -> onnx_ir.Value:  # fmt: skip
+    """The same where a size is known at run time alone: that of queries or, in the last dim, of keys."""
     parts: list[onnx_ir.Value] = []
     for axis, (size, at) in enumerate(zip(sizes, (0, 0, 1, 1), strict=True)):
+        value = values[axis == 3]
         if isinstance(size, int):
             parts.append(stored(model, f"{name}_size_{axis}", np.array([size], np.int64)))
             continue

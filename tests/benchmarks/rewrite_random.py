@@ -2,24 +2,31 @@
 
     python -m tests.benchmarks.rewrite_random                                             # 200 random graphs
     python -m tests.benchmarks.rewrite_random --nodes --record docs/measured/rewrites.json
+    python -m tests.benchmarks.rewrite_random --nodes --record docs/measured/rewrites.json --seconds 150    # a part
 
 A rewrite runs alone on a copy of each graph, and all of them one after the other on another. What it makes has to pass
 the checks of its level, keep names, dtypes and opset, compute what the graph computed at ONNX Runtime's lowest level,
 and differ exactly where it says that it changed something. Bounds: ``max|a-b| / max|b|`` of 1e-5 of each output where a
 rewrite is exact; where integers may be tipped over, the signal to noise ratio that the rewrite itself promises of a
 place. A graph that ONNX Runtime does not run is rewritten and checked, not compared. The counts say how often each
-rewrite found something; a failure names the seed or the test and ends the run with exit code 1.
+rewrite found something; a failure names the seed or the test and ends the run with exit code 1. With ``--record`` a run
+goes on where the record ends.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import sys
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -28,10 +35,12 @@ import onnxruntime
 
 from tests.onnx_grammar import random_graph
 from tests.zoo_record import write_record
-from vlexport.core.artifact import Signature, TensorSpec
-from vlexport.core.errors import CapabilityError
+from vlexport.core.artifact import Artifact, Signature, TensorSpec
+from vlexport.core.errors import CapabilityError, VlexportError
+from vlexport.core.isolate import IsolatedSession
 from vlexport.core.numerics import relative_error, sqnr_db
 from vlexport.passes.base import Pass
+from vlexport.targets.onnx import simplify_onnx
 from vlexport.targets.onnx.level import ONNX
 from vlexport.targets.onnx.model import OnnxModel
 from vlexport.targets.onnxruntime import OnnxRuntimeTarget
@@ -40,8 +49,6 @@ from vlexport.targets.onnxruntime.integer_linear import IntegerFusion
 GRAPHS = 200
 EXACT = 1e-5
 ALL = "all"
-SLOW = ("simplify-onnx",)
-"""In a child process of its own each: left out of the node tests, where it would take a quarter of an hour."""
 Array = np.ndarray[Any, Any]
 
 
@@ -86,6 +93,14 @@ class Counts:
     worst: float = 0.0
     worst_db: float | None = None
     failures: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, row: Row) -> Counts:
+        """What a record tells, to be added to."""
+        return cls(
+            row.graphs, row.compared, Counter(row.changed), Counter(row.fused), Counter(row.refused), row.misses,
+            row.worst_relative, row.worst_sqnr_db, list(row.failures),
+        )  # fmt: skip
 
     def row(self, what: str) -> Row:
         """For the record."""
@@ -166,6 +181,29 @@ _REFUSED = (
 )
 
 
+@contextmanager
+def one_child() -> Iterator[None]:
+    """Let simplify-onnx take one child process for all graphs in place of one each; a new one behind a failure."""
+    waiting: list[IsolatedSession] = []
+
+    @contextmanager
+    def kept(entry: str, folder: Path, artifact: Artifact, *, timeout_s: float) -> Iterator[IsolatedSession]:
+        child = waiting.pop() if waiting else IsolatedSession(entry, folder, artifact, timeout_s=timeout_s)
+        try:
+            yield child
+        except VlexportError:
+            child.close()
+            raise
+        waiting.append(child)
+
+    try:
+        with mock.patch.object(simplify_onnx, "IsolatedSession", kept):
+            yield
+    finally:
+        for child in waiting:
+            child.close()
+
+
 def _draws(model: OnnxModel) -> bool:
     """Whether a graph is random, so that two runs of it differ."""
     return bool(model.nodes("Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomUniform"))
@@ -205,24 +243,38 @@ def _compared(passes: Sequence[Pass[Any]], was: list[Array], now: list[Array] | 
     return ""
 
 
-def random_counts(seeds: Sequence[int], passes: Mapping[str, Sequence[Pass[Any]]]) -> Counts:
+Graph = tuple[str, OnnxModel, dict[str, Array] | None]
+"""Name, model, and inputs where it is to be run."""
+
+
+def random_graphs(seeds: Iterable[int]) -> Iterator[Graph]:
     """Random graphs of these seeds."""
-    counts = Counts()
     for seed in seeds:
         graph = random_graph(seed)
-        examine(f"seed {seed} ({', '.join(graph.blocks)})", graph.model, graph.inputs, passes, counts)
-    return counts
+        yield f"seed {seed} ({', '.join(graph.blocks)})", graph.model, graph.inputs
 
 
-def node_counts(passes: Mapping[str, Sequence[Pass[Any]]]) -> Counts:
-    """The backend node tests of the installed onnx."""
-    counts = Counts()
-    for name, model, inputs in _node_tests():
+def add(counts: Counts, graphs: Iterable[Graph], passes: Mapping[str, Sequence[Pass[Any]]], until: float) -> bool:
+    """Examine graphs; what is counted already is left out.
+
+    Args:
+        counts: Added to.
+        graphs: From the first on, whatever is counted.
+        passes: What :func:`rewrites` gives.
+        until: By ``time.monotonic``: no graph is begun behind it.
+
+    Returns:
+        Whether all of them are counted.
+    """
+    for name, model, inputs in itertools.islice(graphs, counts.graphs, None):
+        if time.monotonic() > until:
+            return False
         examine(name, model, inputs, passes, counts)
-    return counts
+    return True
 
 
-def _node_tests() -> Iterator[tuple[str, OnnxModel, dict[str, Array] | None]]:
+def node_tests() -> Iterator[Graph]:
+    """The backend node tests of the installed onnx."""
     from onnx.backend.test.case.node import collect_testcases
 
     for case in collect_testcases(None):  # type: ignore[arg-type]
@@ -246,8 +298,7 @@ def table(record: Mapping[str, Any]) -> str:
     names = [*(each.name for each in OnnxRuntimeTarget.lowered), ALL]
     for name in names:
         fused = drawn["fused"].get(name, "") if name != ALL else ""
-        other = "not run" if name in SLOW else nodes["changed"].get(name, 0)
-        rows.append(f"| {name} | {drawn['changed'].get(name, 0)} | {fused} | {other} |")
+        rows.append(f"| {name} | {drawn['changed'].get(name, 0)} | {fused} | {nodes['changed'].get(name, 0)} |")
     worst = drawn["worst_sqnr_db"]
     refused = sum(drawn["refused"].values()) + sum(nodes["refused"].values())
     pairs, failures = drawn["compared"] + nodes["compared"], len(drawn["failures"]) + len(nodes["failures"])
@@ -266,19 +317,29 @@ def main() -> int:
     parser.add_argument("--graphs", type=int, default=GRAPHS)
     parser.add_argument("--nodes", action="store_true", help="the node tests, too")
     parser.add_argument("--record", type=Path, help="write the counts as JSON; needs --nodes")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop behind the graph that ends then")
     options = parser.parse_args()
     if options.record is not None and not options.nodes:
         parser.error("--record needs --nodes")
-    found = {"random": random_counts(range(options.graphs), rewrites())}
+    known: dict[str, Row] = {}
+    if options.record is not None and options.record.is_file():
+        known = {each["what"]: Row(**each) for each in json.loads(options.record.read_text(encoding="utf-8"))["rows"]}
+    until, done = time.monotonic() + options.seconds, True
+    whole = {"random": (random_graphs(range(options.graphs)), rewrites())}
     if options.nodes:
-        found["nodes"] = node_counts(rewrites(SLOW))
-    rows = [counts.row(what) for what, counts in found.items()]
-    for row in rows:
-        print(row)
+        whole["nodes"] = (node_tests(), rewrites())
+    rows = []
+    for what, (graphs, passes) in whole.items():
+        counts = Counts.of(known[what]) if what in known else Counts()
+        with one_child():
+            done = add(counts, graphs, passes, until) and done
+        rows.append(counts.row(what))
+        print(rows[-1])
     if options.record is not None:
         command = "python -m tests.benchmarks.rewrite_random --nodes --record docs/measured/rewrites.json"
         versions = f"onnx {onnx.__version__}, onnxruntime {onnxruntime.__version__}"
         write_record(options.record, command, versions, rows)
+    print("all of them" if done else "not all of them yet: run it again")
     return 1 if any(row.failures for row in rows) else 0
 
 

@@ -17,6 +17,7 @@ LOWERED = {
     "fuse-qattention": "fuse_qattention",
     "fuse-attention": "fuse_attention",
     "fuse-biased-attention": "fuse_biased_attention",
+    "fuse-multi-head-attention": "fuse_multi_head_attention",
     "fuse-dynamic-linear": "fuse_dynamic_linear",
 }
 UNFUSED = ("--set", "onnxruntime.fuse_attention=false")

@@ -20,6 +20,7 @@ from vlexport.stages.profile import Measurable, Plan
 from vlexport.targets.onnxruntime import OnnxRuntimeTarget
 
 FUSED, BIASED = "onnxruntime.fuse_attention", "onnxruntime.fuse_biased_attention"
+SEVERAL = "onnxruntime.fuse_multi_head_attention"
 Built = Callable[..., BuildResult]
 ALONE = {"p50_ms": 1.0, "load_ms": 1.0, "runs": 5, "threads": 1}
 
@@ -70,7 +71,7 @@ def test_fusion_that_measured_faster_is_turned_on_and_replayed_without_measuring
     built: Built, timed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vlexport.targets.onnxruntime.is_worth_it", lambda *_: False)
-    found = built(options={BIASED: "false"})
+    found = built(options={BIASED: "false", SEVERAL: "false"})
     (record,) = found.report.searches
     tried = {next(iter(each.options)).partition(".")[2]: (each.outcome, each.reason) for each in record.trials}
     same = ("not faster", "it changes nothing here")
@@ -88,7 +89,7 @@ def test_fusion_that_is_on_stays_when_it_measured_no_slower(
     built: Built, timed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vlexport.targets.onnxruntime.is_worth_it", lambda *_: True)
-    found = built(budget_minutes=10.0)
+    found = built(budget_minutes=10.0, options={SEVERAL: "false"})
     (record,) = found.report.searches
     tried = {key: each.outcome for each in record.trials for key in each.options}
     assert (tried[FUSED], record.adopted, timed) == ("not faster", {}, ["plain/fused"])
@@ -105,4 +106,4 @@ def test_plan_names_fusions_and_the_budget_is_one_for_all_searches(
     assert (len(record.trials), record.finished, tuning.finished, timed) == (0, False, False, [])
     config = BuildConfig(model=str(tmp_path / "model.pt"), output=str(tmp_path / "other"), autotune=True)
     planned = plan(config).candidates
-    assert {FUSED, BIASED, "onnxruntime.graph_optimization"} <= planned.keys()
+    assert {FUSED, BIASED, SEVERAL, "onnxruntime.graph_optimization"} <= planned.keys()

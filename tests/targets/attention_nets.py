@@ -179,6 +179,86 @@ class Watched(Apart):
         return image + self.out(joined), made[0]
 
 
+class Pooled(nn.Module):
+    """Keys and values are of every second token; a head's values are twice as wide as its keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.query, self.key = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.value, self.out = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, image: Tensor) -> Tensor:
+        batch, tokens, width = image.shape
+        read = self.norm(image)
+        made = [self.query(read), self.key(read[:, ::2]), self.value(read[:, ::2])]
+        query, key, value = (each.reshape(batch, each.shape[1], HEADS, -1).transpose(1, 2) for each in made)
+        joined = self.attend(query, key, value).transpose(1, 2).reshape(batch, tokens, 2 * width)
+        return image + self.out(joined)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return scaled_dot_product_attention(query, key, value)
+
+
+class PlacedPooled(Pooled):
+    """With a learnt bias a head, and a scale of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(HEADS, TOKENS, (TOKENS + 1) // 2))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return scaled_dot_product_attention(query, key, value, attn_mask=self.bias.unsqueeze(0), scale=0.3)
+
+
+class MaskedPooled(Pooled):
+    """With a bias that depends on the query."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return scaled_dot_product_attention(query, key, value, attn_mask=query[:, :1, :, :1].tanh())
+
+
+class ClassQuery(nn.Module):
+    """The first token alone asks; keys and values of each head lie side by side in one linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.pair, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, image: Tensor) -> Tensor:
+        batch, tokens, width = image.shape
+        query = self.query(image[:, :1]).reshape(batch, 1, HEADS, -1).transpose(1, 2)
+        pair = self.pairs(image)
+        key, value = pair.reshape(batch, tokens, HEADS, -1).transpose(1, 2).split(width // HEADS, -1)
+        return self.out(scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(batch, 1, width))
+
+    def pairs(self, image: Tensor) -> Tensor:
+        found: Tensor = self.pair(image)
+        return found
+
+
+class SharedPair(ClassQuery):
+    """The linear of keys and values is read once more."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return super().forward(image) + self.pairs(image)[..., :WIDTH].mean(1, keepdim=True)
+
+    def pairs(self, image: Tensor) -> Tensor:
+        self.kept = super().pairs(image) if image is not getattr(self, "image", None) else self.kept
+        self.image = image
+        return self.kept
+
+
+class Windowed(Packed):
+    """Tokens of all samples attend to each other."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        batch, tokens, width = image.shape
+        packed = self.qkv(self.norm(image)).reshape(1, batch * tokens, 3, HEADS, width // HEADS)
+        query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
+        made = self.attend(query, key, value).transpose(1, 2).reshape(batch, tokens, width)
+        return image + self.out(made)
+
+
 class Side(nn.Module):
     """Several nets that read one input; their outputs one after the other."""
 

@@ -24,6 +24,8 @@ MISSED = {
     nets.ScaledValues: "the values are scaled",
     nets.Crossed: "query, key and value are projected from several values",
     nets.Watched: "what it is projected from is an output, too",
+    nets.Windowed: "positions are shared out over batch and length behind the projection",
+    nets.Pooled: "there are not as many queries as keys",
 }
 
 

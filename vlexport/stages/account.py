@@ -32,6 +32,7 @@ _STATISTICS = ("mean", "var", "var_mean", "std", "sum", "linalg_vector_norm", "n
 _ACTIVATIONS = ("gelu", "silu", "hardswish", "hardsigmoid", "mish", "quick_gelu")
 _FUSIONS = {
     "fuse-qattention": "QAttention", "fuse-attention": "Attention", "fuse-biased-attention": "Attention",
+    "fuse-multi-head-attention": "MultiHeadAttention",
 }  # fmt: skip
 """Lowered pass → the operator that it makes of attention."""
 _SHOWN = 6
