@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import islice
@@ -81,6 +81,20 @@ def calibrated(photos: int) -> Row:
     table = calibrate(program, samples, wanted_values(program, scheme), Method.model_validate({"name": METHOD}))
     seconds = time.monotonic() - started
     return Row(photos, len(table.by_value()), round(peak_mb(), 1), round(before, 1), round(seconds, 1))
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The Markdown table of a record: a line a number of photos."""
+    lines = [
+        "| photos | ranges | peak of the process | beside the fewest photos | before the first photo |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {each.photos} | {each.values} | {each.peak_mb:,.0f} MB | {each.peak_mb / rows[0].peak_mb:.3f} | "
+        f"{each.before_mb:,.0f} MB |"
+        for each in rows
+    ]
+    return "\n".join(lines)
 
 
 def main() -> int:
