@@ -15,8 +15,8 @@ from vlexport.ir.program import Program
 from vlexport.passes.canonicalize import Canonicalize
 from vlexport.passes.equalize_ranges import EqualizeRanges, equalized_channels
 from vlexport.passes.fold_affine import FoldAffine
-from vlexport.passes.reparameterize import Reparameterize
 from vlexport.passes.quantize import Emit, Quantize
+from vlexport.passes.reparameterize import Reparameterize
 from vlexport.passes.smooth_activations import SmoothActivations, smoothed_channels
 from vlexport.targets import open_target
 from vlexport.targets.onnxruntime.emit_quant import emit_quant
