@@ -4,18 +4,19 @@
 
 The ViT-S/14 of ``samples/solar_cells``, all values that int8 on ONNX Runtime wants, by entropy (extremes and counts).
 Photos are read one by one. Each number of them has a process of its own, and the peak is that process's largest
-resident set (``VmHWM`` of Linux), model and libraries with it.
+resident set while it calibrates (``VmHWM`` of Linux, set back behind the capture), model and libraries with it.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import islice
@@ -46,7 +47,7 @@ class Row:
         photos: How many.
         values: How many ranges came out.
         peak_mb: Largest resident set of the process, in 2²⁰ bytes.
-        before_mb: The same when the model was captured, and no photo read.
+        before_mb: Its resident set when the model was captured, and no photo read.
         seconds: Of the calibration, by the clock.
     """
 
@@ -58,10 +59,16 @@ class Row:
 
 
 def peak_mb() -> float:
-    """Largest resident set of this process so far."""
+    """Largest resident set of this process since it was last set back."""
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
     assert found is not None
     return int(found[1]) / 1024
+
+
+def set_back() -> None:
+    """Let the peak begin at what is resident now."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def calibrated(photos: int) -> Row:
@@ -77,10 +84,25 @@ def calibrated(photos: int) -> Row:
     samples = Dataset(
         kind="photos", count=lambda: photos, read=read, inputs=program.signature.inputs, labelled=False, labels=None
     )
+    set_back()
     before, started = peak_mb(), time.monotonic()
     table = calibrate(program, samples, wanted_values(program, scheme), Method.model_validate({"name": METHOD}))
     seconds = time.monotonic() - started
     return Row(photos, len(table.by_value()), round(peak_mb(), 1), round(before, 1), round(seconds, 1))
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The Markdown table of a record: a line a number of photos."""
+    lines = [
+        "| photos | ranges | peak of the process | beside the fewest photos | before the first photo |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {each.photos} | {each.values} | {each.peak_mb:,.0f} MB | {each.peak_mb / rows[0].peak_mb:.3f} | "
+        f"{each.before_mb:,.0f} MB |"
+        for each in rows
+    ]
+    return "\n".join(lines)
 
 
 def main() -> int:

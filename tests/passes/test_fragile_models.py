@@ -6,16 +6,20 @@ import torch
 from torch import Tensor, nn
 
 from tests.calibration.planted import dataset
-from tests.passes.quantizing import SCHEMES, images, program_of, quantizer, ranges
+from tests.passes.quantizing import SCHEMES, images, program_of, ranges
 from vlexport.calibration.calibrate import calibrate
 from vlexport.calibration.methods import Method
 from vlexport.core.numerics import sqnr_db
+from vlexport.core.scheme import QuantScheme
 from vlexport.ir.program import Program
 from vlexport.passes.canonicalize import Canonicalize
 from vlexport.passes.equalize_ranges import EqualizeRanges, equalized_channels
 from vlexport.passes.fold_affine import FoldAffine
+from vlexport.passes.quantize import Emit, Quantize
 from vlexport.passes.reparameterize import Reparameterize
 from vlexport.passes.smooth_activations import SmoothActivations, smoothed_channels
+from vlexport.targets import open_target
+from vlexport.targets.onnxruntime.emit_quant import emit_quant
 
 WIDTH = 32
 SCHEME = SCHEMES["static-u8s8"]
@@ -127,19 +131,18 @@ def branched() -> nn.Module:
     return model.eval()
 
 
-def quantized_sqnr(program: Program, *, ours: bool) -> float:
+def quantized_sqnr(program: Program, *, ours: bool, scheme: QuantScheme = SCHEME, emit: Emit = emit_quant) -> float:
     """Decibels on other images, plainly rounded or as a build does."""
-    before, table = program, ranges(program, SCHEME)
+    before, table = program, ranges(program, scheme)
     samples = [(images(8, 3),)]
     if ours:
         for kind, wanted in ((SmoothActivations, smoothed_channels), (EqualizeRanges, equalized_channels)):
             channels = calibrate(program, dataset(images(16, 1).numpy(), program), wanted(program), Method())
             after = program.copy()
-            kind(scheme=SCHEME, ranges=channels.by_value(), samples=samples).run(after)
+            kind(scheme=scheme, ranges=channels.by_value(), samples=samples).run(after)
             program = after
-        table = ranges(program, SCHEME)
-    pass_ = quantizer(program, table=table)
-    pass_.samples = samples if ours else []
+        table = ranges(program, scheme)
+    pass_ = Quantize(scheme=scheme, ranges=table.by_value(), emit=emit, samples=samples if ours else ())
     quantized = program.copy()
     pass_.run(quantized)
     image = images(16, 9)
@@ -157,6 +160,14 @@ def test_transformer_keeps_twenty_five_decibels_when_norms_have_outliers() -> No
     program = passed(program_of(with_outliers(Transformer(), 50.0)), Canonicalize())
     assert quantized_sqnr(program, ours=False) < 10.0
     assert quantized_sqnr(program, ours=True) >= 25.0
+
+
+def test_transformer_keeps_twenty_five_decibels_when_values_have_no_zero_point() -> None:
+    """The shift behind a norm does what a zero point would: measured 31.6 dB, and 33.0 with zero points."""
+    program = passed(program_of(with_outliers(Transformer(), 30.0)), Canonicalize())
+    target = open_target("tensorrt")
+    (scheme,) = [each for each in target.schemes() if each.id == "static-s8"]
+    assert quantized_sqnr(program, ours=True, scheme=scheme, emit=target.emit_quant) >= 28.0
 
 
 def test_detector_keeps_twenty_five_decibels_when_norms_have_outliers() -> None:
