@@ -34,12 +34,19 @@ axe.run(document, {resultTypes: ["violations"]}).then(found => {
     version: axe.version,
     violations: found.violations.map(v => `${v.id}: ${v.nodes.length} × ${v.nodes[0].html.slice(0, 120)}`),
     passes: found.passes.length,
+    plot_text: Math.round(10 * Math.min(...[...document.querySelectorAll("svg.plot text")].map(text => {
+      const plot = text.ownerSVGElement;
+      const scale = plot.getBoundingClientRect().width / plot.viewBox.baseVal.width;
+      return scale * parseFloat(getComputedStyle(text).fontSize);
+    }))) / 10,
+    width: innerWidth,
+    dark: matchMedia("(prefers-color-scheme: dark)").matches,
     overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth
   };
-  const out = document.createElement("pre");
+  const out = parent.document.createElement("pre");
   out.id = "axe-found";
   out.textContent = JSON.stringify(kept);
-  document.body.appendChild(out);
+  parent.document.body.appendChild(out);
 });
 """
 
@@ -57,19 +64,26 @@ def axe() -> Path | None:
 
 
 def examine(page: str, *, width: int, scheme: str, script: Path) -> dict[str, Any]:
-    """What axe finds on a page: version, violations, number of passed rules, pixels of sideways overflow."""
+    """What axe finds on a page: version, violations, number of passed rules; pixels of the smallest text in a plot, and
+    of sideways overflow.
+    """
     open_page = _POLICY.sub("", page)
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "page.html"
         run = f"<script>{script.read_text(encoding='utf-8')}</script><script>{_RUN}</script></body>"
-        file.write_text(open_page.replace("</body>", run), encoding="utf-8")
+        inner = html_text.escape(open_page.replace("</body>", run))
+        # A window of Chromium is 500 pixels wide at least, a frame in it as wide as a phone.
+        frame = f'<iframe style="width:{width}px;height:2400px;border:0" srcdoc="{inner}"></iframe>'
+        head = '<!doctype html><meta charset="utf-8"><meta name="color-scheme" content="light dark"><body>'
+        file.write_text(f"{head}{frame}</body>", encoding="utf-8")
         done = subprocess.run(
-            [*_command(Path(scratch), width, scheme), "--virtual-time-budget=20000", "--dump-dom", file.as_uri()],
+            [*_command(Path(scratch), 1500, scheme), "--virtual-time-budget=20000", "--dump-dom", file.as_uri()],
             check=True, capture_output=True, text=True, timeout=120,
         )  # fmt: skip
     found = _FOUND.search(done.stdout)
     assert found is not None, done.stderr[-1000:]
     kept: dict[str, Any] = json.loads(html_text.unescape(found[1]))
+    assert (kept.pop("width"), kept.pop("dark")) == (width, scheme == "dark"), "the page was laid out as asked"
     return kept
 
 

@@ -73,6 +73,10 @@ def a_bundle(name: str = "image", label: str = "cat", what: str = "batch norm fo
         golden=Golden(inputs="golden/main/inputs.npz", outputs="golden/main/outputs.npz", tolerance=1e-4),
         passes=(record,),
         cost=CostRecord(macs=1_200_000_000, parameters=5_000_000, size_bytes=20_000_000, opaque=(name,)),
+        operators=operators_from_counts(
+            {name: (12, 0), "linear": (49, 0)}, {"linear": (48, 1_200_000_000)},
+            (HeavyCall(operator="linear", module=name, macs=90_000_000),),
+        ),
         account=(
             Account(
                 idea="attention", expected=12, found=1, fates={name: 1},
@@ -122,6 +126,8 @@ def a_report(bundle: Bundle, name: str = "image") -> Report:
             p50_ms=4.0, load_ms=30, runs=900, threads=2, baseline=name, baseline_p50_ms=8.0, baseline_load_ms=50,
             baseline_size_bytes=21_000_000, ratio=2.0, ratio_low=1.9, ratio_high=2.1, rounds=7, repeated=1,
             verdict="faster",
+            operators=(OperatorTime(operator=name, count=61, ms=3.0), OperatorTime(operator="Gelu", count=12, ms=0.5)),
+            baseline_operators=(OperatorTime(operator=name, count=85, ms=6.5),),
         ),
         verdicts=tuple(judge(gate_from_text(g), rates) for g in ("drop<=5", "drop<=0.9", "top1>=99")),
         passes=bundle.main.passes, stage_seconds={"passes": 1.25, name: 0.5}, notes=(name, "second"),
@@ -322,18 +328,21 @@ def test_operators_are_shown_with_bars_when_they_were_counted() -> None:
 def test_time_by_operator_is_shown_before_and_after_when_a_profiler_told_it() -> None:
     bundle = a_bundle()
     report = a_report(bundle)
-    assert "Where the time goes" not in html_from_report(report, bundle), "nobody asked"
     assert report.latency is not None
+    unasked = report.latency.model_copy(update={"operators": (), "baseline_operators": ()})
+    assert "Where the time goes" not in html_from_report(report.model_copy(update={"latency": unasked}), bundle)
     ours = (OperatorTime(operator="MatMul", count=4, ms=3.0), OperatorTime(operator="Gelu", count=2, ms=0.5))
     theirs = (OperatorTime(operator="MatMul", count=4, ms=3.2), OperatorTime(operator="Erf", count=2, ms=1.5))
     latency = report.latency.model_copy(update={"operators": ours, "baseline_operators": theirs})
     page = Page(html_from_report(report.model_copy(update={"latency": latency}), bundle))
     row = " ".join(page.text.split()).partition("Where the time goes ")[2]
-    heads = "Operatorimage: callsmsthis bundle: callsms"
-    assert row.startswith(f"{heads} MatMul43.2043.00 Erf21.500 Gelu020.50 all together64.7063.50")
-    alone = report.latency.model_copy(update={"operators": ours})
+    together = "all together6 × 4.70 ms6 × 3.50 ms"
+    assert row.startswith(
+        f"Operatorimagethis bundle MatMul4 × 3.20 ms4 × 3.00 ms Erf2 × 1.50 ms Gelu2 × 0.50 ms {together}"
+    )
+    alone = unasked.model_copy(update={"operators": ours})
     row = " ".join(Page(html_from_report(report.model_copy(update={"latency": alone}), bundle)).text.split())
-    assert "Operatorthis bundle: callsms MatMul43.00 Gelu20.50 all together63.50" in row
+    assert "Operatorthis bundle MatMul4 × 3.00 ms Gelu2 × 0.50 ms all together6 × 3.50 ms" in row
 
 
 def test_near_misses_are_one_line_a_reason_when_many_blocks_share_it() -> None:
@@ -542,6 +551,7 @@ def test_axe_finds_nothing_when_it_looks_at_the_page(width: int, scheme: str) ->
     found = examine(text, width=width, scheme=scheme, script=script)
     assert (found["violations"], found["overflow"]) == ([], 0)
     assert found["passes"] > 25
+    assert found["plot_text"] >= 10
     broken = examine(text.replace('lang="en"', ""), width=width, scheme=scheme, script=script)
     assert [each.partition(":")[0] for each in broken["violations"]] == ["html-has-lang"]  # it sees what is wrong
 
@@ -552,3 +562,4 @@ def test_recorded_pages_have_no_fault_when_axe_looked_at_them() -> None:
     assert seen == {(page, scheme, width) for page in ("plain", "hostile") for scheme in SCHEMES for width in WIDTHS}
     assert [row for row in record["rows"] if row["violations"] or row["overflow"]] == []
     assert all(row["passes"] > 25 for row in record["rows"])
+    assert all(row["plot_text"] >= 10 for row in record["rows"]), "read on a phone"

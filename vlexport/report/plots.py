@@ -26,9 +26,17 @@ if TYPE_CHECKING:
 
 _WIDTH = 5.0
 """Inches of 72 units; a phone shows it at about its own size."""
-_LEFT, _RIGHT = 0.34, 0.95
+_TEXT = 11
+"""Units that text is high: on a phone, which shows a plot at about its own size, still 10 pixels."""
+_LEFT, _FIGURES_LEFT, _RIGHT = 0.42, 0.28, 0.95
+_NAME = 21
+"""Characters that fit on the left."""
+_ROW = 0.2
+"""Inches of a bar with its name."""
+_FOOT = 0.5
+"""Inches below an axis for its figures and what they are."""
 _LAYERS_SHOWN = 40
-_TRADE_HEIGHT = 2.6
+_TRADE_HEIGHT, _TRADE_LEFT = 2.8, 0.18
 
 
 @dataclass(frozen=True)
@@ -116,7 +124,7 @@ def interval_plot(rows: tuple[Interval, ...]) -> Markup:
         figure = _figure(0.62 * len(rows))
         for index, row in enumerate(rows):
             height = 1 / len(rows)
-            axes = _axes(figure, bottom=1 - height * (index + 0.62), height=height * 0.4)
+            axes = _axes(figure, bottom=1 - height * (index + 0.62), height=height * 0.4, left=_FIGURES_LEFT)
             ends = [row.low, row.high, row.value] + ([row.mark] if row.mark is not None else [])
             margin = max((max(ends) - min(ends)) * 0.12, abs(row.value) * 0.04, 0.2)  # no zoom into nothing
             axes.set_xlim(min(ends) - margin, max(ends) + margin)
@@ -126,8 +134,10 @@ def interval_plot(rows: tuple[Interval, ...]) -> Markup:
             _line(axes, [row.low, row.high], [0, 0], "base", 2)
             _line(axes, [row.value, row.value], [-0.25, 0.25], "ours", 4)
             axes.set_yticks([0], [row.name])
-            axes.set_xticks([row.low, row.high], [f"{row.low:.4g}", f"{row.high:.4g}"] if row.high > row.low else None)
-            if row.high - row.low < margin:
+            texts = [f"{row.low:.4g}", f"{row.high:.4g}"]
+            axes.set_xticks([row.low, row.high], texts)
+            unit = (max(ends) - min(ends) + 2 * margin) / (72 * _WIDTH * (_RIGHT - _FIGURES_LEFT))
+            if row.high - row.low < unit * _TEXT * (0.3 * len("".join(texts)) + 0.4):  # one would lie on the other
                 axes.set_xticks([row.value], [f"{row.value:.4g}"])
         told = "; ".join(f"{each.name} {each.value:.4g}, {each.low:.4g} to {each.high:.4g}" for each in rows)
         return svg_from_figure(figure, title=f"Figures with their intervals: {told}")
@@ -141,11 +151,10 @@ def layer_plot(layers: tuple[LayerRecord, ...]) -> Markup:
     kept = [each for each in rows if each in worst]
     values = [each.sqnr_db or 0.0 for each in kept]
     with _settings():
-        figure = _figure(0.2 * len(kept) + 0.5)
-        axes = _axes(figure, bottom=0.4 / (0.2 * len(kept) + 0.5), height=1 - 0.5 / (0.2 * len(kept) + 0.5))
+        figure, axes = _bars(len(kept))
         axes.barh(range(len(kept)), values, height=0.6, color=INKS["ours"], clip_on=False)
         _rows(axes, [each.module or each.op for each in kept])
-        axes.set_xlabel("signal to noise ratio, dB", color=INKS["soft"], size=9)
+        axes.set_xlabel("signal to noise ratio, dB", color=INKS["soft"], size=_TEXT)
         low = f"{kept[values.index(min(values))].module} {min(values):.1f} dB" if kept else "none"
         return svg_from_figure(figure, title=f"Signal to noise ratio of {len(kept)} layers, least {low}")
 
@@ -155,11 +164,10 @@ def range_plot(ranges: tuple[RangeRecord, ...]) -> Markup:
     """How far the largest value of each range lies above the magnitude that 99.9 % stay within, the farthest first."""
     kept = sorted((each for each in ranges if each.typical), key=lambda each: -each.spread)[: _LAYERS_SHOWN // 2]
     with _settings():
-        figure = _figure(0.2 * len(kept) + 0.5)
-        axes = _axes(figure, bottom=0.4 / (0.2 * len(kept) + 0.5), height=1 - 0.5 / (0.2 * len(kept) + 0.5))
+        figure, axes = _bars(len(kept))
         axes.barh(range(len(kept)), [each.spread for each in kept], height=0.6, color=INKS["base"], clip_on=False)
         _rows(axes, [f"{each.op} {each.module}" for each in kept])
-        axes.set_xlabel("largest over typical magnitude", color=INKS["soft"], size=9)
+        axes.set_xlabel("largest over typical magnitude", color=INKS["soft"], size=_TEXT)
         most = f"{kept[0].op} in {kept[0].module} at {kept[0].spread:.1f} times" if kept else "none"
         return svg_from_figure(figure, title=f"Outliers of {len(kept)} values, farthest {most}")
 
@@ -172,19 +180,23 @@ def trade_plot(points: tuple[Point, ...]) -> Markup:
     """
     with _settings():
         figure = _figure(_TRADE_HEIGHT)
-        axes = _axes(figure, bottom=0.19, height=0.77, left=0.16)
+        foot = _FOOT / _TRADE_HEIGHT
+        axes = _axes(figure, bottom=foot, height=0.96 - foot, left=_TRADE_LEFT)
         across = [1.0, *(end for each in points for end in (each.low, each.high))]
         down = [0.0, *(each.lost for each in points)]
         wide, tall = max(max(across) - min(across), 0.1), max(max(down) - min(down), 0.5)
         left, right = min(across) - 0.06 * wide, max(across) + 0.1 * wide
-        top, foot = min(down) - 0.1 * tall, max(down) + 0.1 * tall
+        top, bottom = min(down) - 0.1 * tall, max(down) + 0.1 * tall
         axes.set_xlim(left, right)
-        axes.set_ylim(foot, top)
-        _line(axes, [1, 1], [top, foot], "bad", 1, dashed=True)
+        axes.set_ylim(bottom, top)
+        _line(axes, [1, 1], [top, bottom], "bad", 1, dashed=True)
         _line(axes, [left, right], [0, 0], "bad", 1, dashed=True)
         best = sorted((each.ratio, each.lost) for each in points if each.best)
         _line(axes, [ratio for ratio, _ in best], [loss for _, loss in best], "line", 1.5)
-        places = _Places(wide / (72 * _WIDTH * 0.79), tall / (72 * _TRADE_HEIGHT * 0.77))
+        places = _Places(
+            (right - left) / (72 * _WIDTH * (_RIGHT - _TRADE_LEFT)),
+            (bottom - top) / (72 * (_TRADE_HEIGHT * 0.96 - _FOOT)),
+        )
         for each in points:
             places.take(each.ratio, each.lost)
         for each in points:
@@ -193,10 +205,10 @@ def trade_plot(points: tuple[Point, ...]) -> Markup:
             half = 0.03 * tall
             _line(axes, [each.ratio, each.ratio], [each.lost - half, each.lost + half], ink, 4)
             x, y = places.free(each.ratio, each.lost)
-            axes.text(x, y, str(each.number), color=INKS["ink"], size=9, ha="center", va="center")
+            axes.text(x, y, str(each.number), color=INKS["ink"], size=_TEXT, ha="center", va="center")
         axes.ticklabel_format(useOffset=False, style="plain")
-        axes.set_xlabel("times as fast as the recipe", color=INKS["soft"], size=9)
-        axes.set_ylabel("points lost", color=INKS["soft"], size=9)
+        axes.set_xlabel("times as fast as the recipe", color=INKS["soft"], size=_TEXT)
+        axes.set_ylabel("points lost", color=INKS["soft"], size=_TEXT)
         told = "; ".join(f"{each.number} {each.ratio:.2f} times, {each.lost:.2f} lost" for each in points)
         return svg_from_figure(figure, title=f"Candidates by speed and points lost: {told}")
 
@@ -209,7 +221,7 @@ class _Places:
         down: Units of the axis on the left that it is high.
     """
 
-    _AROUND = ((0, -10), (0, 10), (12, -10), (-12, -10), (12, 10), (-12, 10), (0, -20), (0, 20))
+    _AROUND = ((0, -12), (0, 12), (14, -12), (-14, -12), (14, 12), (-14, 12), (0, -24), (0, 24))
 
     def __init__(self, across: float, down: float) -> None:
         self._across, self._down = across, down
@@ -227,7 +239,7 @@ class _Places:
         return found[0] * self._across, found[1] * self._down
 
     def _is_free(self, x: float, y: float) -> bool:
-        return all(abs(x - other) >= 11 or abs(y - below) >= 9 for other, below in self._taken)
+        return all(abs(x - other) >= 13 or abs(y - below) >= 11 for other, below in self._taken)
 
 
 def _settings() -> Any:
@@ -250,12 +262,19 @@ def _axes(figure: Figure, *, bottom: float, height: float, left: float = _LEFT) 
     for name, spine in axes.spines.items():
         spine.set_visible(name == "bottom")
         spine.set_color(INKS["line"])
-    axes.tick_params(left=False, bottom=False, labelcolor=INKS["ink"], labelsize=9)
+    axes.tick_params(left=False, bottom=False, labelcolor=INKS["ink"], labelsize=_TEXT)
     return axes
 
 
+def _bars(count: int) -> tuple[Figure, Axes]:
+    """A figure for so many bars that lie on each other, and room below for the axis."""
+    height = _ROW * count + _FOOT + 0.1
+    figure = _figure(height)
+    return figure, _axes(figure, bottom=_FOOT / height, height=_ROW * count / height)
+
+
 def _rows(axes: Axes, names: Sequence[str]) -> None:
-    axes.set_yticks(range(len(names)), [shown(name, most=24) for name in names])
+    axes.set_yticks(range(len(names)), [shown(name, most=_NAME) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
 
 
