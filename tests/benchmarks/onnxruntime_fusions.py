@@ -88,7 +88,7 @@ _PLAIN_ATTENTION = {"onnxruntime.fuse_attention": "true", _SEVERAL: "false"}
 _ANY_ATTENTION = {**_PLAIN_ATTENTION, _SEVERAL: "true"}
 _MERGING = "tome:r=13"
 VARIANTS = (
-    Variant("fp32", "fp32", {"onnxruntime.fuse_attention": "false"}),
+    Variant("fp32", "fp32", {"onnxruntime.fuse_attention": "false", _SEVERAL: "false"}),
     Variant("fp32-attention", "fp32", _PLAIN_ATTENTION, "fuse-attention", "fp32"),
     Variant("fp32-several", "fp32", _ANY_ATTENTION, "fuse-multi-head-attention", "fp32-attention"),
     Variant("static", "int8", {**_NO_BOUND, "onnxruntime.fuse_qattention": "false"}),
