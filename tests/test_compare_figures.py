@@ -8,6 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from tests.benchmarks.compare_cells import Fused, Place, fused
 from tests.benchmarks.compare_rows import ROWS
 from tests.benchmarks.compare_tables import at_batch, comma_separated, machine, points, summary, table
 
@@ -99,18 +102,45 @@ def test_table_marks_builds_that_others_disturbed() -> None:
     assert text.endswith("the seconds are too many.")
 
 
+def counted(idea: str, found: int) -> dict[str, Any]:
+    return {"idea": idea, "expected": 25 if idea == "norm" else 12, "found": found, "reasons": []}
+
+
+def test_every_module_that_promises_it_became_one_operator_in_every_recorded_model() -> None:
+    if not MANY.is_file():
+        pytest.skip(f"{MANY.name} is not measured yet")
+    cells = json.loads(MANY.read_text(encoding="utf-8"))["cells"]
+    counted = [(cell["model"], each) for cell in cells for each in cell.get("fused", [])]
+    assert counted
+    for model, each in counted:
+        told = each["idea"] == "fused attention" and each["reasons"]  # left by the runtime's own operators
+        assert each["found"] == each["expected"] or told, (model, each)
+
+
+def test_bundle_tells_what_became_one_operator(tmp_path: Path) -> None:
+    row, source, place = next(row for row in ROWS if row.ours), tmp_path / "net", Place(tmp_path)
+    missing = [{"of": "softmax", "reason": "too wide", "modules": ["a"]}]
+    account = {"idea": "norm", "expected": 3, "found": 2, "missing": missing * 2, "fates": {}, "beyond": 0}
+    folder = place.folder("net", row) / "artifact/bundle"
+    folder.mkdir(parents=True)
+    (folder / "bundle.json").write_text(json.dumps({"components": {"main": {"account": [account]}}}))
+    assert fused(place, row, source) == (Fused("norm", 3, 2, ("too wide",)),)
+    assert fused(place, ROWS[0], source) == ()
+
+
 def test_summary_has_a_line_a_model_and_their_geometric_mean() -> None:
     cells = [
-        cell("vlexport-fp32"),
+        cell("vlexport-fp32", fused=[counted("attention", 12), counted("fused attention", 11), counted("norm", 25)]),
         cell("vlexport-fp32", model="other", timed={**TIMED, "ratio": 0.5, "low": 0.4, "high": 0.6}),
         cell("vlexport-fp32", model="noisy", timed={**TIMED, "ratio": None}), cell("plain"),
         cell("vlexport-fp32", model="broken", built=None, judged=None, timed=None, failed="no"),
     ]  # fmt: skip
     assert summary({"machine": MACHINE, "cells": cells}).splitlines()[2:] == [
-        "| net | 40.0 ms | 20.0 ms | 2.00× (1.90 to 2.10) | 25 dB | 23.0 MB |",
-        "| other | 40.0 ms | 20.0 ms | 0.50× (0.40 to 0.60) | 25 dB | 23.0 MB |",
-        "| noisy | 40.0 ms | 20.0 ms | too noisy to tell | 25 dB | 23.0 MB |",
-        "| broken | `no` | | | | |",
+        "| net | 40.0 ms | 20.0 ms | 2.00× (1.90 to 2.10) | 25 dB | 23.0 MB "
+        "| 12 of 12, 11 in operators of the runtime's own | 25 of 25 | – |",
+        "| other | 40.0 ms | 20.0 ms | 0.50× (0.40 to 0.60) | 25 dB | 23.0 MB | – | – | – |",
+        "| noisy | 40.0 ms | 20.0 ms | too noisy to tell | 25 dB | 23.0 MB | – | – | – |",
+        "| broken | `no` | | | | | | | |",
         "",
         "Geometric mean of 2 models: 1.00×.",
     ]

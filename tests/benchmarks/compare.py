@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.compare_cells import Built, Judged, Place, Timed, build, judge, time_cell
+from tests.benchmarks.compare_cells import Built, Fused, Judged, Place, Timed, build, fused, judge, time_cell
 from tests.benchmarks.compare_models import MODELS, Model, Sizes, folder_name, prepared
 from tests.benchmarks.compare_rows import FOR_ALL_MODELS, ROWS, Row, rows_of
 from tests.benchmarks.compare_tables import at_batch, comma_separated, machine, points, summary, table
@@ -50,6 +50,7 @@ class Cell:
     Attributes:
         failed: Why, in the peer's words; empty when nothing failed.
         date: When it was taken.
+        fused: What became one operator of what the model promises, where vlexport built it.
     """
 
     model: str
@@ -59,13 +60,14 @@ class Cell:
     timed: Timed | None = None
     failed: str = ""
     date: str = ""
+    fused: tuple[Fused, ...] = ()
 
 
 def cell_of(place: Place, model: Model, row: Row, source: Path, *, stages: int, plan: Plan, threads: int) -> Cell:
     """Build, judge and time, as far as ``stages`` says and as it goes."""
     cell = Cell(model.name, row.name, date=_today())
     try:
-        cell = dataclasses.replace(cell, built=build(place, row, source))
+        cell = dataclasses.replace(cell, built=build(place, row, source), fused=fused(place, row, source))
         if stages > 1:
             found = judge(place, row, source, embedding=model.embedding, plain=ROWS[0], threads=threads)
             cell = dataclasses.replace(cell, judged=found)

@@ -96,6 +96,23 @@ class Timed:
     peak_bytes: int | None
 
 
+@dataclass(frozen=True)
+class Fused:
+    """Modules of one kind, as the bundle's account has them.
+
+    Attributes:
+        idea: attention, norm, activation; or fused attention, in the runtime's own operators.
+        expected: How many of the model's modules promise to become one operator.
+        found: How many did.
+        reasons: Why the others did not, each once.
+    """
+
+    idea: str
+    expected: int
+    found: int
+    reasons: tuple[str, ...]
+
+
 Result = TypeVar("Result", Built, Judged, Timed)
 
 
@@ -180,6 +197,18 @@ def build(place: Place, row: Row, source: Path) -> Built:
         return Built(reply["seconds"], reply["peak_bytes"], size, versions, round(os.getloadavg()[0], 1))
 
     return _once(folder / "built.json", key, Built, make, retry=place.retry)
+
+
+def fused(place: Place, row: Row, source: Path) -> tuple[Fused, ...]:
+    """What the bundle of a row says of the model's modules; nothing of a row that is not ours."""
+    if not row.ours:
+        return ()
+    bundle = json.loads((place.folder(source.name, row) / "artifact/bundle/bundle.json").read_text(encoding="utf-8"))
+    return tuple(
+        Fused(each["idea"], each["expected"], each["found"], tuple(dict.fromkeys(m["reason"] for m in each["missing"])))
+        for part in bundle["components"].values()
+        for each in part["account"]
+    )
 
 
 def judge(place: Place, row: Row, source: Path, *, embedding: bool, plain: Row, threads: int) -> Judged:

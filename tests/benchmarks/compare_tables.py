@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tests.benchmarks.compare_rows import FOR_ALL_MODELS, PLAIN, ROWS
@@ -75,14 +75,15 @@ def _fidelity(cell: Mapping[str, Any]) -> list[str]:
 
 def summary(record: Record) -> str:
     """A line a model: how much faster vlexport's fp32 artifact is than the plain export, and their geometric mean."""
-    lines = ["| model | plain export | vlexport | ratio (95 %) | SQNR | size |", "|---|---|---|---|---|---|"]
+    heads = ("model", "plain export", "vlexport", "ratio (95 %)", "SQNR", "size", "attention", "norms", "activations")
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     ratios = []
     for cell in record["cells"]:
         timed, judged, built = cell["timed"], cell["judged"], cell["built"]
         if cell["row"] != FOR_ALL_MODELS[1]:
             continue
         if timed is None or judged is None or built is None:
-            lines.append(f"| {cell['model']} | `{cell['failed']}` | | | | |")
+            lines.append(f"| {cell['model']} | `{cell['failed']}` |{' |' * (len(heads) - 2)}")
             continue
         noise = "∞" if judged["sqnr_db"] is None else f"{judged['sqnr_db']:.0f} dB"
         cells = [
@@ -91,6 +92,7 @@ def summary(record: Record) -> str:
             *_latency(timed),
             noise,
             f"{built['size_bytes'] / 1e6:.1f} MB",
+            *_counts(cell.get("fused", ())),
         ]
         lines.append(f"| {' | '.join(cells)} |")
         ratios += [timed["ratio"]] if timed["ratio"] is not None else []
@@ -113,6 +115,18 @@ def at_batch(record: Record) -> str:
         cells = [cell["model"], name, f"{timed['plain_ms']:.1f} ms", *_latency(timed), *_fidelity(cell)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _counts(fused: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Found of expected attentions, with those in operators of the runtime's own, norms and activations."""
+    known = {each["idea"]: each for each in fused}
+    said = [
+        f"{known[idea]['found']} of {known[idea]['expected']}" if idea in known else _ABSENT
+        for idea in ("attention", "norm", "activation")
+    ]
+    if "fused attention" in known:
+        said[0] += f", {known['fused attention']['found']} in operators of the runtime's own"
+    return said
 
 
 def machine(record: Record, file: str = "compare.json") -> str:

@@ -1,5 +1,5 @@
-"""What ONNX Runtime's own operators gain on deit_small and a text tower: every way to build them against the plain
-export, and each fusion against the same artifact without it.
+"""What ONNX Runtime's own operators gain on deit_small, a text tower and two convolutional hybrids: every way to build
+them against the plain export, and each fusion against the same artifact without it.
 
     python -m tests.benchmarks.onnxruntime_fusions --scratch DIR --record docs/measured/onnxruntime_fusions.json --costs
     python -m tests.benchmarks.onnxruntime_fusions --scratch DIR --quick
@@ -8,7 +8,7 @@ Latency is measured as ``vlexport profile --against`` does it: interleaved round
 process, rounds in which the baseline drifts by more than 5 % repeated, 95 % interval of the ratio. Bundles are built
 once a scratch folder, and ratios that the record holds already are not measured again: a run that is stopped goes on.
 ``--costs`` writes what was found for this kind of processor into the table that builds choose by. Weights are random,
-which decides no latency. Run it on a machine that does nothing else: about 10 minutes, after 14 for the builds.
+which decides no latency. Run it on a machine that does nothing else: about 15 minutes, after 20 for the builds.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import vlexport
+from tests.benchmarks.compare_models import First
 from tests.zoo_record import write_record
 from vlexport.core.devices import available_cores, this_machine
 from vlexport.core.errors import InternalError
@@ -36,6 +37,10 @@ from vlexport.targets.onnxruntime.fusions import FusionCost, fusion_costs
 
 MODEL = "deit_small_patch16_224"
 TEXT = "text tower of MiniLM's shape"
+POOLED = "nextvit_small"
+"""Keys and values are of fewer positions than queries, in three of its four attentions."""
+PROJECTED = "cvt-13 of transformers"
+"""Queries, keys and values are projected by convolutions of their own, in all of thirteen."""
 COSTS = Path("targets/onnxruntime/fusion_costs.json")
 KINDS = ("avx512_vnni", "avx2", "asimddp", "asimd")
 """Flags that figures speak for: a processor is of the first kind that it has."""
@@ -78,11 +83,14 @@ class Variant:
 
 _NO_BOUND = {"quantize.min_sqnr_db": "0"}
 _DYNAMIC = {**_NO_BOUND, "quantize.activations": "dynamic"}
-_PLAIN_ATTENTION = {"onnxruntime.fuse_attention": "true"}
+_SEVERAL = "onnxruntime.fuse_multi_head_attention"
+_PLAIN_ATTENTION = {"onnxruntime.fuse_attention": "true", _SEVERAL: "false"}
+_ANY_ATTENTION = {**_PLAIN_ATTENTION, _SEVERAL: "true"}
 _MERGING = "tome:r=13"
 VARIANTS = (
-    Variant("fp32", "fp32", {"onnxruntime.fuse_attention": "false"}),
-    Variant("fp32-attention", "fp32", {"onnxruntime.fuse_attention": "true"}, "fuse-attention", "fp32"),
+    Variant("fp32", "fp32", {"onnxruntime.fuse_attention": "false", _SEVERAL: "false"}),
+    Variant("fp32-attention", "fp32", _PLAIN_ATTENTION, "fuse-attention", "fp32"),
+    Variant("fp32-several", "fp32", _ANY_ATTENTION, "fuse-multi-head-attention", "fp32-attention"),
     Variant("static", "int8", {**_NO_BOUND, "onnxruntime.fuse_qattention": "false"}),
     Variant(
         "static-qattention", "int8", {**_NO_BOUND, "onnxruntime.fuse_qattention": "true"}, "fuse-qattention", "static"
@@ -101,9 +109,13 @@ VARIANTS = (
         "text-biased-attention", "fp32", {**_PLAIN_ATTENTION, "onnxruntime.fuse_biased_attention": "true"},
         "fuse-biased-attention", "text", source=TEXT,
     ),
+    Variant("nextvit", "fp32", _PLAIN_ATTENTION, source=POOLED),
+    Variant("nextvit-several", "fp32", _ANY_ATTENTION, "fuse-multi-head-attention", "nextvit", source=POOLED),
+    Variant("cvt", "fp32", _PLAIN_ATTENTION, source=PROJECTED),
+    Variant("cvt-several", "fp32", _ANY_ATTENTION, "fuse-multi-head-attention", "cvt", source=PROJECTED),
 )  # fmt: skip
 """Merged tokens weigh as many as they are of, which is added to the scores of every block but the first; the text tower
-masks what pads."""
+masks what pads. The last block of deit_small computes the class token alone, so that it has one query."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +171,12 @@ def saved(source: str, scratch: Path) -> Path:
     if source == TEXT:
         ids = torch.arange(32)[None]
         vlexport.save(TextTower().eval(), file, inputs={"input_ids": ids, "attention_mask": (ids < 12).long()})
+    elif source == PROJECTED:
+        compat.declare_torchvision_operators()
+        import transformers
+
+        module = First(transformers.CvtForImageClassification(transformers.CvtConfig()), "logits")
+        vlexport.save(module.eval(), file, inputs={"x": torch.zeros(2, 3, 224, 224)})
     else:
         made = factory_from_text(f"timm:{source}")
         vlexport.save(made.module.eval(), file, inputs={"x": torch.zeros(2, 3, 224, 224)})
