@@ -9,6 +9,7 @@ OURS_OPENVINO = "vlexport_openvino"
 PLAIN = "plain"
 _CALIBRATED = "--calib {source}/calibration.npz"
 _TOME = "tome:r=28,layers=4+5+6+7+8+9+10+11"
+_EVIT = "evit:keep=0.85,layers=4+5+6+7+8+9+10,squeeze=true"
 _OPENVINO = "--set onnxruntime.provider=openvino"
 _OPENVINO_INT8 = f"--precision int8 {_CALIBRATED} {_OPENVINO} --set onnxruntime.provider_floats=bf16"
 
@@ -57,7 +58,11 @@ ROWS = (
         "int8, bf16",
     ),
     Row(
-        "vlexport-openvino-tokens", "the same and --tokens tome", OURS_OPENVINO, f"{_OPENVINO_INT8} --tokens {_TOME}",
+        "vlexport-openvino-evit", "vlexport --precision int8 --tokens evit, OpenVINO provider, bf16", OURS_OPENVINO, f"{_OPENVINO_INT8} --tokens {_EVIT}",
+        "int8, bf16", ("solar_cells",),
+    ),
+    Row(
+        "vlexport-openvino-tokens", "vlexport --precision int8 --tokens tome, OpenVINO provider, bf16", OURS_OPENVINO, f"{_OPENVINO_INT8} --tokens {_TOME}",
         "int8, bf16", ("solar_cells",),
     ),
     Row("ort-transformers", "onnxruntime.transformers optimizer", "onnx_runtime", "transformers-optimizer", "fp32"),
