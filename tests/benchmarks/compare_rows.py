@@ -58,12 +58,12 @@ ROWS = (
         "int8, bf16",
     ),
     Row(
-        "vlexport-openvino-evit", "vlexport --precision int8 --tokens evit, OpenVINO provider, bf16", OURS_OPENVINO, f"{_OPENVINO_INT8} --tokens {_EVIT}",
-        "int8, bf16", ("solar_cells",),
+        "vlexport-openvino-evit", "vlexport --precision int8 --tokens evit, OpenVINO provider, bf16", OURS_OPENVINO,
+        f"{_OPENVINO_INT8} --tokens {_EVIT}", "int8, bf16", ("solar_cells",),
     ),
     Row(
-        "vlexport-openvino-tokens", "vlexport --precision int8 --tokens tome, OpenVINO provider, bf16", OURS_OPENVINO, f"{_OPENVINO_INT8} --tokens {_TOME}",
-        "int8, bf16", ("solar_cells",),
+        "vlexport-openvino-tokens", "vlexport --precision int8 --tokens tome, OpenVINO provider, bf16", OURS_OPENVINO,
+        f"{_OPENVINO_INT8} --tokens {_TOME}", "int8, bf16", ("solar_cells",),
     ),
     Row("ort-transformers", "onnxruntime.transformers optimizer", "onnx_runtime", "transformers-optimizer", "fp32"),
     Row("ort-onnxscript", "onnxscript optimize_for_ort", "onnx_runtime", "optimize-for-ort", "fp32"),
