@@ -9,7 +9,6 @@ OURS_OPENVINO = "vlexport_openvino"
 PLAIN = "plain"
 _CALIBRATED = "--calib {source}/calibration.npz"
 _TOME = "tome:r=28,layers=4+5+6+7+8+9+10+11"
-_EVIT = "evit:keep=0.85,layers=4+5+6+7+8+9+10,squeeze=true"
 _OPENVINO = "--set onnxruntime.provider=openvino"
 _OPENVINO_INT8 = f"--precision int8 {_CALIBRATED} {_OPENVINO} --set onnxruntime.provider_floats=bf16"
 
@@ -58,8 +57,8 @@ ROWS = (
         "int8, bf16",
     ),
     Row(
-        "vlexport-openvino-evit", "vlexport --precision int8 --tokens evit, OpenVINO provider, bf16", OURS_OPENVINO,
-        f"{_OPENVINO_INT8} --tokens {_EVIT}", "int8, bf16", ("solar_cells",),
+        "vlexport-openvino-int8-f32", "vlexport --precision int8, OpenVINO provider", OURS_OPENVINO,
+        f"--precision int8 {_CALIBRATED} {_OPENVINO}", "int8",
     ),
     Row(
         "vlexport-openvino-tokens", "vlexport --precision int8 --tokens tome, OpenVINO provider, bf16", OURS_OPENVINO,
