@@ -48,8 +48,8 @@ def heads_of_streams(program: Program, rounded: Sequence[tuple[Node, Node]]) -> 
 
 def _begins_stream(head: Node) -> bool:
     """Whether norms and sums alone read a value, through views, and one of the sums adds what was computed from it."""
-    below = _computed_from(head)
     pending, seen, norms, returns = [head], {head}, [], False
+    below: set[Node] = set()
     while pending:
         value = pending.pop()
         for reader in value.users:
@@ -57,6 +57,8 @@ def _begins_stream(head: Node) -> bool:
             name = dialect.plain_name(reader) if row is not None else ""
             if row is not None and row.category == "shape":
                 continue
+            if name == "add" and not below:  # asked for late: most values are read by something else
+                below = _computed_from(head)
             if name in _NORMS:
                 norms.append(reader)
             elif name == "add" and any(each is not value and each in below for each in _tensors(reader) - seen):

@@ -59,9 +59,10 @@ def solar_cells(scratch: Path, threads: int, every: int) -> Row:
     def images(cut: slice) -> Iterator[dict[str, Floats]]:
         return ({"image": sample["image"]} for sample in data.samples(photos[cut]))
 
-    found = [
-        int8_accuracy.outputs(each, len(photos), images, scratch, threads, what=f"{every}") for each in (plain, ours)
-    ]
+    def made(folder: Path, batch: int) -> Floats:
+        return int8_accuracy.outputs(folder, len(photos), images, scratch, threads, what=f"{every}", batch=batch)
+
+    found = [made(plain, int8_accuracy.BATCH), made(ours, 1)]  # the engine's batch is fixed
     labels, fold = np.array([each.label for each in photos], np.int64), folds([each.path.name for each in photos])
     heads = heads_by_fold(found[0], labels, fold)
     was, now = (right(each, labels, fold, heads) for each in found)

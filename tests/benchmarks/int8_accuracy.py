@@ -121,18 +121,18 @@ def bundle(model: Path, scratch: Path, calib: str) -> Path:
 
 def outputs(
     folder: Path, count: int, samples: Callable[[slice], Iterable[dict[str, Floats]]], scratch: Path, threads: int,
-    *, what: str,
+    *, what: str, batch: int = BATCH,
 ) -> Floats:  # fmt: skip
-    """What a bundle computes of so many samples, one row each; ``what`` names them."""
+    """What a bundle computes of so many samples, one row each, so many a run; ``what`` names them."""
     found = []
     with vlexport.load(folder, threads=threads) as loaded:
         for start in range(0, count, PIECE):
             file = scratch / f"outputs-{loaded.bundle.digest[-16:]}-{what}-{start}.npy"
             if not file.is_file():
                 rows, piece = [], iter(samples(slice(start, min(start + PIECE, count))))
-                while chunk := list(itertools.islice(piece, BATCH)):
-                    batch = {name: np.stack([each[name] for each in chunk]) for name in chunk[0]}
-                    rows.append(next(iter(loaded.run(batch).values())))
+                while chunk := list(itertools.islice(piece, batch)):
+                    stacked = {name: np.stack([each[name] for each in chunk]) for name in chunk[0]}
+                    rows.append(next(iter(loaded.run(stacked).values())))
                 part = file.with_suffix(".part.npy")
                 np.save(part, np.concatenate(rows))
                 part.replace(file)
