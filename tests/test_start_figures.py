@@ -1,4 +1,4 @@
-"""The first figures on a new machine: the page shows what was recorded, and the record holds no place."""
+"""How soon vlexport says something: pages show what was recorded, bounds hold, and the records name no place."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+from tests.benchmarks import start_time
 from tests.benchmarks.first_number import LIMIT_S, MODEL, STEPS, Step, run, table
 from tests.figures import require_figures
 
@@ -29,6 +30,13 @@ def test_first_number_was_there_in_time_and_the_record_names_no_place() -> None:
     assert first["said"] == ["4.60 GMACs"]
     assert [row["name"] for row in rows if row["network"]] == ["install"]
     assert not re.search(r"/(home|root|tmp|work|opt)\b|https?://", text)
+
+
+def test_help_was_there_in_time_and_the_page_shows_what_was_recorded() -> None:
+    record = json.loads((ROOT / "docs/measured/start_time.json").read_text(encoding="utf-8"))
+    assert record["rows"]["--help"]["wall_ratio"] <= start_time.LIMIT
+    assert {" ".join(command) for command in start_time.COMMANDS} == set(record["rows"])
+    require_figures(ROOT / "docs/commands/README.md", "start time", start_time.table(record))
 
 
 def test_figures_are_taken_from_what_a_command_says(tmp_path: Path) -> None:
