@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = (("--help",), ("--version",), ("build", "--help"), ("explain", "VLX0503"), ("targets", "--help"))
@@ -74,6 +75,16 @@ def measure(rounds: int) -> dict[str, object]:
             "imports_ms": heavy_imports(COMMANDS[list(ours).index(name)]),
         }
     return {"empty_ms": round(1000 * statistics.median(wall for wall, _ in base), 1), "rounds": rounds, "rows": rows}
+
+
+def table(record: dict[str, Any]) -> str:
+    """The record as a table of a page."""
+    lines = ["| command | times `python -c pass` | imports that take longest |", "|---|---|---|"]
+    for name, row in record["rows"].items():
+        longest = ", ".join(f"{package} {ms:.0f} ms" for package, ms in list(row["imports_ms"].items())[:3])
+        lines.append(f"| `vlexport {name}` | {row['wall_ratio']:.1f} | {longest} |")
+    said = f"{record['date']}, {record['machine']['cpu']}, {record['machine']['cores']} cores; `{record['command']}`."
+    return "\n".join([*lines, "", said])
 
 
 def main() -> None:

@@ -185,9 +185,14 @@ def test_build_refuses_recipe_when_a_key_is_unknown_or_would_run_code(
 
 def test_command_line_refuses_when_there_is_no_such_command(cli: Any, here: Path) -> None:
     cli.refused(2, "VLX0703", "biuld", said="build")
+    cli.refused(2, "VLX0703", "run", "bundle", said="see `vlexport run --help`")
+    cli.refused(2, "VLX0703", "build", "model.pt", "--format", "junti", said="'markdown'; did you mean 'junit'?")
     code, _, err = cli()
     assert code == 2
-    assert "VLX0703" in err
+    shown, _, last = err.partition("\n\nerror VLX0703: ")
+    assert "Usage:" in shown.splitlines()[0], "the help is shown as it is"
+    assert "schema" in shown
+    assert last.startswith("no command was given\n")
 
 
 # The output

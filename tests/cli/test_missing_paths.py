@@ -20,6 +20,7 @@ MISSING: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("VLX0101", ("inspect", "no.pt")),
     ("VLX0101", ("inspect", "no.pt", "--target", "all")),
     ("VLX0102", ("inspect", "empty")),
+    ("VLX0102", ("build", "bundle")),
     ("VLX0114", ("inspect", "somebody/something")),
     ("VLX0110", ("inspect", "model.pt", "--arch", "no.py:make")),
     ("VLX0101", ("build", "no.pt")),

@@ -45,8 +45,9 @@ from vlexport.core.preprocess import preprocess_from_spec
 from vlexport.core.trials import SearchRecord, Trial
 from vlexport.core.verdict import gate_from_text, judge, measured_drop, measured_rate
 from vlexport.report import html
-from vlexport.report.figures import latency_phrase, macs_phrase, parameters_phrase, size_phrase
+from vlexport.report.figures import idle_passes, latency_phrase, macs_phrase, parameters_phrase, size_phrase
 from vlexport.report.html import html_from_report
+from vlexport.report.inspection import pass_lines
 from vlexport.report.near_misses import grouped_misses, miss_lines
 from vlexport.report.plots import intervals_of, points_of
 from vlexport.report.receipt import MAX_LINES, receipt
@@ -360,6 +361,17 @@ def test_near_misses_are_one_line_a_reason_when_many_blocks_share_it() -> None:
     assert text.count("because 0") == 1
     assert "9 places" in text
     assert "node 8" in text
+
+
+def test_pass_is_idle_when_it_had_nothing_to_do_in_any_of_its_runs() -> None:
+    busy = a_bundle().main.passes[0]
+    idle = busy.model_copy(update={"changes": (), "near_misses": ()})
+    records = (idle, idle.model_copy(update={"name": "other"}), busy, idle.model_copy(update={"name": "other"}))
+    assert idle_passes(records) == ("other",)
+    lines = pass_lines("", records)
+    assert (lines[-1], sum(line.startswith("Pass ") for line in lines)) == ("Idle     nothing to do: other", 1)
+    report = a_report(a_bundle()).model_copy(update={"passes": records})
+    assert "Nothing to do: other." in html_from_report(report, a_bundle())
 
 
 def test_layers_are_read_as_far_as_they_hold_together(tmp_path: Path) -> None:

@@ -91,7 +91,8 @@ def passes(
     def about(offer: Offer) -> tuple[list[str], dict[str, Any]]:
         kind = pass_class(offer.name)
         run = "" if offer.built_in else f"; run with --pass {offer.name}"
-        line = f"{offer.name} ({kind.stage}, {kind.effect}): {inspect.getdoc(kind)}{_origin(offer)}{run}"
+        summary = (inspect.getdoc(kind) or "").rstrip(".") if run else inspect.getdoc(kind)
+        line = f"{offer.name} ({kind.stage}, {kind.effect}): {summary}{_origin(offer)}{run}"
         return [line], {"stage": kind.stage, "effect": kind.effect, "distribution": offer.origin}
 
     lines, found, broken = _listed(offered_passes(), about)
@@ -99,7 +100,7 @@ def passes(
     for each, targets_of in lowered.items():
         kind = next(iter(targets_of.values())).kind()
         summary = f"{each} ({kind.stage}, {kind.effect}): {inspect.getdoc(kind)}"
-        lines.append(f"{summary}; on what is lowered, run with {_asked_for(targets_of)}")
+        lines.append(f"{summary.rstrip('.')}; on what is lowered, run with {_asked_for(targets_of)}")
         rows.append(
             {"name": each, "stage": kind.stage, "effect": kind.effect, "turned_on_by": _switches(targets_of)}
         )  # fmt: skip

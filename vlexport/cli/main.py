@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -19,16 +20,18 @@ from typing import Annotated, Any, cast
 import typer
 
 import vlexport
-from vlexport.cli.commands import LazyGroup
+from vlexport.cli.commands import COMMANDS, LazyGroup
 from vlexport.cli.console import error_lines
 from vlexport.cli.formats import OutputFormat, format_of, formatted
 from vlexport.cli.outcome import Outcome
-from vlexport.core.errors import EXIT_INPUT, EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_USAGE, VlexportError
+from vlexport.core.errors import EXIT_INPUT, EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_USAGE, VlexportError, nearest
 from vlexport.core.inert import inert
 
 OUTPUT_SCHEMA = 1
 _BadUsage: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")
 """What typer raises on a wrong command line: click's class, or that of the copy of click which typer carries."""
+
+_CHOICE = re.compile(r"'([^']*)' is not one of (.*)")
 
 app = typer.Typer(
     name="vlexport",
@@ -86,10 +89,10 @@ def main(arguments: Sequence[str]) -> int:
         outcome, error = Outcome(exit_code=problem.exit_code), problem.as_dict()
         _complain(error_lines(problem))
     except _BadUsage as problem:
-        message = cast("Any", problem).format_message() or "no command was given"
+        message, hint = _usage(problem)
         outcome = Outcome(exit_code=EXIT_USAGE)
-        error = {"code": "VLX0703", "message": message, "where": "command line", "hint": "see `vlexport --help`"}
-        _complain([f"error VLX0703: {inert(message)}", "  do:    see `vlexport --help`"])
+        error = {"code": "VLX0703", "message": message, "where": "command line", "hint": hint}
+        _complain([f"error VLX0703: {inert(message)}", f"  do:    {hint}"])
     except (KeyboardInterrupt, typer.Abort):
         outcome = Outcome(exit_code=EXIT_INTERRUPTED)
         error = {"code": "", "message": "interrupted", "where": "", "hint": ""}
@@ -104,6 +107,19 @@ def main(arguments: Sequence[str]) -> int:
         for line in outcome.lines:
             typer.echo(inert(line).replace("\n", "\\n"))
     return outcome.exit_code
+
+
+def _usage(problem: Exception) -> tuple[str, str]:
+    """What is wrong with a command line, and where to look; without any command, the help is shown first."""
+    message: str = cast("Any", problem).format_message()
+    if type(problem).__name__ == "NoArgsIsHelpError":
+        _complain([message, ""])
+        return "no command was given", "type one of these behind vlexport"
+    message = message.replace(": Value error, ", ": ")
+    if choice := _CHOICE.search(message):
+        message = message.rstrip(".") + nearest(choice[1], re.findall(r"'([^']+)'", choice[2]))
+    name = getattr(getattr(problem, "ctx", None), "info_name", None)
+    return message, f"see `vlexport {name} --help`" if name in COMMANDS else "see `vlexport --help`"
 
 
 def _aside() -> int:

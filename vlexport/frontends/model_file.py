@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from vlexport.core.bundle import BUNDLE_FILE
 from vlexport.core.errors import ModelFileError
 from vlexport.frontends.safetensors_file import index_in
 
@@ -42,6 +43,11 @@ def require_model_file(path: Path) -> None:
         is_folder, is_file = path.is_dir(), path.is_file()
     except OSError:  # a name that the file system cannot hold
         is_folder = is_file = False
+    if is_folder and (path / BUNDLE_FILE).is_file():
+        raise ModelFileError(
+            "VLX0102", "this is a bundle, which a build makes; a model is wanted", where=str(path),
+            hint="name the model file that it was built from",
+        )  # fmt: skip
     if is_folder:
         raise ModelFileError(
             "VLX0102",

@@ -226,3 +226,9 @@ def pass_phrase(record: PassRecord) -> str:
     said = f"{record.name} {count} change{'s' if count != 1 else ''}" if count else f"{record.name} nothing to do"
     misses = len(record.near_misses)
     return f"{said} ({misses} near miss{'es' if misses != 1 else ''})" if misses else said
+
+
+def idle_passes(records: Sequence[PassRecord]) -> tuple[str, ...]:
+    """Names of passes that had nothing to do, each once; a pass that runs twice must have been idle both times."""
+    busy = {each.name for each in records if each.changes or each.near_misses}
+    return tuple(dict.fromkeys(each.name for each in records if each.name not in busy))

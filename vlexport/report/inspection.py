@@ -9,6 +9,7 @@ from vlexport.core.bundle_schema import Component, GateRecord, Golden, PassRecor
 from vlexport.core.inspection import BundleInspection, ModelInspection, ModelPart, ModulePart, Support
 from vlexport.report.figures import (
     accuracy_phrase,
+    idle_passes,
     latency_phrase,
     macs_phrase,
     parameters_phrase,
@@ -190,9 +191,9 @@ def pass_lines(name: str, records: Sequence[PassRecord], *, every: bool = False)
         every: Every place, and passes that had nothing to do; else the first places, and those passes in one line.
     """
     lines = [f"Part     component {name}"] if name else []
-    idle = [] if every else [each for each in records if not each.changes and not each.near_misses]
+    idle = () if every else idle_passes(records)
     for record in records:
-        if record in idle:
+        if not every and not record.changes and not record.near_misses:
             continue
         lines.append(f"Pass     {_pass_line(record)}")
         for change in record.changes:
@@ -207,4 +208,4 @@ def pass_lines(name: str, records: Sequence[PassRecord], *, every: bool = False)
             places = change.where if every or not change.where else (places_phrase(change.where),)
             lines += [f"           in {path}" for path in places]
         lines += miss_lines([record], every=every)
-    return lines + ([f"Idle     nothing to do: {', '.join(each.name for each in idle)}"] if idle else [])
+    return lines + ([f"Idle     nothing to do: {', '.join(idle)}"] if idle else [])
