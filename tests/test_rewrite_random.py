@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
-from tests.benchmarks.rewrite_random import Counts, add, examine, random_graphs, rewrites
+from tests.benchmarks.rewrite_random import ALL, GRAPHS, Counts, add, examine, random_graphs, rewrites, table
+from tests.figures import require_figures
 from tests.onnx_grammar import random_graph
 from vlexport.passes.base import Change, Match, Pass
 from vlexport.targets.onnx.model import OnnxModel
 
+ROOT = Path(__file__).resolve().parents[1]
+RECORD = json.loads((ROOT / "docs/measured/rewrites.json").read_text(encoding="utf-8"))
 SLOW = ("simplify-onnx", "optimize-onnx")
 """Left to the benchmark."""
 
@@ -61,3 +66,16 @@ def test_counts_go_on_where_a_record_ends() -> None:
     again = Counts.of(first.row("random"))
     assert add(again, random_graphs(range(4)), passes, math.inf)
     assert again.row("random") == whole.row("random")
+
+
+def test_page_holds_the_table_of_the_record() -> None:
+    require_figures(ROOT / "docs/onnxruntime.md", "rewrites", table(RECORD))
+
+
+def test_record_is_of_all_graphs_and_every_rewrite_and_holds_no_failure() -> None:
+    drawn, nodes = RECORD["rows"]
+    assert (drawn["what"], drawn["graphs"], nodes["what"]) == ("random", GRAPHS, "nodes")
+    assert nodes["graphs"] >= 1884, "as many as onnx 1.23 has"
+    assert drawn["failures"] + nodes["failures"] == []
+    assert {*drawn["fused"]} == {*nodes["fused"]} == {*rewrites()} - {ALL}
+    assert all(count > 0 for count in drawn["fused"].values()), "each was seen to apply"

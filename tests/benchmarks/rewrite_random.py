@@ -316,15 +316,17 @@ def table(record: Mapping[str, Any]) -> str:
         fused = drawn["fused"].get(name, "") if name != ALL else ""
         rows.append(f"| {name} | {drawn['changed'].get(name, 0)} | {fused} | {nodes['changed'].get(name, 0)} |")
     worst = drawn["worst_sqnr_db"]
-    refused = sum(drawn["refused"].values()) + sum(nodes["refused"].values())
+    why: Counter[str] = Counter(drawn["why"]) + Counter(nodes["why"])
+    refused, told = why.total(), "; ".join(f"{what} ({count})" for what, count in why.most_common())
     pairs, failures = drawn["compared"] + nodes["compared"], len(drawn["failures"]) + len(nodes["failures"])
     said = [
-        f"{drawn['graphs']} random graphs and {nodes['graphs']} node tests: {pairs} comparisons, {refused} graphs",
-        f"given up by the tool that a rewrite calls, {failures} failures. Largest relative error of an exact rewrite:",
+        f"{drawn['graphs']} random graphs and {nodes['graphs']} node tests: {pairs} comparisons, {refused} rewrites",
+        f"given up by the tool that they call, {failures} failures. Largest relative error of an exact rewrite,",
+        "fp16 left out:",
         f"{max(drawn['worst_relative'], nodes['worst_relative']):.0e}; of one with integers:",
         "no more than 1e-05." if worst is None else f"{worst} dB of signal to noise.",
     ]
-    rows += ["", " ".join(said)]
+    rows += ["", " ".join(said), *(["", f"Given up: {told}."] if told else [])]
     return "\n".join(rows)
 
 

@@ -6,6 +6,7 @@ opened once, the source's answers are remembered, and the calibration table does
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import itertools
 import shutil
@@ -15,8 +16,8 @@ from pathlib import Path
 
 import vlexport
 from vlexport.core.artifact import Array
-from vlexport.core.bundle import ARTIFACT_FOLDER, file_record
-from vlexport.core.bundle_schema import Component, FileRecord, LatencyResult
+from vlexport.core.bundle import ARTIFACT_FOLDER
+from vlexport.core.bundle_schema import Component, LatencyResult
 from vlexport.core.code_identity import code_digest
 from vlexport.core.config import BuildConfig
 from vlexport.core.dataset import Dataset
@@ -144,7 +145,7 @@ class Bench:
     def is_same(self, options: Options, other: Options) -> bool:
         """Whether two candidates have the same files, opened in the same way."""
         (_, mine, here), (_, its, there) = self.make(options), self.make(other)
-        return mine.artifact == its.artifact and _files(here) == _files(there)
+        return mine.artifact == its.artifact and _same_files(here / ARTIFACT_FOLDER, there / ARTIFACT_FOLDER)
 
     def forget(self, options: Options) -> None:
         """A candidate is not needed again: its files go."""
@@ -245,9 +246,10 @@ def guarded(options: Options, against: Options, examine: Callable[[], Trial]) ->
         return Trial(options=dict(options), against=dict(against), outcome="refused", reason=reason)
 
 
-def _files(folder: Path) -> dict[str, FileRecord]:
-    files = (folder / ARTIFACT_FOLDER).rglob("*")
-    return {each.relative_to(folder).as_posix(): file_record(each) for each in files if each.is_file()}
+def _same_files(here: Path, there: Path) -> bool:
+    """Whether two folders hold the same bytes under the same names; read as far as the first that differs."""
+    mine, its = ({f.relative_to(folder) for f in folder.rglob("*") if f.is_file()} for folder in (here, there))
+    return mine == its and all(filecmp.cmp(here / name, there / name, shallow=False) for name in mine)
 
 
 def _outcome(verdict: Verdict) -> str:
