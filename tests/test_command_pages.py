@@ -66,7 +66,7 @@ def test_examples_of_a_page_parse(name: str) -> None:
 
 
 def test_every_flag_that_a_page_names_exists() -> None:
-    known = {"--help", "--version", "--body-file", "--record"}  # the last two are gh's, and of our benchmarks
+    known = {"--help", "--version", "--body-file", "--record"}  # gh's and our benchmarks'
     known |= {opt for each in GROUP.commands.values() for p in each.params for opt in (*p.opts, *p.secondary_opts)}
     for page in sorted(PAGES.glob("*.md")):
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text(encoding="utf-8")))
