@@ -5,9 +5,10 @@ has the operators of com.microsoft that we write, so that an artifact of theirs 
 write no other (tested).
 
 Source: tried with 1.15.1 (refuses version 10), 1.18.0 (opens models of opset 18 to 21 with each of the operators, and
-computes the same) and 1.18.1 (linears as DynamicQuantizeMatMul and MatMulIntegerToFloat, with all of its optimizations
-and with none: the same as 1.32); ONNX Runtime's documentation, Compatibility. The optimizer of 1.18.1 was seen to die
-on a float graph with a sigmoid between two products, which holds none of these operators.
+computes the same; MultiHeadAttention without a bias, as cvt_13 and nextvit_small have it) and 1.18.1 (linears as
+DynamicQuantizeMatMul and MatMulIntegerToFloat, with all of its optimizations and with none: the same as 1.32); ONNX
+Runtime's documentation, Compatibility. The optimizer of 1.18.1 was seen to die on a float graph with a sigmoid between
+two products, which holds none of these operators.
 """
 
 from __future__ import annotations
