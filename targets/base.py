@@ -166,6 +166,10 @@ class Target(abc.ABC):
         """As :meth:`probe`, for artifacts made by this brief: options may ask for more than the runtime."""
         return self.probe()
 
+    def computes_in(self, brief: Brief) -> str:
+        """The precision that results have, where options ask the runtime for less than the artifact's own."""
+        return brief.precision
+
     def missing_tools(self, brief: Brief) -> str:
         """What lowering needs and this machine lacks, and how to install it; empty when nothing is missing."""
         return ""

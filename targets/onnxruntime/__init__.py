@@ -178,12 +178,20 @@ class OnnxRuntimeTarget(Target):
         why = f"{missing.message}; {missing.hint}"
         return found.model_copy(update={"available": False, "timing": "none", "reason": why})
 
+    def computes_in(self, brief: Brief) -> str:
+        """bf16 for an fp32 artifact whose floats OpenVINO may round."""
+        options = cast("OnnxRuntimeOptions", brief.options)
+        rounds = options.provider == OPENVINO and options.provider_floats == "bf16"
+        return "bf16" if rounds and brief.precision == "fp32" else brief.precision
+
     def choose_precision(self, wished: str | None) -> tuple[str, str]:
         """fp16 with what it is good for here; bf16 is refused with the reason."""
         if wished == "bf16":
             raise CapabilityError(
                 "VLX0502", f"{self.id} does not run bf16: its CPU provider has no bf16 kernels and opens no such graph",
-                where="--precision", hint=f"it runs: {', '.join(self.precisions)}",
+                where="--precision",
+                hint=f"it runs: {', '.join(self.precisions)}; or let OpenVINO compute in it: "
+                f"--set {self.id}.provider={OPENVINO} --set {self.id}.provider_floats=bf16",
             )  # fmt: skip
         precision, reason = super().choose_precision(wished)
         return precision, _FP16_NOTE if precision == "fp16" else reason

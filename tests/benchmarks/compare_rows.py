@@ -53,6 +53,10 @@ ROWS = (
     ),
     Row("vlexport-openvino-fp32", "vlexport, OpenVINO provider", OURS_OPENVINO, _OPENVINO, "fp32"),
     Row(
+        "vlexport-openvino-bf16", "vlexport, OpenVINO provider, bf16", OURS_OPENVINO,
+        f"{_OPENVINO} --set onnxruntime.provider_floats=bf16", "bf16",
+    ),
+    Row(
         "vlexport-openvino-int8", "vlexport --precision int8, OpenVINO provider, bf16", OURS_OPENVINO, _OPENVINO_INT8,
         "int8, bf16",
     ),

@@ -114,6 +114,21 @@ def test_session_is_refused_when_a_bundle_records_floats_that_are_none(program: 
     assert caught.value.code == "VLX0505"
 
 
+@pytest.mark.parametrize(
+    ("options", "precision", "computed"),
+    [
+        ({"provider": "openvino", "provider_floats": "bf16"}, "fp32", "bf16"),
+        ({"provider": "openvino", "provider_floats": "bf16"}, "int8", "int8"),
+        ({"provider": "openvino"}, "fp32", "fp32"),
+        ({"provider_floats": "bf16"}, "fp32", "fp32"),
+    ],
+)
+def test_golden_vectors_have_the_bound_of_bf16_only_where_openvino_rounds_floats(
+    options: dict[str, str], precision: str, computed: str
+) -> None:
+    assert TARGET.computes_in(Brief(OnnxRuntimeOptions(**options), precision=precision)) == computed
+
+
 def test_openvino_is_tried_by_a_search_when_the_runtime_has_it_and_nobody_chose(fake: type[FakeSession]) -> None:
     options = OnnxRuntimeOptions()
     assert TARGET.relowered(options) == {"provider": ("openvino",)}

@@ -81,7 +81,7 @@ def compare_artifact(
     if not decided:
         return ArtifactFinding(False, note="the artifact was not compared: every probe hangs on a selection")
     threads = order.config.threads
-    bound = golden_tolerance(order.brief.precision)
+    bound = golden_tolerance(target.computes_in(order.brief))
     with target.open(folder, artifact, threads=threads) as session:
         worst = _distance(session, source, decided)
         if worst.error <= bound:

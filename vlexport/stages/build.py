@@ -142,7 +142,7 @@ def build_prepared(order: Order, prepared: Prepared, folder: Path, reporter: Rep
         dataset = chosen.confirming
     prepared = replace(prepared, dataset=dataset)
     owed = sources.with_sources({name: each.held_to(sources.components[name]) for name, each in optimized.items()})
-    goldens = whole_goldens(folder, owed, config.seed, golden_tolerance(brief.precision))
+    goldens = whole_goldens(folder, owed, config.seed, golden_tolerance(target.computes_in(brief)))
     unwritten = _bundle(order, sources, components, lowered, goldens)
     bundle, report = _measured(order, prepared, sources, unwritten, folder, clock, chosen.reference)
     tuning = tuned.tuning if tuned is not None else None

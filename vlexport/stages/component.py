@@ -245,7 +245,7 @@ def lower_component(
     )  # fmt: skip
     signature, owed = optimized.program.signature, optimized.held_to(source)
     golden, smallest = write_goldens(
-        bundle, name, tolerance=golden_tolerance(brief.precision), dims=signature.dims, run=owed.run,
+        bundle, name, tolerance=golden_tolerance(target.computes_in(brief)), dims=signature.dims, run=owed.run,
         draw=lambda sizes, masks: drawn(owed.program, seed + 1, sizes, masks=masks),
         tipped=lambda inputs: tipped_choices(owed.program, in_order(owed.program, inputs)),
     )  # fmt: skip
