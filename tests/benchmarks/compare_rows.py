@@ -7,6 +7,8 @@ from dataclasses import dataclass
 OURS = "vlexport_here"
 OURS_OPENVINO = "vlexport_openvino"
 PLAIN = "plain"
+MERGED = "_merged"
+"""Ends the name of a model whose plain export is of the form that its authors merge it to."""
 _CALIBRATED = "--calib {source}/calibration.npz"
 _TOME = "tome:r=28,layers=4+5+6+7+8+9+10+11"
 _OPENVINO = "--set onnxruntime.provider=openvino"
