@@ -40,8 +40,8 @@ def line(record: dict[str, Any]) -> str:
     """The record in one item of a list."""
     low, high = DEPTHS
     return (
-        f"- Depth: a transformer block of a DeiT-tiny costs {record['ratio']:.2f}× as much in a build of {high} blocks as\n"
-        f"  in one of {low} (median of {len(record['ratios'])} rounds): `python -m tests.benchmarks.build_scaling`;\n"
+        f"- Depth: a transformer block of a DeiT-tiny costs {record['ratio']:.2f}× as much in a build of {high}\n"
+        f"  blocks as in one of {low} (median of {len(record['ratios'])} rounds): `python -m tests.benchmarks.build_scaling`;\n"
         f"  {origin(record, 'build_scaling.json')}."
     )
 

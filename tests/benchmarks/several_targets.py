@@ -42,8 +42,8 @@ def line(record: dict[str, Any]) -> str:
     together, apart = seconds[",".join(TARGETS)], sum(seconds[name] for name in TARGETS)
     count, typed = record["rounds"], record["command"].split(" --record")[0]
     return (
-        f"- Several targets: one build of the solar cells' ViT-S/14 for {len(TARGETS)} targets takes {together / apart:.2f}×\n"
-        f"  the time of {len(TARGETS)} builds ({together:.1f} s against {apart:.1f} s, no cache, rounds: {count}):\n"
+        f"- Several targets: one build of the solar cells' ViT-S/14 for {len(TARGETS)} targets takes\n"
+        f"  {together / apart:.2f}× the time of {len(TARGETS)} builds ({together:.1f} s against {apart:.1f} s, no cache, rounds: {count}):\n"
         f"  `{typed}`;\n"
         f"  {origin(record, 'several_targets.json')}."
     )
