@@ -41,7 +41,7 @@ def line(record: dict[str, Any]) -> str:
     low, high = DEPTHS
     return (
         f"- Depth: a transformer block of a DeiT-tiny costs {record['ratio']:.2f}× as much in a build of {high}\n"
-        f"  blocks as in one of {low} (median of {len(record['ratios'])} rounds): `python -m tests.benchmarks.build_scaling`;\n"
+        f"  blocks as in one of {low} (rounds: {len(record['ratios'])}): `python -m tests.benchmarks.build_scaling`;\n"
         f"  {origin(record, 'build_scaling.json')}."
     )
 

@@ -43,8 +43,8 @@ def line(record: dict[str, Any]) -> str:
     count, typed = record["rounds"], record["command"].split(" --record")[0]
     return (
         f"- Several targets: one build of the solar cells' ViT-S/14 for {len(TARGETS)} targets takes\n"
-        f"  {together / apart:.2f}× the time of {len(TARGETS)} builds ({together:.1f} s against {apart:.1f} s, no cache, rounds: {count}):\n"
-        f"  `{typed}`;\n"
+        f"  {together / apart:.2f}× the time of {len(TARGETS)} builds ({together:.1f} s against {apart:.1f} s,\n"
+        f"  no cache, rounds: {count}): `{typed}`;\n"
         f"  {origin(record, 'several_targets.json')}."
     )
 
