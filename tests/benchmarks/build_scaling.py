@@ -14,12 +14,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import vlexport
-from tests.benchmarks.record import origin, write_record
+from tests.benchmarks.record import write_record
 from vlexport.core.config import BuildConfig
 from vlexport.core.devices import this_machine
 from vlexport.frontends import compat
@@ -34,16 +33,6 @@ def seconds(folder: Path, depth: int, number: int) -> float:
     started = time.perf_counter()
     build(BuildConfig(model=str(folder / f"{depth}.pt"), output=str(folder / f"b{depth}-{number}"), profile=False))
     return time.perf_counter() - started
-
-
-def line(record: dict[str, Any]) -> str:
-    """The record in one item of a list."""
-    low, high = DEPTHS
-    return (
-        f"- Depth: a transformer block of a DeiT-tiny costs {record['ratio']:.2f}× as much in a build of {high}\n"
-        f"  blocks as in one of {low} (rounds: {len(record['ratios'])}): `python -m tests.benchmarks.build_scaling`;\n"
-        f"  {origin(record, 'build_scaling.json')}."
-    )
 
 
 def main(rounds: int, record: Path | None = None, note: str = "") -> int:

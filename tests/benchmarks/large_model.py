@@ -19,7 +19,6 @@ import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 LIMIT = 3.0
 INTERVAL_S = 0.1
@@ -136,18 +135,6 @@ def build(file: Path, output: Path) -> None:
 
     print(_READY, flush=True)
     stage.build(BuildConfig(model=str(file), output=str(output), profile=False, force=True), reporter=Stages())
-
-
-def line(record: dict[str, Any]) -> str:
-    """The record in one item of a list."""
-    from tests.benchmarks.record import origin
-
-    weights = f"{record['weights_bytes'] / 1e9:.2f} GB"
-    return (
-        f"- Memory: a build of {weights} of weights takes {record['ratio']:.2f}× the weights at its peak, process and\n"
-        f"  children together, above what its imports take: `python -m tests.benchmarks.large_model`;\n"
-        f"  {origin(record, 'large_model.json')}."
-    )
 
 
 def main() -> int:
