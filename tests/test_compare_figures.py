@@ -134,6 +134,8 @@ def test_summary_has_a_line_a_model_and_their_geometric_mean() -> None:
         cell("vlexport-fp32", model="other", timed={**TIMED, "ratio": 0.5, "low": 0.4, "high": 0.6}),
         cell("vlexport-fp32", model="noisy", timed={**TIMED, "ratio": None}), cell("plain"),
         cell("vlexport-fp32", model="broken", built=None, judged=None, timed=None, failed="no"),
+        cell("vlexport-fp32", model="rep", timed={**TIMED, "ratio": 3.0}),
+        cell("vlexport-fp32", model="rep_merged"),
     ]  # fmt: skip
     assert summary({"machine": MACHINE, "cells": cells}).splitlines()[2:] == [
         "| net | 40.0 ms | 20.0 ms | 2.00× (1.90 to 2.10) | 25 dB | 23.0 MB "
@@ -141,8 +143,12 @@ def test_summary_has_a_line_a_model_and_their_geometric_mean() -> None:
         "| other | 40.0 ms | 20.0 ms | 0.50× (0.40 to 0.60) | 25 dB | 23.0 MB | – | – | – |",
         "| noisy | 40.0 ms | 20.0 ms | too noisy to tell | 25 dB | 23.0 MB | – | – | – |",
         "| broken | `no` | | | | | | | |",
+        "| rep | 40.0 ms | 20.0 ms | 3.00× (1.90 to 2.10) | 25 dB | 23.0 MB | – | – | – |",
+        "| rep_merged | 40.0 ms | 20.0 ms | 2.00× (1.90 to 2.10) | 25 dB | 23.0 MB | – | – | – |",
         "",
         "Geometric mean of 2 models: 1.00×.",
+        "Geometric mean of 1 models over the form that their authors merge them to: 2.00×.",
+        "Geometric mean of 1 models over their training form: 3.00×.",
     ]
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import vlexport
 from samples.solar_cells import data
 from samples.solar_cells.model import load_model
+from tests.benchmarks.compare_rows import MERGED
 from tests.benchmarks.peers import PeerError, last_line
 from tests.zoo_models import randomise
 from vlexport.frontends import compat
@@ -55,12 +56,14 @@ class Made:
         calibration: Input → ``(N, ...)``.
         samples: The same, other samples.
         labels: ``(N,)`` of the samples, or None.
+        plain: What the plain export is made of, where that is another form of the module, as its authors merge it.
     """
 
     module: nn.Module
     calibration: Arrays
     samples: Arrays
     labels: np.ndarray | None = None
+    plain: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,13 @@ def solar_cells(sizes: Sizes, scratch: Path) -> Made:
     return Made(load_model(), calibration, samples, labels)
 
 
-def timm_model(name: str) -> Callable[[Sizes, Path], Made]:
-    """A model of timm with random weights, on the photos of solar cells."""
+def timm_model(name: str, *, merged: bool = False) -> Callable[[Sizes, Path], Made]:
+    """A model of timm with random weights, on the photos of solar cells.
+
+    Args:
+        name: The model's.
+        merged: The plain export is of what timm's own ``reparameterize_model`` makes of it.
+    """
 
     def make(sizes: Sizes, scratch: Path) -> Made:
         torch.manual_seed(0)
@@ -97,9 +105,16 @@ def timm_model(name: str) -> Callable[[Sizes, Path], Made]:
         module = made.module.eval()
         randomise(module, 0)
         samples, _, calibration = photos(sizes, "x", tuple(made.inputs.shape[-2:]))
-        return Made(module, calibration, samples)
+        return Made(module, calibration, samples, plain=_merged(module) if merged else None)
 
     return make
+
+
+def _merged(module: nn.Module) -> nn.Module:
+    from timm.utils.model import reparameterize_model
+
+    found: nn.Module = reparameterize_model(module)
+    return found.eval()
 
 
 def photos(sizes: Sizes, name: str = "image", shape: tuple[int, ...] = (224, 224)) -> tuple[Arrays, np.ndarray, Arrays]:
@@ -228,6 +243,10 @@ MODELS: dict[str, Model] = {
                 ("fastvit_t8", "fastvit_t8"), ("nextvit_small", "nextvit_small"), ("levit_128s", "levit_128s"),
             )
         ),
+        *(
+            Model(f"{name}{MERGED}", RANDOM, timm_model(name, merged=True))
+            for name in ("repvgg_a0", "mobileone_s0", "fastvit_t8", "nextvit_small", "levit_128s")
+        ),
     )
 }  # fmt: skip
 SHORT = ("deit_small", "solar_cells", "minilm")
@@ -249,7 +268,12 @@ def prepared(model: Model, sizes: Sizes, scratch: Path) -> Path:
     made = model.make(sizes, scratch)
     example = {name: torch.from_numpy(value[: sizes.batch]) for name, value in made.samples.items()}
     captured = vlexport.save(made.module, folder / "model.pt", inputs=example, dynamic=False)
-    artifact = open_target("onnxruntime").lower_naive(captured.program, folder)
+    source = (
+        captured
+        if made.plain is None
+        else vlexport.save(made.plain, folder / "merged.pt", inputs=example, dynamic=False)
+    )
+    artifact = open_target("onnxruntime").lower_naive(source.program, folder)
     (folder / artifact.path).replace(folder / "plain.onnx")
     np.savez(folder / "calibration.npz", **made.calibration)  # type: ignore[arg-type]
     np.savez(folder / "samples.npz", **made.samples)  # type: ignore[arg-type]

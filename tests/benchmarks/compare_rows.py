@@ -7,8 +7,11 @@ from dataclasses import dataclass
 OURS = "vlexport_here"
 OURS_OPENVINO = "vlexport_openvino"
 PLAIN = "plain"
+MERGED = "_merged"
+"""Ends the name of a model whose plain export is of the form that its authors merge it to."""
 _CALIBRATED = "--calib {source}/calibration.npz"
 _TOME = "tome:r=28,layers=4+5+6+7+8+9+10+11"
+_EVIT = "evit:keep=0.85,layers=4+5+6+7+8+9+10,squeeze=true"
 _OPENVINO = "--set onnxruntime.provider=openvino"
 _OPENVINO_INT8 = f"--precision int8 {_CALIBRATED} {_OPENVINO} --set onnxruntime.provider_floats=bf16"
 
@@ -55,6 +58,10 @@ ROWS = (
     Row(
         "vlexport-openvino-bf16", "vlexport, OpenVINO provider, bf16", OURS_OPENVINO,
         f"{_OPENVINO} --set onnxruntime.provider_floats=bf16", "bf16",
+    ),
+    Row(
+        "vlexport-openvino-bf16-evit", "vlexport --tokens evit, OpenVINO provider, bf16", OURS_OPENVINO,
+        f"{_OPENVINO} --set onnxruntime.provider_floats=bf16 --tokens {_EVIT}", "bf16", ("solar_cells",),
     ),
     Row(
         "vlexport-openvino-int8", "vlexport --precision int8, OpenVINO provider, bf16", OURS_OPENVINO, _OPENVINO_INT8,
