@@ -52,8 +52,8 @@ zoo: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/build_time.py --record docs/measured/build_time.json
-	$(BIN)/python tests/benchmarks/build_scaling.py
-	$(BIN)/python tests/benchmarks/large_model.py
+	$(BIN)/python -m tests.benchmarks.build_scaling --record docs/measured/build_scaling.json
+	$(BIN)/python -m tests.benchmarks.large_model --record docs/measured/large_model.json
 	$(BIN)/python -m tests.benchmarks.reparameterize --record docs/measured/reparameterize.json
 	$(BIN)/python -m tests.benchmarks.preprocess_doctor --scratch $(OUT)/doctor --samples 200 --threads 1 \
 		--record docs/measured/preprocess_doctor.json

@@ -1,12 +1,13 @@
 """Seconds per transformer block of a build at 48 blocks, over those at 12: a build must not grow faster than its model.
 
-``python tests/benchmarks/build_scaling.py [ROUNDS]``: builds a DeiT-tiny of 12 and of 48 blocks (gate on, no profile)
+``python -m tests.benchmarks.build_scaling [ROUNDS]``: builds a DeiT-tiny of 12 and of 48 blocks (gate on, no profile)
 in one process, interleaved, after a small build that loads the exporter. Exit code 1 when the median ratio is above
 1.25.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 
 import vlexport
+from tests.benchmarks.record import write_record
 from vlexport.core.config import BuildConfig
 from vlexport.core.devices import this_machine
 from vlexport.frontends import compat
@@ -33,7 +35,7 @@ def seconds(folder: Path, depth: int, number: int) -> float:
     return time.perf_counter() - started
 
 
-def main(rounds: int) -> int:
+def main(rounds: int, record: Path | None = None, note: str = "") -> int:
     """Measure and print."""
     os.environ["VLEXPORT_CACHE"] = "off"  # every round lowers
     compat.declare_torchvision_operators()
@@ -56,8 +58,18 @@ def main(rounds: int) -> int:
             print(f"  round {number + 1}: {shown}", flush=True)
     median = statistics.median(ratios)
     print(f"a block costs {median:.2f}x at 48 blocks (rounds {', '.join(f'{r:.2f}' for r in ratios)}; limit {LIMIT})")
+    if record is not None:
+        kept = {"ratio": round(median, 3), "ratios": [round(each, 3) for each in ratios]}
+        write_record(
+            record, f"seconds a block of a build of {DEPTHS[1]} blocks over those of {DEPTHS[0]}", note=note, **kept
+        )
     return int(median > LIMIT)
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 3))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rounds", nargs="?", type=int, default=3)
+    parser.add_argument("--record", type=Path, help="write the figures to this JSON file")
+    parser.add_argument("--note", default="", help="what else a reader of the record should know")
+    given = parser.parse_args()
+    sys.exit(main(given.rounds, given.record, given.note))

@@ -1,6 +1,6 @@
 """Seconds of one build for three targets against three builds of one target each, the cache off.
 
-    python tests/benchmarks/several_targets.py out/solar_cells.pt --calib samples/solar_cells/data.py:calibration
+    python -m tests.benchmarks.several_targets out/solar_cells.pt --calib samples/solar_cells/data.py:calibration
 
 Each build is a process of its own, as a user starts it, without profiling; the builds are interleaved.
 """
@@ -15,7 +15,9 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
+from tests.benchmarks.record import origin, write_record
 from vlexport.core.devices import this_machine
 
 TARGETS = ("onnxruntime", "tensorrt", "coreml")
@@ -34,12 +36,27 @@ def seconds(model: str, target: str, more: list[str], folder: Path) -> float:
     return time.perf_counter() - started
 
 
+def line(record: dict[str, Any]) -> str:
+    """The record in one item of a list."""
+    seconds = record["seconds"]
+    together, apart = seconds[",".join(TARGETS)], sum(seconds[name] for name in TARGETS)
+    count, typed = record["rounds"], record["command"].split(" --record")[0]
+    return (
+        f"- Several targets: one build of the solar cells' ViT-S/14 for {len(TARGETS)} targets takes\n"
+        f"  {together / apart:.2f}× the time of {len(TARGETS)} builds ({together:.1f} s against {apart:.1f} s,\n"
+        f"  no cache, rounds: {count}): `{typed}`;\n"
+        f"  {origin(record, 'several_targets.json')}."
+    )
+
+
 def main() -> None:
     """Print the medians and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--calib", default="")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--record", type=Path, help="write the figures to this JSON file")
+    parser.add_argument("--note", default="", help="what else a reader of the record should know")
     given = parser.parse_args()
     more = ["--calib", given.calib] if given.calib else []
     spent: dict[str, list[float]] = {name: [] for name in (*TARGETS, ",".join(TARGETS))}
@@ -53,6 +70,11 @@ def main() -> None:
         print(f"{name}: {median(times):.1f} s")
     together, apart = median(spent[",".join(TARGETS)]), sum(median(spent[name]) for name in TARGETS)
     print(f"ratio {together / apart:.2f}: {together:.1f} s together, {apart:.1f} s apart")
+    if given.record is not None:
+        seconds_of = {name: round(median(times), 1) for name, times in spent.items()}
+        write_record(
+            given.record, "median seconds of a build", note=given.note, rounds=given.rounds, seconds=seconds_of
+        )
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def test_nothing_is_left_when_cleared(cli: Any, filled: Path) -> None:
     code, out, _ = cli("cache", "--clear")
     assert code == 0
     assert out.splitlines()[0] == "2.0 MB freed"
-    assert ": 0 entries, 0.0 kB of" in out
+    assert ": 0 entries, 0 B of" in out
     assert list(filled.iterdir()) == []
     assert json.loads(cli("cache", "--clear", "--json")[1])["freed_bytes"] == 0
 

@@ -185,14 +185,14 @@ def test_passes_are_explained_with_places_when_a_bundle_is_named(bundle: Path, c
     code, out, _ = cli("explain", "bundle", "--pass", "reparameterize")
     assert code == 0
     assert out.splitlines()[1:] == [
-        "         batch norm folded into conv2d ×1 (1 fewer calls, 9 fewer parameters)",
+        "         batch norm folded into conv2d ×1 (1 fewer call, 9 fewer parameters)",
         "           in conv",
         "           in norm",
     ]
     whole = cli("explain", "bundle")[1].splitlines()
     assert "           in conv, norm" in whole
     assert whole[-2].startswith("Idle     nothing to do: ")
-    assert "         batch norm folded into conv2d ×1 (1 fewer calls, 9 fewer parameters)" in whole
+    assert "         batch norm folded into conv2d ×1 (1 fewer call, 9 fewer parameters)" in whole
     every = json.loads(cli("explain", "bundle", "--json")[1])["components"]["main"]
     assert [each["name"] for each in every] == [each.name for each in read_bundle(bundle).main.passes]
     cli.refused(2, "VLX0703", "explain", "bundle", "--pass", "reparametrize", said="did you mean 'reparameterize'")

@@ -488,7 +488,16 @@ def test_no_interval_is_drawn_when_a_figure_is_infinite_or_missing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "shown"), [(0, "0.0 kB"), (999_949, "999.9 kB"), (1_000_000, "1.0 MB"), (97_660_000, "97.7 MB")]
+    ("size", "shown"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (999_949, "999.9 kB"),
+        (1_000_000, "1.0 MB"),
+        (97_660_000, "97.7 MB"),
+        (10 << 30, "10.74 GB"),
+    ],
 )
 def test_size_is_in_decimal_units_when_shown(size: int, shown: str) -> None:
     assert size_phrase(size) == shown
@@ -497,7 +506,9 @@ def test_size_is_in_decimal_units_when_shown(size: int, shown: str) -> None:
 def test_macs_name_what_is_not_counted_when_an_op_is_opaque() -> None:
     assert macs_phrase(2_000_000, ()) == "2.00 MMACs"
     assert macs_phrase(2_304, ()) == "2.30 kMACs", "nothing that is there is shown as zero"
-    assert [parameters_phrase(count) for count in (24, 21_600_000)] == ["0.02 k parameters", "21.60 M parameters"]
+    assert [parameters_phrase(count) for count in (1, 24, 2400, 21_600_000)] == [
+        "1 parameter", "24 parameters", "2.40 k parameters", "21.60 M parameters",
+    ]  # fmt: skip
     assert macs_phrase(2_000_000_000, ("roi_align",)) == "2.00 GMACs without roi_align"
 
 

@@ -18,9 +18,11 @@ from tests.harness import one_thread, randomize
 from tests.passes.broken import with_tensor
 from tests.stages.planted import BODIES, FAULTS, PLACE, RAISES, Bodies, offer
 from tests.targets.onnx_passes import Replacing
+from vlexport.cli.bisect import _following
 from vlexport.cli.main import main
 from vlexport.core.config import BuildConfig
 from vlexport.core.errors import UsageError
+from vlexport.core.finding import Finding
 from vlexport.frontends.sources import Sources, open_sources
 from vlexport.ir.program import Program
 from vlexport.passes import CATALOGUE
@@ -191,6 +193,14 @@ def test_recipe_of_a_bundle_is_followed_and_its_artifact_compared_when_given(
     assert found["agreed"][-1].startswith("the bundle's artifact (")
     assert bundle.name == "bundle"
     assert found["next"] == f"vlexport bisect {model_file} --recipe bundle/recipe.toml --data DATA"
+
+
+def test_next_command_has_other_probes_when_nothing_differs_on_samples() -> None:
+    """Never the command that has just been run."""
+    given = {"model": "model.pt", "target": ["onnxruntime"], "data": "photos", "calib": None, "seed": None}
+    nothing = Finding(kind="nothing")
+    assert _following(nothing, given, 0) == "vlexport bisect model.pt --target onnxruntime --data photos --seed 1"
+    assert _following(nothing, {**given, "data": None}, 0).endswith("--target onnxruntime --data DATA")
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def test_sizes_are_refused_in_words_when_no_machine_holds_them(
     code = main([command[0], str(model_file), *command[1:], "--dynamic", "batch=900000000:999999999"])
     found = capfd.readouterr()
     assert code == 1
-    assert "VLX0410: one run at batch=900000000 takes 2764800.0 MB" in found.out + found.err
+    assert "VLX0410: one run at batch=900000000 takes 2764.80 GB" in found.out + found.err
     assert list(tmp_path.iterdir()) == []
 
 

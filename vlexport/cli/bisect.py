@@ -11,6 +11,7 @@ from vlexport.cli.console import make_reporter
 from vlexport.cli.outcome import Outcome
 from vlexport.core.bundle_schema import plain_json
 from vlexport.core.config import BuildConfig
+from vlexport.core.finding import Finding
 from vlexport.core.halves import require_build_half
 from vlexport.report.finding import finding_lines
 
@@ -35,20 +36,22 @@ def bisect(**values: Any) -> Outcome:
     from vlexport.stages.bisect import bisect as stage
 
     found = stage(config, bound=bound, bundle=built, reporter=make_reporter())
-    following = _following(found.kind, found.culprit, found.distribution, found.cure, values)
+    following = _following(found, values, config.seed)
     return Outcome([*finding_lines(found), f"Next     {following}"], {**plain_json(found), "next": following})
 
 
-def _following(kind: str, culprit: str, distribution: str, cure: str, values: dict[str, Any]) -> str:
-    """What to type next."""
-    if kind == "nothing":
-        return command_line("bisect", values, *([] if values["data"] or values["calib"] else ["--data", "DATA"]))
-    if cure:
-        return command_line("build", values, "--set", cure)
-    if kind == "bundle":
+def _following(found: Finding, values: dict[str, Any], seed: int) -> str:
+    """What to type next; where nothing differs on real samples, the same with other probes."""
+    if found.kind == "nothing":
+        if values["data"] or values["calib"]:
+            return command_line("bisect", {**values, "seed": (seed + 1) % 2**32})
+        return command_line("bisect", values, "--data", "DATA")
+    if found.cure:
+        return command_line("build", values, "--set", found.cure)
+    if found.kind == "bundle":
         return command_line("build", values, "--force")
-    if distribution and values.get("passes"):
-        kept = [each for each in values["passes"] if each != culprit]
+    if found.distribution and values.get("passes"):
+        kept = [each for each in values["passes"] if each != found.culprit]
         return command_line("build", {**values, "passes": kept})
     return command_line("build", values, "--no-gate", "--no-profile", "--dump", "graphs")
 

@@ -9,7 +9,7 @@ from vlexport.core.difference import Cause, Difference, LayerDifference, Side
 from vlexport.core.inert import one_line
 from vlexport.core.markdown_text import markdown_text
 from vlexport.core.operators import OperatorCount
-from vlexport.report.figures import macs_phrase, parameters_phrase, size_phrase
+from vlexport.report.figures import device_phrase, macs_phrase, parameters_phrase, size_phrase
 
 _SHOWN = 12
 """Rows of a list that are shown; ``--json`` has all."""
@@ -85,7 +85,7 @@ def _cause(each: Cause) -> str:
 
 def _named(side: Side) -> str:
     return (
-        f"{side.name}: {side.target} {side.precision} for {side.device_profile}, {side.state}, "
+        f"{side.name}: {side.target} {side.precision} for {device_phrase(side.device_profile)}, {side.state}, "
         f"digest {side.digest[:12]}"
     )  # fmt: skip
 
@@ -106,7 +106,7 @@ def _figures(found: Difference) -> Iterator[tuple[str, str, str, str]]:
 
 
 def _count(side: Side) -> str:
-    return parameters_phrase(side.cost.parameters).removesuffix(" parameters")
+    return parameters_phrase(side.cost.parameters).partition(" parameter")[0]
 
 
 def _times(a: int, b: int) -> str:

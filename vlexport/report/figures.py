@@ -16,12 +16,17 @@ from vlexport.core.bundle_schema import (
     Trial,
     Tuning,
 )
+from vlexport.core.device_profiles import THIS
 
 _OPERATORS_SHOWN = 6
 
 
 def size_phrase(size_bytes: int) -> str:
-    """Megabytes (10⁶) with one digit, or kilobytes below one."""
+    """Megabytes (10⁶) with one digit; gigabytes, kilobytes or bytes where there are too many of them, or none."""
+    if size_bytes < 1e3:
+        return f"{size_bytes} B"
+    if size_bytes >= 1e9:
+        return f"{size_bytes / 1e9:.2f} GB"
     return f"{size_bytes / 1e6:.1f} MB" if size_bytes >= 1e6 else f"{size_bytes / 1e3:.1f} kB"
 
 
@@ -33,8 +38,15 @@ def macs_phrase(macs: int, opaque: tuple[str, ...]) -> str:
 
 
 def parameters_phrase(count: int) -> str:
-    """Millions, or thousands of a small model."""
+    """Millions, thousands of a small model, or the number of a tiny one."""
+    if count < 1e3:
+        return f"{count} parameter{'s' * (count != 1)}"
     return f"{count / 1e6:.2f} M parameters" if count >= 1e5 else f"{count / 1e3:.2f} k parameters"
+
+
+def device_phrase(profile: str) -> str:
+    """What a bundle was built for; the profile of no named device is that of the machine that built it."""
+    return "the machine that built it" if profile == THIS else profile
 
 
 def accuracy_phrase(report: Report) -> str:

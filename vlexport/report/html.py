@@ -20,6 +20,7 @@ from vlexport.core.trials import SearchRecord, lost
 from vlexport.report.figures import (
     account_phrase,
     accuracy_phrase,
+    device_phrase,
     emulation_phrase,
     idle_passes,
     latency_phrase,
@@ -89,6 +90,7 @@ def html_from_report(report: Report, bundle: Bundle, layers: Layers | None = Non
             misses=grouped_misses(report.passes),
             idle=idle_passes(report.passes),
             size=size_phrase(report.size_bytes),
+            device=device_phrase(bundle.device_profile),
             parameters=parameters_phrase(report.cost.parameters),
             slowest=slowest,
             spent=_spent(latency) if latency else (),

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from vlexport.core.artifact import DimRange, TensorSpec
 from vlexport.core.bundle_schema import Component, GateRecord, Golden, PassRecord
+from vlexport.core.device_profiles import THIS
 from vlexport.core.inspection import BundleInspection, ModelInspection, ModelPart, ModulePart, Support
 from vlexport.report.figures import (
     accuracy_phrase,
+    device_phrase,
     idle_passes,
     latency_phrase,
     macs_phrase,
@@ -110,7 +112,8 @@ def _spec(spec: TensorSpec) -> str:
 
 
 def _support_lines(found: Support) -> Iterator[str]:
-    device = f" for {found.device_profile}" if found.device_profile else ""
+    named = "this machine" if found.device_profile == THIS else found.device_profile
+    device = f" for {named}" if named else ""
     said = f"{len(found.problems)} {'problem' if len(found.problems) == 1 else 'problems'}"
     taken = f"nothing is known to stop it; {found.calls} calls would be lowered"
     yield f"Target   {found.target}{device}, {found.precision}: {said if found.problems else taken}"
@@ -124,7 +127,7 @@ def bundle_lines(found: BundleInspection) -> list[str]:
     bundle = found.bundle
     main = bundle.main
     preprocess = {name: each.to_spec() for name, each in main.preprocess.items()}
-    device = f" for {bundle.device_profile}"
+    device = f" for {device_phrase(bundle.device_profile)}"
     lines = [
         f"Bundle   {bundle.target} {bundle.precision}{device}, {bundle.state}, by vlexport {bundle.vlexport}; "
         f"digest {bundle.digest[:16]}…",
@@ -198,9 +201,9 @@ def pass_lines(name: str, records: Sequence[PassRecord], *, every: bool = False)
         lines.append(f"Pass     {_pass_line(record)}")
         for change in record.changes:
             saved = ", ".join(
-                f"{abs(count)} {'fewer' if count > 0 else 'more'} {what}"
+                f"{abs(count)} {'fewer' if count > 0 else 'more'} {what}{'s' * (abs(count) != 1)}"
                 for count, what in (
-                    (change.saved_nodes, "calls"), (change.saved_parameters, "parameters"), (change.saved_macs, "MACs"),
+                    (change.saved_nodes, "call"), (change.saved_parameters, "parameter"), (change.saved_macs, "MAC"),
                 )
                 if count
             )  # fmt: skip

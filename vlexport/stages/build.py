@@ -216,7 +216,7 @@ def _measured(
             latency = measured(baseline=None)
             report = _with_notes(report, f"no ratio: the plain export of this model does not run, {error.message}")
     if order.brief.precision in INTEGER_PRECISIONS and latency.ratio is not None and latency.ratio < 1.0:
-        slower = f"{order.brief.precision} is slower here than the plain fp32 export: {latency.ratio:.2f}x its speed"
+        slower = f"{order.brief.precision} is slower here than the plain fp32 export: {latency.ratio:.2f}× its speed"
         report = _with_notes(report, f"{slower}; build with --precision fp32")
     return bundle, report.model_copy(update={"latency": latency})
 
