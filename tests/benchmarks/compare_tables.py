@@ -75,10 +75,14 @@ def _fidelity(cell: Mapping[str, Any]) -> list[str]:
 
 def summary(record: Record) -> str:
     """A line a model: how much faster vlexport's fp32 artifact is than the plain export, and their geometric mean."""
-    heads = ("model", "plain export", "vlexport", "ratio (95 %)", "SQNR", "size", "attention", "norms", "activations")
+    heads = (
+        "model", "plain export", "vlexport", "ratio (95 %)", "plain export against itself", "SQNR", "size", "attention",
+        "norms", "activations",
+    )  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     ratios: dict[str, list[float]] = {}
     known = {cell["model"] for cell in record["cells"]}
+    itself = {cell["model"]: cell["timed"] for cell in record["cells"] if cell["row"] == PLAIN}
     for cell in record["cells"]:
         timed, judged, built = cell["timed"], cell["judged"], cell["built"]
         if cell["row"] != FOR_ALL_MODELS[1]:
@@ -91,6 +95,7 @@ def summary(record: Record) -> str:
             cell["model"],
             f"{timed['plain_ms']:.1f} ms",
             *_latency(timed),
+            _latency(itself.get(cell["model"]))[1],
             noise,
             f"{built['size_bytes'] / 1e6:.1f} MB",
             *_counts(cell.get("fused", ())),
