@@ -12,7 +12,6 @@ rounds, each session alone in its own process, and the ratio is baseline / froze
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import datetime
 import json
 import sys
@@ -23,9 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlexport.core.devices import available_cores, this_machine
+import vlexport
+from vlexport.core.devices import this_machine
 from vlexport.core.intervals import wilson
-from vlexport.core.progress import Silent
 from vlexport.core.verdict import measured_drop
 from vlexport.frontends.capture import capture
 from vlexport.ir.cost import cost
@@ -33,9 +32,7 @@ from vlexport.ir.program import Program
 from vlexport.passes import CATALOGUE, pass_class
 from vlexport.passes.base import STAGES
 from vlexport.passes.freeze_tokens import FreezeTokens, FreezeTokensOptions
-from vlexport.stages.profile import FULL, Measurable, measure_latency
-from vlexport.targets import open_target
-from vlexport.targets.base import Brief
+from vlexport.stages.profile import ProfileConfig, profile
 
 SAMPLE = Path(__file__).resolve().parents[2] / "samples" / "zoo" / "threshold_vit"
 PERCENTILES = (100.0, 95.0, 90.0)
@@ -69,20 +66,19 @@ def kept(program: Program) -> list[int]:
     return [int(call.args[1]) for call in program.calls("aten.topk.default")]  # type: ignore[call-overload]
 
 
-def latency(source: Program, after: Program, rounds: int) -> dict[str, Any]:
-    """Median latency of the plain export of the dynamic model over that of the frozen one."""
-    target = open_target("onnxruntime")
-    inputs = {source.signature.inputs[0].name: source.example[0].numpy()}
+def latency(module: torch.nn.Module, source: Program, percentile: float) -> dict[str, Any]:
+    """Median latency of the plain export of the dynamic model over that of the frozen one, as a user would build it."""
     with tempfile.TemporaryDirectory() as scratch:
-        plain, ours = Path(scratch) / "plain", Path(scratch) / "frozen"
-        plain.mkdir()
-        ours.mkdir()
-        baseline = Measurable("dynamic", target, plain, target.lower_naive(source, plain))
-        measured = Measurable("frozen", target, ours, target.lower(after, ours, Brief(target.Options())))
-        plan = dataclasses.replace(FULL, rounds=rounds)
-        result = measure_latency(
-            measured, inputs, baseline=baseline, plan=plan, threads=available_cores(), reporter=Silent()
-        )
+        model, bundle = Path(scratch) / "model.pt", Path(scratch) / "bundle"
+        vlexport.save(module, model, inputs=source.example[0], dynamic=False)
+        tokens = f"freeze:percentile={percentile:g}"
+        vlexport.build(
+            vlexport.BuildConfig(
+                model=str(model), output=str(bundle), tokens=tokens, calib=f"{SAMPLE / 'data.py'}:calibration",
+                profile=False,
+            )
+        )  # fmt: skip
+        result = profile(ProfileConfig(bundle, against="naive", reference=str(model))).latency
     names = ("p50_ms", "baseline_p50_ms", "ratio", "ratio_low", "ratio_high", "rounds", "repeated", "verdict")
     return {name: getattr(result, name) for name in names}
 
@@ -91,7 +87,6 @@ def main() -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--latency", action="store_true", help="also measure latency")
-    parser.add_argument("--rounds", type=int, default=FULL.rounds)
     parser.add_argument("--record", type=Path, help="write the figures to this JSON file")
     given = parser.parse_args()
     sys.path.insert(0, str(SAMPLE))
@@ -103,7 +98,8 @@ def main() -> int:
     images, labels = data.split(held_out=True)
     images = torch.from_numpy(data.prepared(images))
     samples = [(torch.from_numpy(each["image"])[None],) for each in data.calibration()]
-    source = capture(sample.load_model(), images[:1], dynamic=False).program
+    module = sample.load_model()
+    source = capture(module, images[:1], dynamic=False).program
     dynamic, seen = predictions(source, images, 1), predictions(source, torch.cat([s for (s,) in samples]), 1)
     right = dynamic == labels
     low, high = wilson(int(right.sum()), len(labels))
@@ -132,7 +128,7 @@ def main() -> int:
             "calibration_equal": int((again == seen).sum()), "calibration": len(seen),
         }  # fmt: skip
         if given.latency:
-            row["latency"] = latency(source, single, given.rounds)
+            row["latency"] = latency(module, source, percentile)
         figures.append(row)
         print(json.dumps(row), flush=True)
     if given.record is not None:
