@@ -27,6 +27,8 @@ from typing import IO, Any, cast
 
 import numpy as np
 
+from vlexport.core.huge_pages import with_huge_pages
+
 SCRIPTS = Path(__file__).resolve().parent / "peer_scripts"
 SHARED = ("child.py", "onnx_session.py")
 BORROWING = ("vlexport_openvino",)
@@ -258,9 +260,12 @@ def last_line(text: str) -> str:
 
 
 def _surroundings(threads: int = 0) -> dict[str, str]:
-    """The environment variables of a peer: none through which this project's Python or threads would reach it."""
+    """The environment variables of a peer: none through which this project's Python or threads would reach it.
+
+    Memory in huge pages is asked for, as for our own sessions.
+    """
     kept = {
         name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "OMP_", "MKL_", "VIRTUAL"))
     }
     kept |= {"PYTHONNOUSERSITE": "1", "PYTHONIOENCODING": "utf-8", "TOKENIZERS_PARALLELISM": "false"}
-    return kept | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    return with_huge_pages(kept | ({"OMP_NUM_THREADS": str(threads)} if threads else {}))

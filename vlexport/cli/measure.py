@@ -132,6 +132,7 @@ def profile(
         macs_phrase,
         memory_phrase,
         operators_phrase,
+        pages_phrase,
         size_phrase,
         speed_phrase,
         tail_phrase,
@@ -162,6 +163,8 @@ def profile(
         )
     lines += [speed_phrase(found)] if found.ceilings else []
     lines += [f"{whose} spends {operators_phrase(times)}" for whose, times in _told(found) if times]
+    pages = pages_phrase(report.machine)
+    lines += [pages] if pages else []
     lines.append(
         f"{report.machine.cpu}, {', '.join(report.machine.instruction_set)}; "
         f"{found.rounds} rounds, {found.repeated} repeated"

@@ -235,13 +235,19 @@ class Bundle(Frozen):
 
 
 class Machine(Frozen):
-    """Where something was measured. No host or user name."""
+    """Where something was measured. No host or user name.
+
+    Attributes:
+        memory_pages: Of the processes that ran it: ``huge``, ``huge, asked for`` (by ``GLIBC_TUNABLES``; the system
+            gives them to those who ask), ``small``, or empty where that is not known.
+    """
 
     cpu: str
     instruction_set: tuple[str, ...]
     cores: int
     system: str
     python: str
+    memory_pages: str = ""
 
 
 class AccuracyResult(Frozen):

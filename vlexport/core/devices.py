@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from vlexport.core.bundle_schema import Machine
+from vlexport.core.huge_pages import memory_pages
 
 _INTERESTING = (
     "sse4_2", "avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16",
@@ -26,6 +27,7 @@ def this_machine() -> Machine:
         cores=available_cores(),
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
+        memory_pages=memory_pages(),
     )
 
 

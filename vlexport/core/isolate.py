@@ -28,6 +28,7 @@ import numpy as np
 
 from vlexport.core.artifact import Array, Artifact, Session, Timing
 from vlexport.core.errors import CODES, CapabilityError, InputError, VlexportError
+from vlexport.core.huge_pages import with_huge_pages
 from vlexport.core.pipeline import artifact_from, open_artifact
 
 _LENGTH = struct.Struct("<Q")
@@ -64,7 +65,7 @@ class IsolatedSession(Session):
         self._expired = False
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
         root = str(Path(__file__).resolve().parents[2])
-        environment = dict(os.environ)
+        environment = with_huge_pages(os.environ)
         environment["PYTHONPATH"] = os.pathsep.join(
             filter(None, (root, os.environ.get("PYTHONPATH", ""), _home_of(entry)))
         )

@@ -9,6 +9,7 @@ from vlexport.core.account import Account, Missing
 from vlexport.core.bundle_schema import (
     AccuracyResult,
     LatencyResult,
+    Machine,
     MetricResult,
     OperatorTime,
     PassRecord,
@@ -17,6 +18,7 @@ from vlexport.core.bundle_schema import (
     Tuning,
 )
 from vlexport.core.device_profiles import THIS
+from vlexport.core.huge_pages import ASKED_FOR, REQUEST, VARIABLE
 
 _OPERATORS_SHOWN = 6
 
@@ -160,6 +162,7 @@ def latency_phrase(report: Report) -> str:
     if found is None:
         return "not measured here"
     shown = f"p50 {found.p50_ms:.2f} ms at {found.threads} thread{'s' if found.threads != 1 else ''}"
+    shown += ", huge pages" if report.machine.memory_pages == ASKED_FOR else ""
     if not found.baseline:
         return shown
     if found.ratio is None or found.ratio_low is None or found.ratio_high is None:
@@ -173,6 +176,13 @@ def latency_phrase(report: Report) -> str:
     if found.verdict == "quick":
         return f"{shown}; {found.ratio:.2f}× against {found.baseline} ({span}, {kind})"
     return f"{shown}; {found.ratio:.2f}× against {found.baseline} ({kind})"
+
+
+def pages_phrase(machine: Machine) -> str:
+    """What pages of memory the figures stand for, where a process gets such pages only by asking; empty elsewhere."""
+    if machine.memory_pages != ASKED_FOR:
+        return ""
+    return f"memory in huge pages, which this system gives to who asks: set {VARIABLE}={REQUEST} where the model runs"
 
 
 def tuning_phrase(found: Tuning) -> str:

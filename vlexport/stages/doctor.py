@@ -18,6 +18,7 @@ from vlexport.core.cache import OFF, Cache
 from vlexport.core.devices import available_cores, this_machine
 from vlexport.core.errors import VlexportError
 from vlexport.core.health import Health, Symptom
+from vlexport.core.huge_pages import ASKED_FOR, REQUEST, VARIABLE
 from vlexport.core.import_check import import_failures
 from vlexport.core.memory import available_memory_bytes
 from vlexport.core.plugins import only_one
@@ -241,6 +242,13 @@ def _machine() -> Iterator[Symptom]:
         )  # fmt: skip
     else:
         yield Symptom(about="threads", state="ok", found=said)
+    if machine.memory_pages:
+        asked = machine.memory_pages == ASKED_FOR
+        yield Symptom(
+            about="memory pages", state="ok",
+            found="huge for those who ask, as sessions of vlexport do" if asked else machine.memory_pages,
+            do=f"set {VARIABLE}={REQUEST} where your model runs: CPUs run it faster so" if asked else "",
+        )  # fmt: skip
     memory = available_memory_bytes()
     if memory is not None:
         few = memory < LITTLE_MEMORY
