@@ -235,12 +235,7 @@ class Bundle(Frozen):
 
 
 class Machine(Frozen):
-    """Where something was measured. No host or user name.
-
-    Attributes:
-        memory_pages: Of the processes that ran it: ``huge``, ``huge, asked for`` (by ``GLIBC_TUNABLES``; the system
-            gives them to those who ask), ``small``, or empty where that is not known.
-    """
+    """Where something was measured; ``memory_pages`` as :mod:`vlexport.core.huge_pages` tells. No host or user name."""
 
     cpu: str
     instruction_set: tuple[str, ...]
