@@ -36,6 +36,8 @@ _SMALLEST_FIRST = ("aten.argmin.default", "aten.min.dim")
 
 NUDGE = 1e-6
 """By what share inputs are moved, at random: about the rounding of a float32 sum of some hundred terms."""
+KERNELS = 1e-5
+"""The same where other kernels compute every layer: by so much the scores of a deep graph were seen to move."""
 TRIALS = 4
 
 
@@ -52,10 +54,17 @@ class Tipped:
     moved: float = 0.0
 
 
-def tipped_choices(program: Program, values: Sequence[Tensor]) -> Tipped:
+def tipped_choices(program: Program, values: Sequence[Tensor], *, nudge: float = NUDGE, beyond: float = 0.0) -> Tipped:
     """Run a Program on inputs and on some that are the same but for their last digits; see which rows choose otherwise.
 
     Nothing is found in a graph without selections, nor of inputs without floats: there is no last digit to move.
+
+    Args:
+        program: What is run.
+        values: Its inputs.
+        nudge: By what share they are moved.
+        beyond: Rows that choose otherwise are left out where no output of theirs moves by so much (the order of what is
+            chosen may not matter).
     """
     selections = _selections(program)
     if not selections or not any(each.is_floating_point() for each in values):
@@ -66,18 +75,19 @@ def tipped_choices(program: Program, values: Sequence[Tensor]) -> Tipped:
     rows: set[int] = set()
     moved = 0.0
     for _ in range(TRIALS):
-        found, others = _run(program, [_nudged(each, generator) for each in values], selections)
-        tipped = sorted({row for pair in zip(others, chosen, strict=True) for row in _differing(*pair, batch)})
-        rows.update(tipped)
-        if tipped:
-            moved = max([moved, *(_moved(a, b, tipped, batch) for a, b in zip(found, outputs, strict=True))])
+        found, others = _run(program, [_nudged(each, nudge, generator) for each in values], selections)
+        tipped = {row for pair in zip(others, chosen, strict=True) for row in _differing(*pair, batch)}
+        far = {row: max(_moved(a, b, [row], batch) for a, b in zip(found, outputs, strict=True)) for row in tipped}
+        far = {row: distance for row, distance in far.items() if distance >= beyond}
+        rows.update(far)
+        moved = max([moved, *far.values()])
     return Tipped(tuple(sorted(rows)), moved)
 
 
-def _nudged(value: Tensor, generator: torch.Generator) -> Tensor:
+def _nudged(value: Tensor, nudge: float, generator: torch.Generator) -> Tensor:
     if not value.is_floating_point():
         return value
-    return value * (1.0 + NUDGE * torch.randn(value.shape, generator=generator)).to(value.dtype)
+    return value * (1.0 + nudge * torch.randn(value.shape, generator=generator)).to(value.dtype)
 
 
 def _run(program: Program, values: Sequence[Tensor], wanted: Sequence[Node]) -> tuple[tuple[Tensor, ...], list[Tensor]]:

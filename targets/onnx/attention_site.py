@@ -12,14 +12,17 @@ column of the root that holds it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir
 
+from vlexport.passes.base import Match, NearMiss
 from vlexport.targets.onnx.attention_taps import KEY, QUERY, VALUE, NoTap, Tap, taps
 from vlexport.targets.onnx.layout import Numbers, Sizes, Untraceable, moved, numbered, origin
+from vlexport.targets.onnx.model import OnnxModel
 
 _RANK = 4
 ADDED = "a mask or bias is added to the scores"
@@ -105,7 +108,31 @@ class NoSite(Exception):  # noqa: N818  a near miss: its text is the reason
     """A softmax that nearly is one."""
 
 
-def looks_like_one(softmax: onnx_ir.Node) -> bool:
+def sites(
+    model: OnnxModel,
+    pattern: str,
+    read: Callable[[onnx_ir.Node], Any],
+    *,
+    misses: type[Exception] | tuple[type[Exception], ...] = NoSite,
+) -> Iterator[Match[onnx_ir.Node] | NearMiss[onnx_ir.Node]]:
+    """Every softmax that a product reads, as a match with what ``read`` makes of it, or as a near miss.
+
+    Args:
+        model: Where to look.
+        pattern: What near misses name.
+        read: Tells what the match holds, or raises one of ``misses`` with the reason.
+        misses: The exceptions that mean a near miss.
+    """
+    for softmax in filter(_looks_like_one, model.nodes("Softmax")):
+        try:
+            found = read(softmax)
+        except misses as miss:
+            yield NearMiss(pattern, softmax, str(miss))
+            continue
+        yield Match(softmax, (softmax,), found)
+
+
+def _looks_like_one(softmax: onnx_ir.Node) -> bool:
     """Whether a product reads a softmax, or what guards it, as nothing but attention has it."""
     guard = _guard(softmax)
     readers = [user for user, position in (guard or softmax).outputs[0].uses() if position == 0]

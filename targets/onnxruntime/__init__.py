@@ -50,6 +50,8 @@ class OnnxRuntimeOptions(Frozen):
         provider_fallback: The CPU may stand in for a missing provider; its times are then not measured.
         provider_floats: What the OpenVINO provider computes floats in: f32, or bf16 (8 bits of each value, faster where
             the processor has it). Other providers do not look at it.
+        gather_rows: Write a selection of whole tokens as a gather of rows, not of values one by one. Left out, it is
+            done.
         fuse_attention: Write attention as one operator of ONNX Runtime's own (com.microsoft.Attention), which no other
             runtime opens. Left out, it is done where that was measured to be faster on such a processor.
         fuse_biased_attention: The same where a mask or bias is added to the scores. Left out, it is as fuse_attention
@@ -73,6 +75,7 @@ class OnnxRuntimeOptions(Frozen):
     provider: str = Field(default=CPU, pattern=f"^({'|'.join(PROVIDERS)})$")
     provider_fallback: bool = False
     provider_floats: str = Field(default=FLOATS[0], pattern=f"^({'|'.join(FLOATS)})$")
+    gather_rows: bool | None = None
     fuse_attention: bool | None = None
     fuse_biased_attention: bool | None = None
     fuse_multi_head_attention: bool | None = None
@@ -122,6 +125,9 @@ class OnnxRuntimeTarget(Target):
     lowered: ClassVar[tuple[LoweredPass, ...]] = (
         LoweredPass(name="simplify-onnx", value="vlexport.targets.onnx.simplify_onnx:SimplifyOnnx", option="simplify"),
         LoweredPass(name="optimize-onnx", value="vlexport.targets.onnx.optimize_onnx:OptimizeOnnx", option="optimize"),
+        LoweredPass(
+            name="gather-rows", value="vlexport.targets.onnxruntime.gather_rows:GatherRows", option="gather_rows",
+        ),
         LoweredPass(
             name="fuse-qattention", value="vlexport.targets.onnxruntime.fuse_qattention:FuseQattention",
             option="fuse_qattention", searched=True,
@@ -197,11 +203,12 @@ class OnnxRuntimeTarget(Target):
         return precision, _FP16_NOTE if precision == "fp16" else reason
 
     def settled(self, options: Frozen, *, precision: str, device: DeviceProfile) -> Frozen:
-        """Fusions that the options leave open, on the CPU by what was measured, elsewhere off."""
+        """Rewrites that the options leave open, on the CPU by what was measured, elsewhere off."""
         chosen = cast("OnnxRuntimeOptions", options)
         flags = this_machine().instruction_set if device.id == THIS else device.instruction_set
         own = chosen.provider == CPU and precision in ("fp32", "int8")
         worth = {
+            "gather_rows": chosen.provider == CPU,
             "fuse_attention": own and is_worth_it("fuse-attention", "fp32", flags),
             "fuse_biased_attention": own and _biased_too(chosen, flags),
             "fuse_multi_head_attention": own

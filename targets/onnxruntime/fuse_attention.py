@@ -29,10 +29,10 @@ from typing import ClassVar
 import onnx_ir
 
 from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
-from vlexport.targets.onnx.attention_site import NoSite, Site, looks_like_one, plain_site
+from vlexport.targets.onnx.attention_site import Site, plain_site, sites
 from vlexport.targets.onnx.model import OnnxModel, module_path
 from vlexport.targets.onnxruntime.attention_operator import become, require_servable
-from vlexport.targets.onnxruntime.projections import packed, projections, query_of
+from vlexport.targets.onnxruntime.projections import Projection, packed, projections, query_of
 
 _PATTERN = "projections → attention"
 
@@ -46,15 +46,7 @@ class FuseAttention(Pass[OnnxModel]):
 
     def find(self, ir: OnnxModel) -> Iterator[Match[onnx_ir.Node] | NearMiss[onnx_ir.Node]]:
         """Every softmax that a product reads."""
-        for softmax in filter(looks_like_one, ir.nodes("Softmax")):
-            try:
-                found = plain_site(softmax)
-                linears = projections(found)
-                require_servable(found, linears[0].value)
-            except NoSite as miss:
-                yield NearMiss(_PATTERN, softmax, str(miss))
-                continue
-            yield Match(softmax, (softmax,), (found, linears))
+        return sites(ir, _PATTERN, _read)
 
     def apply(self, ir: OnnxModel, match: Match[onnx_ir.Node]) -> Change:
         """One node in the place of all."""
@@ -63,3 +55,10 @@ class FuseAttention(Pass[OnnxModel]):
         operands = packed(ir, found, match.data[1])
         become(ir, found, "Attention", operands, project=query_of(ir, found, operands))
         return Change(what="attention as one operator", where=(where,), saved_nodes=before - len(ir.nodes()))
+
+
+def _read(softmax: onnx_ir.Node) -> tuple[Site, list[Projection]]:
+    found = plain_site(softmax)
+    linears = projections(found)
+    require_servable(found, linears[0].value)
+    return found, linears

@@ -26,11 +26,11 @@ import numpy as np
 import onnx_ir
 
 from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
-from vlexport.targets.onnx.attention_site import NoSite, Site, looks_like_one, site
+from vlexport.targets.onnx.attention_site import NoSite, Site, site, sites
 from vlexport.targets.onnx.model import OnnxModel, module_path
 from vlexport.targets.onnx.rewriting import Attributes, put, stored
 from vlexport.targets.onnxruntime.attention_operator import become, in_order, require_servable, written
-from vlexport.targets.onnxruntime.projections import packed, projections, query_of
+from vlexport.targets.onnxruntime.projections import Projection, packed, projections, query_of
 from vlexport.targets.onnxruntime.score_bias import (
     content,
     dead_rows,
@@ -53,19 +53,7 @@ class FuseBiasedAttention(Pass[OnnxModel]):
 
     def find(self, ir: OnnxModel) -> Iterator[Match[onnx_ir.Node] | NearMiss[onnx_ir.Node]]:
         """Every softmax that a product reads."""
-        for softmax in filter(looks_like_one, ir.nodes("Softmax")):
-            try:
-                found = site(softmax)
-                linears = projections(found)
-                require_servable(found, linears[0].value)
-                if found.bias is None:
-                    raise NoSite(_NO_MASK if found.guarded else "nothing is added to the scores")
-                if found.guarded and may_mask_whole_rows(found.bias) and not is_same_for_all_heads(found.bias):
-                    raise NoSite("each head has a mask of its own, and a row of it may be masked as a whole")
-            except NoSite as miss:
-                yield NearMiss(_PATTERN, softmax, str(miss))
-                continue
-            yield Match(softmax, (softmax,), (found, linears))
+        return sites(ir, _PATTERN, _read)
 
     def apply(self, ir: OnnxModel, match: Match[onnx_ir.Node]) -> Change:
         """One node in the place of all, behind what it needs of the mask."""
@@ -95,3 +83,14 @@ class FuseBiasedAttention(Pass[OnnxModel]):
             become(ir, found, "Attention", operands, project=project, attributes=attributes)
         return Change(what="attention with its mask as one operator", where=(where,),
                       saved_nodes=before - len(ir.nodes()))  # fmt: skip
+
+
+def _read(softmax: onnx_ir.Node) -> tuple[Site, list[Projection]]:
+    found = site(softmax)
+    linears = projections(found)
+    require_servable(found, linears[0].value)
+    if found.bias is None:
+        raise NoSite(_NO_MASK if found.guarded else "nothing is added to the scores")
+    if found.guarded and may_mask_whole_rows(found.bias) and not is_same_for_all_heads(found.bias):
+        raise NoSite("each head has a mask of its own, and a row of it may be masked as a whole")
+    return found, linears

@@ -26,7 +26,7 @@ import numpy as np
 import onnx_ir
 
 from vlexport.passes.base import Change, Effect, Match, NearMiss, Pass, Stage
-from vlexport.targets.onnx.attention_site import NoSite, Part, Site, any_site, looks_like_one
+from vlexport.targets.onnx.attention_site import NoSite, Part, Site, any_site, sites
 from vlexport.targets.onnx.model import OnnxModel, module_path
 from vlexport.targets.onnx.rewriting import CONTRIB, insert, stored, take_place
 from vlexport.targets.onnxruntime.projections import Projection, projection
@@ -44,16 +44,7 @@ class FuseMultiHeadAttention(Pass[OnnxModel]):
 
     def find(self, ir: OnnxModel) -> Iterator[Match[onnx_ir.Node] | NearMiss[onnx_ir.Node]]:
         """Every softmax that a product reads."""
-        for softmax in filter(looks_like_one, ir.nodes("Softmax")):
-            try:
-                found = any_site(softmax)
-                if found.guarded and (found.bias is None or may_mask_whole_rows(found.bias)):
-                    raise NoSite("a row may be masked as a whole")
-                linears = [_own(found, part) for part in range(len(found.parts))]
-            except NoSite as miss:
-                yield NearMiss(_PATTERN, softmax, str(miss))
-                continue
-            yield Match(softmax, (softmax,), (found, linears))
+        return sites(ir, _PATTERN, _read)
 
     def apply(self, ir: OnnxModel, match: Match[onnx_ir.Node]) -> Change:
         """One node in the place of products, softmax and the moving of heads."""
@@ -78,6 +69,13 @@ class FuseMultiHeadAttention(Pass[OnnxModel]):
         take_place(ir, found.made, node, origin=match.node, rows=found.rows)
         change = "attention of several values as one operator"
         return Change(what=change, where=(where,), saved_nodes=before - len(ir.nodes()))
+
+
+def _read(softmax: onnx_ir.Node) -> tuple[Site, list[Projection | None]]:
+    found = any_site(softmax)
+    if found.guarded and (found.bias is None or may_mask_whole_rows(found.bias)):
+        raise NoSite("a row may be masked as a whole")
+    return found, [_own(found, part) for part in range(len(found.parts))]
 
 
 def _is_whole(part: Part) -> bool:

@@ -25,7 +25,7 @@ import numpy as np
 import onnx_ir
 
 from vlexport.passes.base import Change, Match, NearMiss
-from vlexport.targets.onnx.attention_site import NoSite, Site, looks_like_one, plain_site
+from vlexport.targets.onnx.attention_site import NoSite, Site, plain_site, sites
 from vlexport.targets.onnx.attention_taps import QUERY
 from vlexport.targets.onnx.model import OnnxModel, module_path
 from vlexport.targets.onnx.rewriting import CONTRIB, insert, stored
@@ -42,20 +42,7 @@ class FuseQattention(IntegerFusion):
 
     def find(self, ir: OnnxModel) -> Iterator[Match[onnx_ir.Node] | NearMiss[onnx_ir.Node]]:
         """Every softmax that a product reads."""
-        for softmax in filter(looks_like_one, ir.nodes("Softmax")):
-            try:
-                found = plain_site(softmax)
-                if "qkv_hidden_sizes" in found.attributes():
-                    raise NoSite("values are of another width than queries")
-                linears = [integer_linear(part.root) for part in found.parts]
-                if len({each.integers for each in linears}) > 1:
-                    raise NoSite("query, key and value are projected from several values")
-                require_servable(found, linears[0].integers)
-                found.require_positions(QUERY, linears[0].integers)
-            except (NoSite, NoLinear) as miss:
-                yield NearMiss(_PATTERN, softmax, str(miss))
-                continue
-            yield Match(softmax, (softmax,), (found, linears))
+        return sites(ir, _PATTERN, _read, misses=(NoSite, NoLinear))
 
     def apply(self, ir: OnnxModel, match: Match[onnx_ir.Node]) -> Change:
         """One node in the place of all."""
@@ -79,6 +66,18 @@ class FuseQattention(IntegerFusion):
         become(ir, found, "QAttention", operands, project=_query_of(ir, found, operands))
         change = "attention with integer projections as one operator"
         return Change(what=change, where=(where,), saved_nodes=before - len(ir.nodes()))
+
+
+def _read(softmax: onnx_ir.Node) -> tuple[Site, list[IntegerLinear]]:
+    found = plain_site(softmax)
+    if "qkv_hidden_sizes" in found.attributes():
+        raise NoSite("values are of another width than queries")
+    linears = [integer_linear(part.root) for part in found.parts]
+    if len({each.integers for each in linears}) > 1:
+        raise NoSite("query, key and value are projected from several values")
+    require_servable(found, linears[0].integers)
+    found.require_positions(QUERY, linears[0].integers)
+    return found, linears
 
 
 def _query_of(model: OnnxModel, found: Site, operands: Sequence[onnx_ir.Value | None]) -> Project:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -76,6 +76,20 @@ def row(name: str, scratch: Path) -> Row:
         )  # fmt: skip
 
 
+def table(rows: Sequence[Row]) -> str:
+    """Markdown."""
+    lines = ["| model | with huge pages | without | without / with | memory | without |", "|---|---|---|---|---|---|"]
+    for each in rows:
+        times = [f"{value:.1f} ms" for value in (each.p50_ms, each.small_p50_ms)]
+        memory = [f"{(value or 0) / 1e6:.0f} MB" for value in (each.peak_bytes, each.small_peak_bytes)]
+        lines.append(f"| {' | '.join([each.model, *times, _ratio(each), *memory])} |")
+    return "\n".join(lines)
+
+
+def _ratio(row: Row) -> str:
+    return "too noisy to tell" if row.ratio is None else f"{row.ratio:.2f}× ({row.low:.2f} to {row.high:.2f})"
+
+
 @contextmanager
 def _asking(value: int) -> Iterator[None]:
     before = os.environ.get(VARIABLE)
@@ -102,12 +116,7 @@ def main() -> int:
     rows = []
     for name in arguments.only or NAMES:
         rows.append(found := row(name, arguments.scratch))
-        said = "too noisy" if found.ratio is None else f"{found.ratio:.2f} ({found.low:.2f} to {found.high:.2f})"
-        memory = [f"{(b or 0) / 1e6:.0f}" for b in (found.peak_bytes, found.small_peak_bytes)]
-        print(
-            f"{name:24} {found.p50_ms:7.2f} ms, without {found.small_p50_ms:7.2f} ms: {said} times; "
-            f"{memory[0]} MB against {memory[1]}", flush=True,
-        )  # fmt: skip
+        print(table([found]).splitlines()[-1], flush=True)
         if arguments.record:
             versions = ", ".join(f"{each} {version(each)}" for each in PACKAGES)
             write_record(arguments.record, "python -m tests.benchmarks.huge_pages", versions, rows)

@@ -14,14 +14,15 @@ from vlexport.core.bundle import read_bundle
 LOWERED = {
     "simplify-onnx": "simplify",
     "optimize-onnx": "optimize",
+    "gather-rows": "gather_rows",
     "fuse-qattention": "fuse_qattention",
     "fuse-attention": "fuse_attention",
     "fuse-biased-attention": "fuse_biased_attention",
     "fuse-multi-head-attention": "fuse_multi_head_attention",
     "fuse-dynamic-linear": "fuse_dynamic_linear",
 }
-UNFUSED = ("--set", "onnxruntime.fuse_attention=false")
-"""What is left open is decided by the processor that the tests run on."""
+UNFUSED = ("--set", "onnxruntime.fuse_attention=false", "--set", "onnxruntime.gather_rows=false")
+"""What is left open is decided by the processor that the tests run on, or done."""
 
 
 def test_lowered_passes_are_listed_last_with_what_turns_them_on(cli: Any) -> None:

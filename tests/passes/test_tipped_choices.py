@@ -48,6 +48,24 @@ def test_row_is_named_with_what_it_moves_by_when_its_scores_tie() -> None:
     assert abs(found.moved - other / largest) < 1e-4
 
 
+def test_rows_that_tip_over_without_a_difference_are_left_out_beyond_a_distance() -> None:
+    x = tied()
+    x[1, 4] = x[1, 3]  # whichever of the two is taken, it is the same
+    program = captured(Choosing(), x)
+    assert tipped_choices(program, [x]).rows == (1,)
+    assert tipped_choices(program, [x], beyond=5e-6).rows == ()
+    x = tied()
+    assert tipped_choices(captured(Choosing(), x), [x], beyond=5e-6).rows == (1,)
+
+
+def test_scores_further_apart_tip_over_when_inputs_move_further() -> None:
+    x = tokens()
+    x[1, 3, 0] = x[1, 4, 0] * (1 - 6e-6)
+    program = captured(Choosing(), x)
+    assert tipped_choices(program, [x]).rows == ()
+    assert tipped_choices(program, [x], nudge=1e-5).rows == (1,)
+
+
 def test_nothing_is_found_when_scores_lie_apart() -> None:
     x = tokens()
     found = tipped_choices(captured(Choosing(), x), [x])

@@ -53,6 +53,6 @@ def test_speed_counts_a_multiplication_and_an_addition_when_told() -> None:
         p50_ms=1.0, load_ms=1.0, runs=1, threads=1, gops=100.0,
         ceilings=(Ceiling(kind="fp32", gops=80.0), Ceiling(kind="int8", gops=400.0)),
     )  # fmt: skip
-    said = "100.0 GOP/s, 25% of the 400.0 of a plain product in int8, 125% of the 80.0 of a plain product in fp32"
+    said = "100.0 GOP/s, 25 % of the 400.0 of a plain product in int8, 125 % of the 80.0 of a plain product in fp32"
     assert speed_phrase(measured) == said
     assert speed_phrase(measured.model_copy(update={"ceilings": ()})) == "speed in operations not measured"

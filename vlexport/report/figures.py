@@ -139,8 +139,8 @@ def memory_phrase(found: LatencyResult) -> str:
 def operators_phrase(times: Sequence[OperatorTime]) -> str:
     """Where a runtime's profiler sees the time go: the operators that take the most, with how many there are."""
     whole = sum(each.ms for each in times) or 1.0
-    shown = [f"{each.ms / whole:.0%} in {each.count} {each.operator}" for each in times[:_OPERATORS_SHOWN]]
-    rest = f", {sum(each.ms for each in times[_OPERATORS_SHOWN:]) / whole:.0%} in others"
+    shown = [f"{100 * each.ms / whole:.0f} % in {each.count} {each.operator}" for each in times[:_OPERATORS_SHOWN]]
+    rest = f", {100 * sum(each.ms for each in times[_OPERATORS_SHOWN:]) / whole:.0f} % in others"
     return ", ".join(shown) + (rest if len(times) > _OPERATORS_SHOWN else "")
 
 
@@ -149,7 +149,7 @@ def speed_phrase(found: LatencyResult) -> str:
     if found.gops is None or not found.ceilings:
         return "speed in operations not measured"
     parts = [
-        f"{found.gops / each.gops:.0%} of the {each.gops:.1f} of a plain product in {each.kind}"
+        f"{100 * found.gops / each.gops:.0f} % of the {each.gops:.1f} of a plain product in {each.kind}"
         for each in reversed(found.ceilings)
     ]
     unit = "GOP/s" if len(found.ceilings) > 1 else "GFLOP/s"

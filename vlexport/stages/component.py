@@ -30,7 +30,7 @@ from vlexport.passes.base import Pass
 from vlexport.passes.gate import FLOAT32_BOUND, NumericGate
 from vlexport.passes.pipeline import DumpHook, Hook, run_pipeline
 from vlexport.passes.probes import Probe, as_array, make_probes
-from vlexport.passes.selection import Tipped, tipped_choices
+from vlexport.passes.selection import KERNELS, Tipped, tipped_choices
 from vlexport.stages.account import Refusals, accounts, fusion_accounts
 from vlexport.stages.choices import HALF_PRECISIONS, precision_passes_of
 from vlexport.stages.lowered import lower_and_rewrite
@@ -240,7 +240,7 @@ def lower_component(
     """
     brief = replace(brief, name=name, labels=source.labels, preprocess=source.preprocess)
     artifact, lowered = lower_and_rewrite(
-        target, optimized.program, folder, brief, probes=optimized.probes, passes=passes, hooks=hooks, dump=dump,
+        target, optimized.program, folder, brief, probes=_steadied(optimized), passes=passes, hooks=hooks, dump=dump,
         cache=cache, reporter=reporter,
     )  # fmt: skip
     signature, owed = optimized.program.signature, optimized.held_to(source)
@@ -261,6 +261,18 @@ def lower_component(
         account=(*optimized.account, *fusion_accounts(lowered)),
         operators=operators_of(source.program, optimized.program),
     )
+
+
+def _steadied(optimized: Optimized) -> Sequence[Probe] | None:
+    """The probes, of which rows are undecided where other kernels tip over what the Program chooses by now."""
+    if optimized.probes is None:
+        return None
+
+    def rows(probe: Probe) -> tuple[int, ...]:
+        tipped = tipped_choices(optimized.program, probe.values, nudge=KERNELS, beyond=FLOAT32_BOUND / 2)
+        return tuple(sorted({*probe.undecided, *tipped.rows}))
+
+    return [replace(each, undecided=rows(each)) for each in optimized.probes]
 
 
 def _probes(program: Program, samples: Sequence[Mapping[str, Array]], seed: int) -> list[Probe]:
