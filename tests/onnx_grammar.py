@@ -1,4 +1,4 @@
-"""A grammar of ONNX graphs that rewrites look at: attention in many spellings, linears in float and integers, norms.
+"""A grammar of ONNX graphs that rewrites look at: attention in many spellings, linears, norms, choices of tokens.
 
 A seed gives one graph over ``x: f32[batch, tokens, width]``. Most blocks are what a rewrite takes; some carry one fault
 that makes them another computation, which has to stay as it is. Weights are drawn so that values stay near 1.
@@ -71,6 +71,8 @@ class _Writer:
         value = "x"
         for _ in range(int(self.drawn.integers(1, 4))):
             value = self.block(value)
+        if self.odds(0.4):
+            value = self.chosen(value)
         self.returned.append(value)
         made = helper.make_graph(
             self.nodes, "main",
@@ -107,6 +109,19 @@ class _Writer:
         if self.odds(0.2):
             made = self.node("Transpose", [self.node("Transpose", [made], perm=[1, 0, 2])], perm=[1, 0, 2])
         return self.node("Add", [value, made]) if self.odds(0.7) else made
+
+    def chosen(self, value: str) -> str:
+        """Some tokens, as the input says: what is computed may tip over where it is rounded. Or each width's own."""
+        count = self.tensor(np.array([int(self.drawn.integers(1, self.tokens + 1))]))
+        if self.odds(0.3):
+            self.blocks.append("values chosen")
+            return self.node("GatherElements", [value, self.many("TopK", ["x", count], 2, axis=1)[1]], axis=1)
+        self.blocks.append("tokens chosen")
+        last = self.tensor(np.array([2]))
+        first = self.node("Slice", ["x", *(self.tensor(np.array([at])) for at in (0, 1, 2))])
+        places = self.many("TopK", [self.node("Squeeze", [first, last]), count], 2, axis=1)[1]
+        index = self.node("Expand", [self.node("Unsqueeze", [places, last]), self.tensor(np.array([1, 1, self.width]))])
+        return self.node("GatherElements", [value, index], axis=1)
 
     def attention(self, read: str, value: str, kind: str) -> str:
         fault = FAULTS[int(self.drawn.integers(len(FAULTS)))] if self.odds(0.3) else ""

@@ -27,6 +27,7 @@ def test_rewrites_compute_the_same_when_graphs_are_random() -> None:
         "fuse-attention",
         "fuse-qattention",
         "fuse-biased-attention",
+        "gather-rows",
         "fuse-multi-head-attention",
         "fuse-dynamic-linear",
     ):
