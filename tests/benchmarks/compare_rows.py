@@ -11,7 +11,7 @@ MERGED = "_merged"
 """Ends the name of a model whose plain export is of the form that its authors merge it to."""
 _CALIBRATED = "--calib {source}/calibration.npz"
 _TOME = "tome:r=0+0+0+64+0+48+0+40+0+30+0+0"
-_EVIT = "evit:keep=0.6,layers=4+6+9,squeeze=true"
+_EVIT = "evit:keep=0.7,layers=4+6+8+10,squeeze=true"
 _OPENVINO = "--set onnxruntime.provider=openvino"
 _OPENVINO_INT8 = f"--precision int8 {_CALIBRATED} {_OPENVINO} --set onnxruntime.provider_floats=bf16"
 

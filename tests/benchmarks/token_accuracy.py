@@ -68,10 +68,12 @@ class Variant:
 _LATE = "layers=4+5+6+7+8+9+10"
 VARIANTS = (
     Variant(DENSE),
-    Variant("random-three", "random:keep=0.6,layers=4+6+9"),
-    Variant("evit-three", "evit:keep=0.6,layers=4+6+9,squeeze=true", "random-three"),
+    Variant("random-four", "random:keep=0.7,layers=4+6+8+10"),
+    Variant("evit-four", "evit:keep=0.7,layers=4+6+8+10,squeeze=true", "random-four"),
     Variant("random-late", f"random:keep=0.85,{_LATE}"),
     Variant("tome-four", "tome:r=0+0+0+64+0+48+0+40+0+30+0+0", "random-late"),
+    Variant("random-three", "random:keep=0.6,layers=4+6+9"),
+    Variant("evit-three", "evit:keep=0.6,layers=4+6+9,squeeze=true", "random-three"),
     Variant("evit-squeezed", f"evit:keep=0.85,{_LATE},squeeze=true", "random-late"),
     Variant("tome-late", f"tome:r=28,{_LATE}+11", "random-late"),
     Variant("random-0.7", "random:keep=0.7,layers=4+7+10"),
