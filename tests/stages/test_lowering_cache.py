@@ -32,7 +32,8 @@ from vlexport.targets.onnxruntime import OnnxRuntimeOptions, OnnxRuntimeTarget
 
 ROOT = Path(__file__).resolve().parents[2]
 HIT = "the artifact is from the cache"
-OPTIMIZED = {"onnxruntime.optimize": "true", "onnxruntime.fuse_attention": "false"}
+UNFUSED = {"onnxruntime.fuse_attention": "false", "onnxruntime.gather_rows": "false"}
+OPTIMIZED = {"onnxruntime.optimize": "true", **UNFUSED}
 
 
 class Listener(Silent):
@@ -109,7 +110,7 @@ def test_artifact_is_found_when_only_the_seed_or_the_gate_differs_and_no_pass_ra
     model_file: Path, tmp_path: Path, fused: bool
 ) -> None:
     """A pass over the lowered graph leaves its gate's figures in the bundle, which the seed decides."""
-    options = {"onnxruntime.fuse_attention": str(fused).lower()}  # by default the processor decides
+    options = {**UNFUSED, "onnxruntime.fuse_attention": str(fused).lower()}  # by default the processor decides
     built(model_file, tmp_path / "a", options=options)
     assert built(model_file, tmp_path / "b", options=options, seed=3, numeric_gate=False)[1] is not fused
 

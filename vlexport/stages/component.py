@@ -240,8 +240,8 @@ def lower_component(
     """
     brief = replace(brief, name=name, labels=source.labels, preprocess=source.preprocess)
     artifact, lowered = lower_and_rewrite(
-        target, optimized.program, folder, brief, probes=_steadied(optimized), passes=passes, hooks=hooks, dump=dump,
-        cache=cache, reporter=reporter,
+        target, optimized.program, folder, brief, probes=_lowered_probes(optimized), passes=passes, hooks=hooks,
+        dump=dump, cache=cache, reporter=reporter,
     )  # fmt: skip
     signature, owed = optimized.program.signature, optimized.held_to(source)
     golden, smallest = write_goldens(
@@ -263,16 +263,29 @@ def lower_component(
     )
 
 
-def _steadied(optimized: Optimized) -> Sequence[Probe] | None:
-    """The probes, of which rows are undecided where other kernels tip over what the Program chooses by now."""
+def _lowered_probes(optimized: Optimized) -> Sequence[Probe] | None:
+    """The probes for what is lowered, at the batch that it has by now (tokens may be frozen for one of their own).
+
+    Rows are undecided where other kernels tip over what the Program chooses.
+    """
     if optimized.probes is None:
         return None
+    program = optimized.program
 
-    def rows(probe: Probe) -> tuple[int, ...]:
-        tipped = tipped_choices(optimized.program, probe.values, nudge=KERNELS, beyond=FLOAT32_BOUND / 2)
-        return tuple(sorted({*probe.undecided, *tipped.rows}))
+    def fitted(probe: Probe) -> Probe:
+        batched = [_of_batch(v, s.shape) for v, s in zip(probe.values, program.signature.inputs, strict=True)]
+        undecided = probe.undecided if all(a is b for a, b in zip(batched, probe.values, strict=True)) else ()
+        tipped = tipped_choices(program, batched, nudge=KERNELS, beyond=FLOAT32_BOUND / 2)
+        return replace(probe, values=tuple(batched), undecided=tuple(sorted({*undecided, *tipped.rows})))
 
-    return [replace(each, undecided=rows(each)) for each in optimized.probes]
+    return [fitted(each) for each in optimized.probes]
+
+
+def _of_batch(value: torch.Tensor, shape: Sequence[int | str]) -> torch.Tensor:
+    """A value with as many rows as a fixed dim 0 asks for: the first ones, or all of them again and again."""
+    if not shape or not isinstance(shape[0], int) or shape[0] == value.shape[0]:
+        return value
+    return value[torch.arange(shape[0]) % value.shape[0]]
 
 
 def _probes(program: Program, samples: Sequence[Mapping[str, Array]], seed: int) -> list[Probe]:
