@@ -14,7 +14,8 @@ ROWS = [Row(**each) for each in RECORD["rows"]]
 
 
 def test_page_holds_the_table_when_rendered_from_the_record() -> None:
-    require_figures(ROOT / "docs/onnxruntime.md", "huge pages", table(ROWS))
+    here = f"{RECORD['date']}, {RECORD['machine']['cpu']} ({RECORD['machine']['cores']} cores), {RECORD['versions']}."
+    require_figures(ROOT / "docs/onnxruntime.md", "huge pages", f"{here}\n\n{table(ROWS)}")
 
 
 def test_every_model_of_the_benchmark_was_measured() -> None:
