@@ -69,6 +69,8 @@ def _rows(node: onnx_ir.Node) -> onnx_ir.Value | str:
     if rows is None or values.shape is None or index.shape is None or rows.shape is None:
         return "shapes are not known"
     of_values, of_index, of_rows = (tuple(each.shape or ()) for each in (values, index, rows))
+    if any(isinstance(size, onnx_ir.SymbolicDim) and size.value is None for size in (*of_values, *of_index, *of_rows)):
+        return "shapes are not known"  # two dims without a name may differ
     axis = node.attributes.get_int("axis", 0)
     if len(of_values) < 2 or axis % len(of_values) != len(of_values) - 2:
         return "it gathers along another axis than the last but one"

@@ -98,6 +98,20 @@ def test_a_batch_that_is_cut_or_broadcast_is_left_alone() -> None:
     assert reasons(model) == ["dims in front are broadcast or cut"]
 
 
+def test_dims_without_a_name_are_not_taken_for_equal() -> None:
+    model = net((2, 5, 4), 3)
+    named, nameless = onnx_ir.SymbolicDim("batch"), onnx_ir.SymbolicDim(None)
+    values = [*model.model.graph.inputs, *(v for node in model.nodes() for v in node.outputs)]
+    for dim, found in ((nameless, ["shapes are not known"]), (named, [])):
+        for value in values:
+            assert value.shape is not None
+            value.shape = onnx_ir.Shape((dim, *tuple(value.shape)[1:]))
+        if found:
+            assert reasons(model) == found
+        else:
+            assert len(GatherRows().run(model)[0]) == 1
+
+
 @pytest.mark.parametrize("unknown", ["x", "rows", "all"])
 def test_nothing_is_done_where_shapes_are_not_known(unknown: str) -> None:
     model = net((2, 5, 4), 3)
