@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from tests.benchmarks.compare_rows import FOR_ALL_MODELS, MERGED, PLAIN, ROWS
+from vlexport.core.huge_pages import ASKED_FOR
 from vlexport.core.intervals import wilson
 from vlexport.core.verdict import measured_drop
 
@@ -151,9 +152,10 @@ def machine(record: Record, file: str = "compare.json") -> str:
     days = sorted({cell["date"] for cell in record["cells"] if cell["date"]})
     when = " and ".join(days) if days else record["date"]
     at_once = f" {record['batch']} samples at once," if record["batch"] > 1 else ""
+    pages = " memory in huge pages," if about.get("memory_pages") == ASKED_FOR else ""
     said = (
         f"Measured {when} on {about['cpu']} ({', '.join(about['instruction_set'])}), {count} "
-        f"thread{'s' * (count > 1)},{at_once} {record['calibration']} calibration samples "
+        f"thread{'s' * (count > 1)},{pages}{at_once} {record['calibration']} calibration samples "
         f"([measured/{file}](measured/{file}))."
     )
     return said if any(cell["timed"] for cell in record["cells"]) else f"{said} Nothing was timed in that run."
