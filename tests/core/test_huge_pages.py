@@ -57,7 +57,7 @@ def test_asked_for_where_that_does_something_and_never_over_the_users_own_wish(
 
 def test_a_process_started_so_has_its_large_arrays_in_huge_pages() -> None:
     if memory_pages({}) != ASKED_FOR:
-        pytest.skip("this system gives huge pages always, or never")
+        pytest.skip("this system gives huge pages always or never, does not tell, or its glibc cannot ask")
     held = _advised(with_huge_pages({}))
     assert held >= 60, f"{held} of 64 MiB may be huge"
     assert _advised({}) < 4, "without the request they are not"

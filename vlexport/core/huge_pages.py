@@ -1,11 +1,11 @@
 """Memory in huge pages for the processes that run a model: fewer walks of page tables, and the same time each time.
 
 A product reads megabytes of weights, and in pages of 4 KiB each of them costs a look into the page tables, which a
-virtual machine pays twice. Linux gives pages of 2 MiB (transparent huge pages) always, never, or where a
-program asks for them; glibc asks for them in ``malloc`` where ``GLIBC_TUNABLES`` says so when the process starts.
-Without them it also matters *where* a process got its memory, so that of two processes with the same file one may be
-some 10 % slower (measured). See the kernel's ``admin-guide/mm/transhuge`` and the manual of the GNU C library, "Memory
-Allocation Tunables".
+virtual machine pays twice. Linux gives pages of 2 MiB (transparent huge pages) always, never, or where a program asks
+for them; glibc asks for them in ``malloc`` where ``GLIBC_TUNABLES`` says so when the process starts. Without them it
+also matters *where* a process got its memory: two processes with the same file then differ.
+
+Source: the Linux kernel's admin-guide/mm/transhuge; the GNU C library's manual, Memory Allocation Tunables.
 """
 
 from __future__ import annotations

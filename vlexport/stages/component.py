@@ -239,9 +239,10 @@ def lower_component(
         VlexportError: VLX04xx, VLX0503.
     """
     brief = replace(brief, name=name, labels=source.labels, preprocess=source.preprocess)
+    probes = _lowered_probes(optimized) if passes else optimized.probes
     artifact, lowered = lower_and_rewrite(
-        target, optimized.program, folder, brief, probes=_lowered_probes(optimized), passes=passes, hooks=hooks,
-        dump=dump, cache=cache, reporter=reporter,
+        target, optimized.program, folder, brief, probes=probes, passes=passes, hooks=hooks, dump=dump, cache=cache,
+        reporter=reporter,
     )  # fmt: skip
     signature, owed = optimized.program.signature, optimized.held_to(source)
     golden, smallest = write_goldens(
