@@ -11,16 +11,23 @@ import pytest
 from tests.benchmarks import onnxruntime_fusions as benchmark
 from tests.benchmarks.onnxruntime_fusions import PLAIN, Row, costs_of, table, write_costs
 from tests.figures import require_figures
+from vlexport.core.bundle_schema import Machine
 from vlexport.targets.onnxruntime.fusions import FusionCost
 
 SOURCE = "a processor, 2 threads"
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGE, RECORD = DOCS / "onnxruntime.md", DOCS / "measured" / "onnxruntime_fusions.json"
+PAGE = DOCS / "onnxruntime.md"
+RECORDS = sorted((DOCS / "measured").glob("onnxruntime_fusions*.json"))
+"""One a processor."""
 
 
 def row(variant: str, against: str, ratio: float | None, *, spread: float = 0.01) -> Row:
     low, high = (None, None) if ratio is None else (ratio - spread, ratio + spread)
     return Row(variant, against, 20.0, 40.0, ratio, low, high, 7, 0, "faster", 22_500_000)
+
+
+def machine(*flags: str, cpu: str = "a processor") -> Machine:
+    return Machine(cpu=cpu, instruction_set=flags, cores=2, system="", python="")
 
 
 ROWS = [
@@ -33,33 +40,37 @@ ROWS = [
 
 
 def test_costs_are_those_of_a_fusion_against_the_same_without_it_on_this_kind_of_processor() -> None:
-    (found,) = costs_of(ROWS, SOURCE, ("avx2", "avx512f", "avx512_vnni"))
+    (found,) = costs_of(ROWS, SOURCE, machine("avx2", "avx512f", "avx512_vnni"))
     assert (found.fusion, found.precision, found.instruction_set) == ("fuse-qattention", "int8", "avx512_vnni")
     assert (found.ratio, found.low, found.high, found.source) == (1.15, 1.14, 1.16, SOURCE)
-    assert costs_of(ROWS, SOURCE, ("avx2",))[0].instruction_set == "avx2"
-    (masked,) = costs_of([row("tome-biased-attention", "tome", 1.05)], SOURCE, ("avx2",))
+    assert found.processor == "a processor"
+    assert costs_of(ROWS, SOURCE, machine("avx2"))[0].instruction_set == "avx2"
+    (masked,) = costs_of([row("tome-biased-attention", "tome", 1.05)], SOURCE, machine("avx2"))
     assert (masked.fusion, masked.model) == (
         "fuse-biased-attention", "deit_small_patch16_224 with --tokens tome:r=13",
     )  # fmt: skip
 
 
-def test_figures_replace_those_of_the_same_kind_and_keep_the_others(
+def test_figures_replace_those_of_the_same_processor_and_keep_the_others(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def known(flag: str, low: float) -> FusionCost:
-        (found,) = costs_of([row("static-qattention", "static", low + 0.01)], SOURCE, (flag,))
+    def known(flag: str, low: float, cpu: str = "a processor") -> FusionCost:
+        (found,) = costs_of([row("static-qattention", "static", low + 0.01)], SOURCE, machine(flag, cpu=cpu))
         return found
 
-    monkeypatch.setattr(benchmark, "fusion_costs", lambda: (known("avx512_vnni", 0.9), known("avx2", 1.05)))
+    old = (known("avx512_vnni", 0.9), known("avx512_vnni", 1.1, "another"), known("avx2", 1.05))
+    monkeypatch.setattr(benchmark, "fusion_costs", lambda: old)
     write_costs(tmp_path / "costs.json", [known("avx512_vnni", 1.2)])
     written = [FusionCost.model_validate(each) for each in json.loads((tmp_path / "costs.json").read_text())]
-    assert [(each.instruction_set, each.low) for each in written] == [("avx512_vnni", 1.2), ("avx2", 1.05)]
+    assert [(each.instruction_set, each.low) for each in written] == [
+        ("avx512_vnni", 1.1), ("avx512_vnni", 1.2), ("avx2", 1.05),
+    ]  # fmt: skip
 
 
 def test_table_has_a_line_a_variant_with_what_its_fusion_gains() -> None:
-    machine = {"cpu": "a processor", "cores": 2}
+    where = {"cpu": "a processor", "cores": 2}
     rows = [asdict(each) for each in (*ROWS, row("tome-biased-attention", "tome", 1.05))]
-    record = {"date": "2026-01-01", "machine": machine, "versions": "onnxruntime 1", "rows": rows}
+    record = {"date": "2026-01-01", "machine": where, "versions": "onnxruntime 1", "rows": rows}
     assert table(record).splitlines()[4:] == [
         "| fp32 | 20.0 ms | 1.10× (1.09 to 1.11) |  | 22.5 MB |",
         "| fp32-attention | 20.0 ms | 1.15× (1.14 to 1.16) | too noisy | 22.5 MB |",
@@ -68,18 +79,18 @@ def test_table_has_a_line_a_variant_with_what_its_fusion_gains() -> None:
     ]
 
 
-def test_page_holds_the_table_of_the_record() -> None:
-    require_figures(PAGE, RECORD.stem, table(json.loads(RECORD.read_text(encoding="utf-8"))))
+@pytest.mark.parametrize("file", RECORDS, ids=lambda each: each.stem)
+def test_page_holds_the_table_of_the_record(file: Path) -> None:
+    require_figures(PAGE, file.stem, table(json.loads(file.read_text(encoding="utf-8"))))
 
 
-def test_shipped_costs_are_those_of_the_record() -> None:
-    record = json.loads(RECORD.read_text(encoding="utf-8"))
-    kind = next(each for each in benchmark.KINDS if each in record["machine"]["instruction_set"])
-    made = costs_of([Row(**each) for each in record["rows"]], SOURCE, (kind,))
-    shipped = [each for each in benchmark.fusion_costs() if each.instruction_set == kind]
-    assert [each.model_copy(update={"source": ""}) for each in shipped] == [
-        each.model_copy(update={"source": ""}) for each in made
-    ]
+def test_shipped_costs_are_those_of_the_records() -> None:
+    made = []
+    for file in RECORDS:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        made += costs_of([Row(**each) for each in record["rows"]], "", Machine.model_validate(record["machine"]))
+    shipped = [each.model_copy(update={"source": ""}) for each in benchmark.fusion_costs()]
+    assert sorted(shipped, key=repr) == sorted(made, key=repr)
 
 
 def test_a_fusion_is_measured_against_a_variant_that_differs_in_nothing_else() -> None:

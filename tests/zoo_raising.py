@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tests.record import write_rows
 from tests.zoo_child import run_alone
-from tests.zoo_record import write_record
 from tests.zoo_targets import page
 
 IDEAS = ("attention", "norm", "activation")
@@ -446,7 +446,7 @@ def _run(given: argparse.Namespace, kept: dict[tuple[str, str], Row]) -> None:
 
 def _write(file: Path, kept: dict[tuple[str, str], Row], models: Sequence[str], now: str) -> None:
     rows = sorted(kept.values(), key=lambda row: models.index(row.model))
-    write_record(file, "python -m tests.zoo_raising", now, rows)
+    write_rows(file, "python -m tests.zoo_raising", now, rows)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tests.record import write_rows
 from tests.zoo_child import run_alone
-from tests.zoo_record import write_record
 from tests.zoo_targets import page
 
 MAX_ERROR32, MAX_ERROR64 = 1e-4, 1e-9
@@ -258,7 +258,7 @@ def _run_models(given: argparse.Namespace, kept: dict[str, Row]) -> None:
         print(f"{model:26} {row.outcome} {said} {dict(row.lowered)} {row.reason} {spent:.0f} s", flush=True)
         if given.record is not None:
             rows = sorted(kept.values(), key=lambda each: MODELS.index(each.model))
-            write_record(given.record, "python -m tests.zoo_reparameterize", now[0], rows)
+            write_rows(given.record, "python -m tests.zoo_reparameterize", now[0], rows)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tests.record import write_rows
 from tests.zoo_child import run_alone
-from tests.zoo_record import write_record
 
 TARGETS = ("onnxruntime", "tensorrt", "coreml")
 RANGE = "1:2:4"
@@ -372,7 +372,7 @@ def _run(given: argparse.Namespace, kept: dict[tuple[str, str, str], Row]) -> No
 
 def _write(file: Path, kept: dict[tuple[str, str, str], Row], models: Sequence[str], now: str) -> None:
     rows = sorted(kept.values(), key=lambda r: (models.index(r.model), r.key[2], TARGETS.index(r.target)))
-    write_record(file, "python -m tests.zoo_targets", now, rows)
+    write_rows(file, "python -m tests.zoo_targets", now, rows)
 
 
 if __name__ == "__main__":

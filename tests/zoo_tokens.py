@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.record import write_rows
 from tests.zoo_child import run_alone
-from tests.zoo_record import write_record
 from tests.zoo_targets import versions
 
 TARGETS = ("onnxruntime", "tensorrt", "coreml")
@@ -329,7 +329,7 @@ def _run(given: argparse.Namespace) -> int:
         order = [(model, tokens, target) for model in HOSTS for tokens in HOSTS[model] for target in TARGETS]
         rows = [kept[key] for key in order if key in kept]
         if given.record is not None:
-            write_record(given.record, "python -m tests.zoo_tokens --record docs/measured/zoo_tokens.json", now, rows)
+            write_rows(given.record, "python -m tests.zoo_tokens --record docs/measured/zoo_tokens.json", now, rows)
     said = failures(list(kept.values()))
     print("\n".join(said))
     return 1 if said else 0

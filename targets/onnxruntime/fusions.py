@@ -1,8 +1,8 @@
 """fusions: which operators of ONNX Runtime's own are worth writing, by what was measured on processors of each kind.
 
 ``fusion_costs.json`` holds what ``tests/benchmarks/onnxruntime_fusions.py`` measured, and where: a build times nothing.
-A fusion is on where the lower end of the ratio's interval on such a processor lies above 1 for one model and the upper
-end below 1 for none; on a processor of which nothing is known it stays off.
+A fusion is on where the lower end of the ratio's interval on processors of such a kind lies above 1 for one model and
+the upper end below 1 for none; on a kind of which nothing is known it stays off.
 """
 
 from __future__ import annotations
@@ -23,16 +23,18 @@ class FusionCost(Frozen):
         fusion: Id of the pass.
         precision: Of the model.
         instruction_set: Flag of the processor that it was measured on; it speaks for processors that have it.
+        processor: Its name; figures of several processors of one kind stand beside each other.
         model: What was measured.
         ratio: Median latency without the fusion over that with it; above 1 is faster.
         low: Lower end of its 95 % interval.
         high: Upper end.
-        source: Processor, threads, versions and command.
+        source: Threads, versions and command.
     """
 
     fusion: str
     precision: str
     instruction_set: str
+    processor: str
     model: str
     ratio: float
     low: float

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import vlexport
-from tests.benchmarks.record import write_record
+from tests.record import write_figures
 from vlexport.core.config import BuildConfig
 from vlexport.core.devices import this_machine
 from vlexport.frontends import compat
@@ -60,7 +60,7 @@ def main(rounds: int, record: Path | None = None, note: str = "") -> int:
     print(f"a block costs {median:.2f}x at 48 blocks (rounds {', '.join(f'{r:.2f}' for r in ratios)}; limit {LIMIT})")
     if record is not None:
         kept = {"ratio": round(median, 3), "ratios": [round(each, 3) for each in ratios]}
-        write_record(
+        write_figures(
             record, f"seconds a block of a build of {DEPTHS[1]} blocks over those of {DEPTHS[0]}", note=note, **kept
         )
     return int(median > LIMIT)

@@ -28,7 +28,7 @@ from samples.solar_cells import data
 from samples.solar_cells.model import IMAGE_SIZE, load_backbone
 from tests.benchmarks.token_accuracy import ClassToken
 from tests.harness import captured
-from tests.zoo_record import write_record
+from tests.record import write_rows
 from vlexport.calibration.calibrate import calibrate
 from vlexport.calibration.methods import Method
 from vlexport.core.dataset import Dataset, Sample
@@ -123,7 +123,7 @@ def main() -> int:
         print(rows[-1], flush=True)
     if given.record is not None:
         versions = ", ".join(f"{name} {version(name).split('+')[0]}" for name in ("torch", "numpy"))
-        write_record(
+        write_rows(
             given.record, f"python -m tests.benchmarks.calibration_memory --record {given.record}", versions, rows
         )
     return 0

@@ -25,7 +25,7 @@ from samples.solar_cells import data
 from tests.benchmarks import int8_accuracy
 from tests.benchmarks.token_accuracy import saved
 from tests.linear_heads import Floats, folds, heads_by_fold, right
-from tests.zoo_record import write_record
+from tests.record import write_rows
 from vlexport.core.bundle import read_bundle
 from vlexport.core.verdict import measured_drop
 
@@ -105,7 +105,7 @@ def main() -> int:
     if given.record is not None:
         versions = ", ".join(f"{each} {importlib.metadata.version(each).split('+')[0]}" for each in PACKAGES)
         command = f"python -m tests.benchmarks.fp8_accuracy --scratch DIR --record {given.record} --every {given.every}"
-        write_record(given.record, command, versions, [found])
+        write_rows(given.record, command, versions, [found])
     return 0
 
 

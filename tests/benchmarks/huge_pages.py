@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tests.benchmarks.token_latency import DEIT, MODELS, SOLAR_CELLS, built, saved
-from tests.zoo_record import write_record
+from tests.record import write_rows
 from vlexport.core.bundle import ARTIFACT_FOLDER, read_bundle
 from vlexport.core.devices import available_cores
 from vlexport.core.huge_pages import ASKED_FOR, TUNABLE, VARIABLE, memory_pages
@@ -119,7 +119,7 @@ def main() -> int:
         print(table([found]).splitlines()[-1], flush=True)
         if arguments.record:
             versions = ", ".join(f"{each} {version(each)}" for each in PACKAGES)
-            write_record(arguments.record, "python -m tests.benchmarks.huge_pages", versions, rows)
+            write_rows(arguments.record, "python -m tests.benchmarks.huge_pages", versions, rows)
     return 0
 
 

@@ -39,7 +39,7 @@ from samples.solar_cells import data
 from tests.benchmarks import emoji_names
 from tests.benchmarks.token_accuracy import saved
 from tests.linear_heads import Floats, folds, heads_by_fold, right
-from tests.zoo_record import write_record
+from tests.record import write_rows
 from vlexport.core.bundle import read_bundle
 from vlexport.core.devices import this_machine
 from vlexport.core.numerics import sqnr_db
@@ -251,7 +251,7 @@ def main() -> int:
         print(line(rows[name]), flush=True)
         if given.record is not None:
             command = f"python -m tests.benchmarks.int8_accuracy --scratch DIR --record {given.record}"
-            write_record(given.record, command, versions, [rows[each] for each in MODELS if each in rows])
+            write_rows(given.record, command, versions, [rows[each] for each in MODELS if each in rows])
     return 0
 
 

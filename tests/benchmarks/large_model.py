@@ -161,9 +161,9 @@ def main() -> int:
         found = measured(["--do", "build", "--model", str(model), "--keep", str(folder / "bundle")])
         ratio = report("build", found, model)
         if chosen.record is not None and found.code == 0:
-            from tests.benchmarks.record import write_record
+            from tests.record import write_figures
 
-            write_record(
+            write_figures(
                 chosen.record, "peak memory of a build above its imports, over the weights", note="",
                 weights_bytes=model.stat().st_size, ratio=round(ratio, 3), stage=found.stage,
                 seconds=round(found.seconds),

@@ -7,7 +7,7 @@ them against the plain export, and each fusion against the same artifact without
 Latency is measured as ``vlexport profile --against`` does it: interleaved rounds, each session alone in its own
 process, rounds in which the baseline drifts by more than 5 % repeated, 95 % interval of the ratio. Bundles are built
 once a scratch folder, and ratios that the record holds already are not measured again: a run that is stopped goes on.
-``--costs`` writes what was found for this kind of processor into the table that builds choose by. Weights are random,
+``--costs`` writes what was found on this processor into the table that builds choose by. Weights are random,
 which decides no latency. Run it on a machine that does nothing else: about 15 minutes, after 20 for the builds.
 """
 
@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 import vlexport
 from tests.benchmarks.compare_models import First
-from tests.zoo_record import write_record
+from tests.record import write_rows
+from vlexport.core.bundle_schema import Machine
 from vlexport.core.devices import available_cores, this_machine
 from vlexport.core.errors import InternalError
 from vlexport.frontends import compat
@@ -224,9 +225,9 @@ def row(variant: Variant, against: str, scratch: Path, *, threads: int, quick: b
     )  # fmt: skip
 
 
-def costs_of(rows: list[Row], source: str, flags: tuple[str, ...]) -> list[FusionCost]:
+def costs_of(rows: list[Row], source: str, machine: Machine) -> list[FusionCost]:
     """What the rows say of fusions, for the kind of processor that they were measured on."""
-    kind = next(each for each in KINDS if each in flags)
+    kind = next(each for each in KINDS if each in machine.instruction_set)
     fused = {(each.name, each.without): each for each in VARIANTS if each.fusion}
     made = []
     for each in rows:
@@ -234,15 +235,16 @@ def costs_of(rows: list[Row], source: str, flags: tuple[str, ...]) -> list[Fusio
         if variant is None or each.ratio is None or each.low is None or each.high is None:
             continue
         figures = {"ratio": round(each.ratio, 3), "low": round(each.low, 3), "high": round(each.high, 3)}
-        about = {"fusion": variant.fusion, "precision": variant.precision, "instruction_set": kind}
-        made.append(FusionCost.model_validate({**about, "model": variant.model, **figures, "source": source}))
+        about = {"fusion": variant.fusion, "precision": variant.precision, "model": variant.model, "source": source}
+        where = {"instruction_set": kind, "processor": machine.cpu}
+        made.append(FusionCost.model_validate({**about, **where, **figures}))
     return made
 
 
 def write_costs(file: Path, fresh: list[FusionCost]) -> None:
-    """Put figures into the table in the place of older ones for the same kind of processor, the newest kind first."""
-    kinds = {each.instruction_set for each in fresh}
-    kept = [each for each in fusion_costs() if each.instruction_set not in kinds]
+    """Put figures into the table in the place of older ones of the same processor, the newest kind first."""
+    where = {(each.instruction_set, each.processor) for each in fresh}
+    kept = [each for each in fusion_costs() if (each.instruction_set, each.processor) not in where]
     whole = sorted([*kept, *fresh], key=lambda each: KINDS.index(each.instruction_set))
     file.write_text(json.dumps([each.model_dump(mode="json") for each in whole], indent=1) + "\n", encoding="utf-8")
 
@@ -303,22 +305,25 @@ def main() -> int:
         return 0
     rows: list[Row] = []
     if given.record is not None and given.record.is_file():
-        rows = [Row(**each) for each in json.loads(given.record.read_text(encoding="utf-8"))["rows"]]
+        known = json.loads(given.record.read_text(encoding="utf-8"))
+        if known["machine"]["cpu"] != machine.cpu:
+            parser.error(f"{given.record} is of another processor ({known['machine']['cpu']}): give another file")
+        rows = [Row(**each) for each in known["rows"]]
     command = f"python -m tests.benchmarks.onnxruntime_fusions --record {given.record}{' --quick' * given.quick}"
     versions = ", ".join(f"{name} {version(name).split('+')[0]}" for name in ("onnxruntime", "torch", "timm"))
     for variant in wanted:
         for against in variant.against:
-            known = [each for each in rows if (each.variant, each.against) == (variant.name, against)]
-            if any(each.ratio is not None for each in known):
+            same = [each for each in rows if (each.variant, each.against) == (variant.name, against)]
+            if any(each.ratio is not None for each in same):
                 continue
-            rows = [each for each in rows if each not in known]
+            rows = [each for each in rows if each not in same]
             rows.append(row(variant, against, given.scratch, threads=threads, quick=given.quick))
             print(line(rows[-1]), flush=True)
             if given.record is not None:
-                write_record(given.record, command, versions, rows)
+                write_rows(given.record, command, versions, rows)
     if given.costs:
-        source = f"{machine.cpu}, {threads} threads, {versions}; {command}"
-        write_costs(COSTS, costs_of(rows, source, machine.instruction_set))
+        source = f"{threads} threads, {versions}; {command}"
+        write_costs(COSTS, costs_of(rows, source, machine))
     return 0
 
 

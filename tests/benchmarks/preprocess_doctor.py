@@ -35,7 +35,7 @@ import vlexport
 from samples.solar_cells import data
 from samples.solar_cells.model import HEAD_FILE
 from tests.benchmarks.token_accuracy import Variant, built, saved
-from tests.zoo_record import write_record
+from tests.record import write_rows
 from vlexport.cli.console import make_reporter
 from vlexport.core.artifact import Array
 from vlexport.core.bundle_schema import Component
@@ -274,7 +274,7 @@ def main() -> int:
                 )
                 command += f" --samples {given.samples} --threads {given.threads}"
                 ordered = [rows[each.name] for each in CASES if each.name in rows]
-                write_record(given.record, command, versions, ordered)
+                write_rows(given.record, command, versions, ordered)
     wrong = [row.case for row in rows.values() if (row.verdict == "named") != bool(row.wanted)]
     print(f"{len(rows)} cases, not as expected: {', '.join(wrong) or 'none'}")
     return 1 if wrong else 0

@@ -35,7 +35,7 @@ import onnx_ir
 import onnxruntime
 
 from tests.onnx_grammar import random_graph
-from tests.zoo_record import write_record
+from tests.record import write_rows
 from vlexport.core.artifact import Artifact, Signature, TensorSpec
 from vlexport.core.errors import CapabilityError, VlexportError
 from vlexport.core.isolate import IsolatedSession
@@ -356,7 +356,7 @@ def main() -> int:
     if options.record is not None:
         command = "python -m tests.benchmarks.rewrite_random --nodes --record docs/measured/rewrites.json"
         versions = f"onnx {onnx.__version__}, onnxruntime {onnxruntime.__version__}"
-        write_record(options.record, command, versions, rows)
+        write_rows(options.record, command, versions, rows)
     print("all of them" if done else "not all of them yet: run it again")
     return 1 if any(row.failures for row in rows) else 0
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tests.benchmarks.record import origin, write_record
+from tests.record import origin, write_figures
 from vlexport.core.devices import this_machine
 
 TARGETS = ("onnxruntime", "tensorrt", "coreml")
@@ -72,7 +72,7 @@ def main() -> None:
     print(f"ratio {together / apart:.2f}: {together:.1f} s together, {apart:.1f} s apart")
     if given.record is not None:
         seconds_of = {name: round(median(times), 1) for name, times in spent.items()}
-        write_record(
+        write_figures(
             given.record, "median seconds of a build", note=given.note, rounds=given.rounds, seconds=seconds_of
         )
 

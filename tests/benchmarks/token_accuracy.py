@@ -38,7 +38,7 @@ import vlexport
 from samples.solar_cells import data
 from samples.solar_cells.model import IMAGE_SIZE, VisionTransformer, load_backbone
 from tests.linear_heads import Counts, Floats, Head, folds, heads_by_fold, right
-from tests.zoo_record import write_record
+from tests.record import write_rows
 from vlexport.core.verdict import measured_drop
 
 BATCH = 8
@@ -250,7 +250,7 @@ def main() -> int:
         print(line(rows[-1]), flush=True)
         if given.record is not None:  # each time: an hour's work is not lost with the last variant
             versions = ", ".join(f"{name} {importlib.metadata.version(name).split('+')[0]}" for name in PACKAGES)
-            write_record(given.record, command(given), versions, rows)
+            write_rows(given.record, command(given), versions, rows)
     return 0
 
 

@@ -24,7 +24,7 @@ from samples.solar_cells.model import IMAGE_SIZE
 from samples.solar_cells.saliency import load_saliency
 from tests.benchmarks.token_accuracy import DENSE, PACKAGES, Variant, batches, built
 from tests.linear_heads import Floats
-from tests.zoo_record import write_record
+from tests.record import write_rows
 
 VARIANTS = (
     Variant("tome-8", "tome:r=8"),
@@ -108,7 +108,7 @@ def main() -> int:
     if given.record is not None:
         versions = ", ".join(f"{name} {version(name).split('+')[0]}" for name in PACKAGES)
         command = f"python -m tests.benchmarks.token_heatmaps --record {given.record}"
-        write_record(given.record, command, versions, rows)
+        write_rows(given.record, command, versions, rows)
     return 0
 
 

@@ -27,7 +27,7 @@ import vlexport
 from samples.solar_cells import data
 from samples.solar_cells.model import IMAGE_SIZE, load_model
 from tests.benchmarks.token_accuracy import DENSE, PACKAGES, VARIANTS, Variant
-from tests.zoo_record import write_record
+from tests.record import write_rows
 from vlexport.core.bundle import read_bundle
 from vlexport.core.devices import this_machine
 from vlexport.core.errors import InternalError
@@ -175,7 +175,7 @@ def main() -> int:
             print(f"{number} of {len(missing)}: {line(row)}", flush=True)
             if given.record is not None:
                 command = f"python -m tests.benchmarks.token_latency --record {given.record}"
-                write_record(given.record, command, versions, list(found.values()))
+                write_rows(given.record, command, versions, list(found.values()))
     return 0
 
 

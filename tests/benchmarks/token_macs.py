@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import vlexport
-from tests.zoo_record import write_record
+from tests.record import write_rows
 from vlexport.core.errors import InternalError
 from vlexport.frontends.architecture import factory_from_text
 from vlexport.frontends.capture import capture
@@ -98,7 +98,7 @@ def main() -> int:
             found.append(each)
     if given.record is not None:
         versions = ", ".join(f"{name} {version(name).split('+')[0]}" for name in PACKAGES)
-        write_record(given.record, f"python -m tests.benchmarks.token_macs --record {given.record}", versions, found)
+        write_rows(given.record, f"python -m tests.benchmarks.token_macs --record {given.record}", versions, found)
     return 0
 
 

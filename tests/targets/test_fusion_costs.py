@@ -13,7 +13,8 @@ from vlexport.targets.onnxruntime.fusions import FusionCost, fusion_costs, is_wo
 
 def cost(fusion: str, precision: str, flag: str, low: float) -> FusionCost:
     return FusionCost(
-        fusion=fusion, precision=precision, instruction_set=flag, model="net", source="planted",
+        fusion=fusion, precision=precision, instruction_set=flag, processor="one", model="net",
+        source="planted",
         ratio=low + 0.02, low=low, high=low + 0.04,
     )  # fmt: skip
 

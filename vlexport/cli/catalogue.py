@@ -80,7 +80,7 @@ def passes(
         module = inspect.getmodule(kind)
         text = inspect.cleandoc((module.__doc__ if module else None) or inspect.getdoc(kind) or "")
         records = option_records(kind.Options)
-        lines = [*text.splitlines(), "", *([f"run with {_asked_for(here)}"] if here else [])]
+        lines = [*text.splitlines(), "", *([_asked_for(here)] if here else [])]
         lines += option_lines(name, records)
         payload = {"stage": kind.stage, "effect": kind.effect, "options": [plain_json(each) for each in records]}
         if here:
@@ -100,7 +100,7 @@ def passes(
     for each, targets_of in lowered.items():
         kind = next(iter(targets_of.values())).kind()
         summary = f"{each} ({kind.stage}, {kind.effect}): {inspect.getdoc(kind)}"
-        lines.append(f"{summary.rstrip('.')}; on what is lowered, run with {_asked_for(targets_of)}")
+        lines.append(f"{summary.rstrip('.')}; on what is lowered, {_asked_for(targets_of)}")
         rows.append(
             {"name": each, "stage": kind.stage, "effect": kind.effect, "turned_on_by": _switches(targets_of)}
         )  # fmt: skip
@@ -113,7 +113,18 @@ def _switches(lowered: Mapping[str, LoweredPass]) -> list[str]:
 
 
 def _asked_for(lowered: Mapping[str, LoweredPass]) -> str:
-    return " or ".join(f"--set {switch}" for switch in _switches(lowered))
+    """How a lowered pass is turned on; where a target decides on its own, that and how to overrule it."""
+    from vlexport.targets import open_target
+
+    asked, decided = [], []
+    for target, each in lowered.items():
+        switch = f"--set {target}.{each.option}=true"
+        left_open = open_target(target).Options.model_fields[each.option].default is None
+        if left_open:
+            decided.append(f"run where the target finds it faster; {switch} or =false overrules")
+        else:
+            asked.append(f"run with {switch}")
+    return "; ".join([*asked, *decided])
 
 
 def _listed(
