@@ -10,6 +10,7 @@ PLAIN = "plain"
 MERGED = "_merged"
 """Ends the name of a model whose plain export is of the form that its authors merge it to."""
 _CALIBRATED = "--calib {source}/calibration.npz"
+_DYNAMIC = f"{_CALIBRATED} --set quantize.activations=dynamic"
 _TOME = "tome:r=0+0+0+64+0+48+0+40+0+30+0+0"
 _EVIT = "evit:keep=0.7,layers=4+6+8+10,squeeze=true"
 _OPENVINO = "--set onnxruntime.provider=openvino"
@@ -48,7 +49,15 @@ ROWS = (
     Row("vlexport-int8", "vlexport --precision int8", OURS, f"--precision int8 {_CALIBRATED}", "int8"),
     Row(
         "vlexport-dynamic", "vlexport --precision int8, dynamic", OURS,
-        f"--precision int8 {_CALIBRATED} --set quantize.activations=dynamic", "int8",
+        f"--precision int8 {_DYNAMIC}", "int8",
+    ),
+    Row(
+        "vlexport-dynamic-evit", "vlexport --precision int8 --tokens evit, dynamic", OURS,
+        f"--precision int8 {_DYNAMIC} --tokens {_EVIT}", "int8", ("solar_cells",),
+    ),
+    Row(
+        "vlexport-dynamic-tome", "vlexport --precision int8 --tokens tome, dynamic", OURS,
+        f"--precision int8 {_DYNAMIC} --tokens {_TOME}", "int8", ("solar_cells",),
     ),
     Row(
         "vlexport-int8-tokens", "vlexport --precision int8 --tokens tome", OURS,

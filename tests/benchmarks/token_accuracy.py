@@ -1,6 +1,8 @@
 """What token reduction costs on real weights: the solar cells' ViT-S/14, all 2,624 photos, each method beside chance.
 
     python -m tests.benchmarks.token_accuracy --scratch DIR --record docs/measured/tokens.json [--only NAME]
+    python -m tests.benchmarks.token_accuracy --scratch DIR --record docs/measured/tokens_int8.json \
+        --only evit-four-int8 --only tome-four-int8
 
 Each variant is a bundle that ``vlexport build --tokens`` makes for ONNX Runtime, and gives the class token's features.
 Linear heads judge them by five folds, so that no head ever saw the photo it judges. In the first column of drops the
@@ -58,20 +60,26 @@ class Variant:
         name: Short, and a file's name.
         tokens: What ``--tokens`` gets; empty for none.
         control: The variant that keeps as many tokens at random, at nearly as many MACs.
+        rounded: In int8, by ``static`` or ``dynamic`` ranges of activations; empty for fp32. Such a variant is built
+            where it is named.
     """
 
     name: str
     tokens: str = ""
     control: str = ""
+    rounded: str = ""
 
 
 _LATE = "layers=4+5+6+7+8+9+10"
+_EVIT = "evit:keep=0.7,layers=4+6+8+10,squeeze=true"
+_TOME = "tome:r=0+0+0+64+0+48+0+40+0+30+0+0"
+CALIBRATION = Path(__file__).with_name("int8_accuracy.py")
 VARIANTS = (
     Variant(DENSE),
     Variant("random-four", "random:keep=0.7,layers=4+6+8+10"),
-    Variant("evit-four", "evit:keep=0.7,layers=4+6+8+10,squeeze=true", "random-four"),
+    Variant("evit-four", _EVIT, "random-four"),
     Variant("random-late", f"random:keep=0.85,{_LATE}"),
-    Variant("tome-four", "tome:r=0+0+0+64+0+48+0+40+0+30+0+0", "random-late"),
+    Variant("tome-four", _TOME, "random-late"),
     Variant("random-three", "random:keep=0.6,layers=4+6+9"),
     Variant("evit-three", "evit:keep=0.6,layers=4+6+9,squeeze=true", "random-three"),
     Variant("evit-squeezed", f"evit:keep=0.85,{_LATE},squeeze=true", "random-late"),
@@ -81,6 +89,9 @@ VARIANTS = (
     Variant("evit-count-0.7", "evit:keep=0.7,layers=4+7+10,count=true", "random-0.7"),
     Variant("tome-14", "tome:r=14", "random-0.7"),
     Variant("mctf-14", "mctf:r=14", "random-0.7"),
+    Variant("evit-four-int8", _EVIT, rounded="dynamic"),
+    Variant("tome-four-int8", _TOME, rounded="dynamic"),
+    Variant("tome-four-int8-static", _TOME, rounded="static"),
 )
 """At about two thirds of the model's multiply-accumulates or fewer. Those that are to meet the goal come first."""
 
@@ -100,6 +111,7 @@ class Row:
             count among these alone.
         refit_lost: As ``lost``, by heads that were fitted to the reduced features; ``refit_gained`` likewise.
         control: The variant at random that it is compared with, or empty.
+        rounded: As the variant has it.
         control_only: Right at random only; ``only_ours``: right by this method only. Heads fitted without reduction.
     """
 
@@ -118,6 +130,7 @@ class Row:
     control: str = ""
     control_only: int = 0
     only_ours: int = 0
+    rounded: str = ""
 
 
 class ClassToken(nn.Module):
@@ -144,8 +157,13 @@ def saved(scratch: Path) -> Path:
 def built(model: Path, variant: Variant, scratch: Path) -> Path:
     """The variant's bundle, made anew: the code may have changed."""
     output = scratch / f"{model.stem}-{variant.name}.bundle"
-    tokens = variant.tokens or None
-    vlexport.build(vlexport.BuildConfig(model=str(model), output=str(output), tokens=tokens, profile=False, force=True))
+    calib = f"{CALIBRATION}:calibration" if variant.rounded else None
+    config = vlexport.BuildConfig(
+        model=str(model), output=str(output), tokens=variant.tokens or None, profile=False, force=True,
+        precision="int8" if variant.rounded else "fp32", calib=calib,
+        options={"quantize.activations": variant.rounded} if variant.rounded else {},
+    )  # fmt: skip
+    vlexport.build(config)
     return output
 
 
@@ -212,19 +230,20 @@ class Judge:
             lost=int(lost.sum()), gained=int(gained.sum()), fresh=int(self._fresh.sum()),
             fresh_lost=int((lost & self._fresh).sum()), fresh_gained=int((gained & self._fresh).sum()),
             refit_lost=int((dense & ~again).sum()), refit_gained=int((again & ~dense).sum()),
-            control=variant.control, control_only=int((other & ~ours).sum()), only_ours=int((ours & ~other).sum()),
+            control=variant.control, rounded=variant.rounded, control_only=int((other & ~ours).sum()),
+            only_ours=int((ours & ~other).sum()),
         )  # fmt: skip
 
 
 def needed(names: Sequence[str]) -> list[Variant]:
-    """The variants of these names with what they are compared with; all where none is named.
+    """The variants of these names with what they are compared with; all in fp32 where none is named.
 
     Raises:
         KeyError: There is no such variant.
     """
     known = {variant.name: variant for variant in VARIANTS}
     wanted = {DENSE}
-    for name in names or known:
+    for name in names or (each.name for each in VARIANTS if not each.rounded):
         wanted |= {name, known[name].control}
     return [variant for variant in VARIANTS if variant.name in wanted]
 
