@@ -239,9 +239,11 @@ class OnnxRuntimeTarget(Target):
         from vlexport.targets.onnx.lower import MAIN_FILE, onnx_from_program, write_onnx
         from vlexport.targets.onnx.model import OnnxModel
         from vlexport.targets.onnx.rewriting import domains
+        from vlexport.targets.onnxruntime.norm_biases import give_biases
 
         chosen = cast("OnnxRuntimeOptions", brief.options)
         lowered = OnnxModel(onnx_from_program(program, opset=chosen.opset), program.signature)
+        give_biases(lowered)
         lowered = brief.rewrite(lowered) if brief.rewrite is not None else lowered
         write_onnx(lowered.model, folder)
         return Artifact(
