@@ -215,8 +215,8 @@ def test_every_import_is_declared_when_it_is_of_another_package() -> None:
             lowers = file.stem in ("emit_quant", "lower", "op_limits", "op_support", "quantize_softmax")
             builds = builds or (package == "vlexport.targets.tensorrt" and lowers)
             fused = (
-                "attention_operator", "emit_quant", "gather_rows", "integer_linear", "projections", "score_bias",
-                "small_weights",
+                "attention_operator", "emit_quant", "gather_rows", "integer_linear", "norm_biases", "part_norms",
+                "projections", "score_bias", "small_weights",
             )  # fmt: skip
             spells = file.stem.startswith("fuse_") or file.stem in fused
             builds = builds or (package == "vlexport.targets.onnxruntime" and spells)

@@ -28,6 +28,7 @@ def test_rewrites_compute_the_same_when_graphs_are_random() -> None:
         "fuse-qattention",
         "fuse-biased-attention",
         "gather-rows",
+        "part-norms",
         "fuse-multi-head-attention",
         "fuse-dynamic-linear",
     ):

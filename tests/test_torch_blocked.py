@@ -31,8 +31,8 @@ NEEDS_TORCH = (
     "targets/onnx/",
     *(f"targets/onnxruntime/{name}.py" for name in (
         "attention_operator", "emit_quant", "fuse_attention", "fuse_biased_attention", "fuse_dynamic_linear",
-        "fuse_multi_head_attention", "fuse_qattention", "gather_rows", "integer_linear", "norm_biases", "projections",
-        "score_bias", "small_weights",
+        "fuse_multi_head_attention", "fuse_qattention", "gather_rows", "integer_linear", "norm_biases", "part_norms",
+        "projections", "score_bias", "small_weights",
     )),
     *(f"targets/tensorrt/{name}.py" for name in (
         "emit_quant", "lower", "op_limits", "op_support", "quantize_softmax",

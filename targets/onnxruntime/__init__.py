@@ -52,6 +52,8 @@ class OnnxRuntimeOptions(Frozen):
             the processor has it). Other providers do not look at it.
         gather_rows: Write a selection of whole tokens as a gather of rows, not of values one by one. Left out, it is
             done.
+        part_norms: Write a sum that only a norm reads so that ONNX Runtime does not join both into a slower operator.
+            Left out, it is done.
         fuse_attention: Write attention as one operator of ONNX Runtime's own (com.microsoft.Attention), which no other
             runtime opens. Left out, it is done where that was measured to be faster on such a processor.
         fuse_biased_attention: The same where a mask or bias is added to the scores. Left out, it is as fuse_attention
@@ -76,6 +78,7 @@ class OnnxRuntimeOptions(Frozen):
     provider_fallback: bool = False
     provider_floats: str = Field(default=FLOATS[0], pattern=f"^({'|'.join(FLOATS)})$")
     gather_rows: bool | None = None
+    part_norms: bool | None = None
     fuse_attention: bool | None = None
     fuse_biased_attention: bool | None = None
     fuse_multi_head_attention: bool | None = None
@@ -127,6 +130,9 @@ class OnnxRuntimeTarget(Target):
         LoweredPass(name="optimize-onnx", value="vlexport.targets.onnx.optimize_onnx:OptimizeOnnx", option="optimize"),
         LoweredPass(
             name="gather-rows", value="vlexport.targets.onnxruntime.gather_rows:GatherRows", option="gather_rows",
+        ),
+        LoweredPass(
+            name="part-norms", value="vlexport.targets.onnxruntime.part_norms:PartNorms", option="part_norms",
         ),
         LoweredPass(
             name="fuse-qattention", value="vlexport.targets.onnxruntime.fuse_qattention:FuseQattention",
@@ -209,6 +215,7 @@ class OnnxRuntimeTarget(Target):
         own = chosen.provider == CPU and precision in ("fp32", "int8")
         worth = {
             "gather_rows": chosen.provider == CPU,
+            "part_norms": chosen.provider == CPU,
             "fuse_attention": own and is_worth_it("fuse-attention", "fp32", flags),
             "fuse_biased_attention": own and _biased_too(chosen, flags),
             "fuse_multi_head_attention": own

@@ -9,20 +9,21 @@ from typing import Any
 
 import pytest
 
+from tests.targets.onnx_passes import UNFUSED
 from vlexport.core.bundle import read_bundle
 
 LOWERED = {
     "simplify-onnx": "simplify",
     "optimize-onnx": "optimize",
     "gather-rows": "gather_rows",
+    "part-norms": "part_norms",
     "fuse-qattention": "fuse_qattention",
     "fuse-attention": "fuse_attention",
     "fuse-biased-attention": "fuse_biased_attention",
     "fuse-multi-head-attention": "fuse_multi_head_attention",
     "fuse-dynamic-linear": "fuse_dynamic_linear",
 }
-UNFUSED = ("--set", "onnxruntime.fuse_attention=false", "--set", "onnxruntime.gather_rows=false")
-"""What is left open is decided by the processor that the tests run on, or done."""
+SET_UNFUSED = tuple(word for option, value in UNFUSED.items() for word in ("--set", f"{option}={value}"))
 
 
 def _turned_on(option: str) -> str:
@@ -72,7 +73,7 @@ def test_option_of_a_lowered_pass_is_refused_when_it_does_not_run_or_has_none(cl
 
 
 def test_option_reaches_the_lowered_pass_and_the_recipe_when_set(cli: Any, here: Path) -> None:
-    options = ("--set", "onnxruntime.optimize=true", "--set", "optimize-onnx.input_limit=7", *UNFUSED)
+    options = ("--set", "onnxruntime.optimize=true", "--set", "optimize-onnx.input_limit=7", *SET_UNFUSED)
     assert cli("build", "model.pt", "-o", "made", "--no-profile", *options)[0] == 0
     record = read_bundle(here / "made").main.passes[-1]
     assert (record.name, record.options["input_limit"]) == ("optimize-onnx", 7)
@@ -85,7 +86,7 @@ def test_plan_names_lowered_passes_when_they_are_asked_for(cli: Any, here: Path)
     assert code == 0
     assert "Pass     simplify-onnx: on the lowered graph" in out
     assert "optimize-onnx" not in out
-    assert json.loads(cli("build", "model.pt", "--plan", "--json", *UNFUSED)[1])["lowered_passes"] == []
+    assert json.loads(cli("build", "model.pt", "--plan", "--json", *SET_UNFUSED)[1])["lowered_passes"] == []
     code, out, _ = cli("build", "model.pt", "--plan", "--set", "optimize-onnx.input_limit=1")
     assert (code, "pass 'optimize-onnx' is not run" in out) == (2, True)
 

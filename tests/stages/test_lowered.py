@@ -10,7 +10,7 @@ import onnx_ir
 import pytest
 
 import vlexport
-from tests.targets.onnx_passes import Editing
+from tests.targets.onnx_passes import UNFUSED, Editing
 from vlexport.cli.main import main
 from vlexport.core.artifact import Artifact
 from vlexport.core.bundle import read_bundle
@@ -31,7 +31,6 @@ def records(bundle: Path) -> dict[str, PassRecord]:
     return {record.name: record for record in read_bundle(bundle).main.passes}
 
 
-UNFUSED = {"onnxruntime.fuse_attention": "false", "onnxruntime.gather_rows": "false"}
 OPTIMIZED = {"onnxruntime.optimize": "true", **UNFUSED}
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import vlexport
+from tests.targets.onnx_passes import UNFUSED
 from vlexport.cli.main import main
 from vlexport.core.bundle import read_bundle
 from vlexport.core.cache import ENTRY_FILE, Cache
@@ -32,7 +33,6 @@ from vlexport.targets.onnxruntime import OnnxRuntimeOptions, OnnxRuntimeTarget
 
 ROOT = Path(__file__).resolve().parents[2]
 HIT = "the artifact is from the cache"
-UNFUSED = {"onnxruntime.fuse_attention": "false", "onnxruntime.gather_rows": "false"}
 OPTIMIZED = {"onnxruntime.optimize": "true", **UNFUSED}
 
 

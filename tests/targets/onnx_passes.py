@@ -14,6 +14,14 @@ from vlexport.core.artifact import DimRange, Signature, TensorSpec
 from vlexport.passes.base import Change, Match, NearMiss, Pass
 from vlexport.passes.probes import Probe
 from vlexport.targets.onnx.model import OnnxModel, inherit
+from vlexport.targets.onnxruntime import OnnxRuntimeOptions, OnnxRuntimeTarget
+
+UNFUSED = {
+    f"onnxruntime.{each.option}": "false"
+    for each in OnnxRuntimeTarget.lowered
+    if OnnxRuntimeOptions.model_fields[each.option].default is None
+}
+"""Without the lowered passes that the target decides on: by the processor that the tests run on, or always."""
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 NET = """
