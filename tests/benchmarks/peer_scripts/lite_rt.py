@@ -25,12 +25,14 @@ def open_session(recipe: str, folder: Path, threads: int) -> Run:
     interpreter: Any = Interpreter(model_path=str(folder / MODEL), num_threads=threads)
     interpreter.allocate_tensors()
     # Inputs are called args_0, args_1, … in the order of forward's arguments, whatever order the file has.
-    places = [each["index"] for each in sorted(interpreter.get_input_details(), key=lambda each: each["name"])]
+    # The converter makes 32-bit integers of ids.
+    inputs = sorted(interpreter.get_input_details(), key=lambda each: each["name"])
+    places = [(each["index"], each["dtype"]) for each in inputs]
     first = interpreter.get_output_details()[0]["index"]
 
     def run(sample: Any) -> Any:
-        for place, value in zip(places, sample.values(), strict=True):
-            interpreter.set_tensor(place, value)
+        for (place, dtype), value in zip(places, sample.values(), strict=True):
+            interpreter.set_tensor(place, value.astype(dtype, copy=False))
         interpreter.invoke()
         return interpreter.get_tensor(first)
 
