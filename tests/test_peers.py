@@ -196,6 +196,7 @@ def test_every_row_has_a_script_and_exact_requirements() -> None:
             assert all("==" in line for line in lines), each.name
     assert {each.environment for each in rows_of("net", False)} == {OURS, "onnx_runtime"}
     assert [each.name for each in rows_of("net", True, ("nncf",))] == [PLAIN, "openvino-nncf"]
+    assert [each.name for each in rows_of("net", True, ("ort-dynamic",))] == [PLAIN, "ort-dynamic"]
     assert [each.name for each in rows_of("net", True, ("tokens",))] == [PLAIN]
     wanted = [PLAIN, "vlexport-int8-tokens", "vlexport-openvino-tokens"]
     assert [each.name for each in rows_of("solar_cells", True, ("tokens",))] == wanted

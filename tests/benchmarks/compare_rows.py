@@ -115,10 +115,16 @@ def rows_of(model: str, everyone: bool, wanted: tuple[str, ...] = ()) -> tuple[R
     Args:
         model: Its name.
         everyone: Whether all peers build it.
-        wanted: Names, or parts of names; none takes all. The plain export is always there.
+        wanted: Names, or parts of names; none takes all. What is a name stands for that row alone. The plain export is
+            always there.
     """
+    names = {row.name for row in ROWS}
     found = [row for row in ROWS if everyone or row.name in FOR_ALL_MODELS]
     found = [row for row in found if not row.models or model in row.models]
     if wanted:
-        found = [row for row in found if row.name == PLAIN or any(each in row.name for each in wanted)]
+        found = [
+            row
+            for row in found
+            if row.name == PLAIN or any(each == row.name or (each not in names and each in row.name) for each in wanted)
+        ]
     return tuple(found)
