@@ -8,7 +8,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.compare_cells import Fused, Place, fused
+import numpy as np
+import onnx.parser
+import pytest
+
+from tests.benchmarks.compare_cells import MODEL, Fused, Place, fused, headroom
 from tests.benchmarks.compare_rows import ROWS
 from tests.benchmarks.compare_tables import at_batch, comma_separated, machine, points, summary, table
 
@@ -125,24 +129,47 @@ def test_summary_has_a_line_a_model_and_their_geometric_mean() -> None:
     cells = [
         cell("vlexport-fp32", fused=[counted("attention", 12), counted("fused attention", 11), counted("norm", 25)]),
         cell("vlexport-fp32", model="other", timed={**TIMED, "ratio": 0.5, "low": 0.4, "high": 0.6}),
-        cell("vlexport-fp32", model="noisy", timed={**TIMED, "ratio": None}), cell("plain"),
+        cell("vlexport-fp32", model="noisy", timed={**TIMED, "ratio": None}), cell("plain", outside=0.25),
         cell("vlexport-fp32", model="broken", built=None, judged=None, timed=None, failed="no"),
         cell("vlexport-fp32", model="rep", timed={**TIMED, "ratio": 3.0}),
         cell("vlexport-fp32", model="rep_merged"),
     ]  # fmt: skip
     assert summary({"machine": MACHINE, "cells": cells}).splitlines()[2:] == [
-        "| net | 40.0 ms | 20.0 ms | 2.00× (1.90 to 2.10) | 2.00× (1.90 to 2.10) | 25 dB | 23.0 MB "
+        "| net | 40.0 ms | 25 % | 20.0 ms | 2.00× (1.90 to 2.10) | 2.00× (1.90 to 2.10) | 25 dB | 23.0 MB "
         "| 12 of 12, 11 in operators of the runtime's own | 25 of 25 | – |",
-        "| other | 40.0 ms | 20.0 ms | 0.50× (0.40 to 0.60) | – | 25 dB | 23.0 MB | – | – | – |",
-        "| noisy | 40.0 ms | 20.0 ms | too noisy to tell | – | 25 dB | 23.0 MB | – | – | – |",
-        "| broken | `no` | | | | | | | | |",
-        "| rep | 40.0 ms | 20.0 ms | 3.00× (1.90 to 2.10) | – | 25 dB | 23.0 MB | – | – | – |",
-        "| rep_merged | 40.0 ms | 20.0 ms | 2.00× (1.90 to 2.10) | – | 25 dB | 23.0 MB | – | – | – |",
+        "| other | 40.0 ms | – | 20.0 ms | 0.50× (0.40 to 0.60) | – | 25 dB | 23.0 MB | – | – | – |",
+        "| noisy | 40.0 ms | – | 20.0 ms | too noisy to tell | – | 25 dB | 23.0 MB | – | – | – |",
+        "| broken | `no` | | | | | | | | | |",
+        "| rep | 40.0 ms | – | 20.0 ms | 3.00× (1.90 to 2.10) | – | 25 dB | 23.0 MB | – | – | – |",
+        "| rep_merged | 40.0 ms | – | 20.0 ms | 2.00× (1.90 to 2.10) | – | 25 dB | 23.0 MB | – | – | – |",
         "",
         "Geometric mean of 2 models: 1.00×.",
         "Geometric mean of 1 models over the form that their authors merge them to: 2.00×.",
         "Geometric mean of 1 models over their training form: 3.00×.",
     ]
+
+
+@pytest.mark.parametrize(("operator", "least", "most"), [("MatMul", 0.0, 0.999), ("Add", 1.0, 1.0)])
+def test_headroom_is_the_share_of_time_outside_products(
+    operator: str, least: float, most: float, tmp_path: Path
+) -> None:
+    row, source, place = ROWS[0], tmp_path / "models/net", Place(tmp_path)
+    text = f"""
+        <ir_version: 10, opset_import: ["" : 20]>
+        main (float[64,64] x) => (float[64,64] z)
+        {{
+          y = {operator}(x, x)
+          z = Exp(y)
+        }}
+    """
+    for folder in (source, place.folder("net", row) / "artifact"):
+        folder.mkdir(parents=True)
+    onnx.save(onnx.parser.parse_model(text), place.folder("net", row) / "artifact" / MODEL)
+    np.savez(source / "samples.npz", x=np.ones((64, 64), np.float32))
+    (source / "model.json").write_text(json.dumps({"batch": 64, "built_from": "", "judged_on": ""}))
+    found = headroom(place, row, source, 1)
+    assert least <= found.outside <= most
+    assert headroom(place, row, source, 1) == found, "it is measured once"
 
 
 def test_csv_and_figure_hold_every_timed_cell() -> None:

@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.compare_cells import Built, Fused, Judged, Place, Timed, build, fused, judge, time_cell
+from tests.benchmarks.compare_cells import Built, Fused, Judged, Place, Timed, build, fused, headroom, judge, time_cell
 from tests.benchmarks.compare_models import MODELS, Model, Sizes, folder_name, prepared
 from tests.benchmarks.compare_rows import FOR_ALL_MODELS, ROWS, Row, rows_of
 from tests.benchmarks.compare_tables import at_batch, comma_separated, machine, points, summary, table
@@ -51,6 +51,7 @@ class Cell:
         failed: Why, in the peer's words; empty when nothing failed.
         date: When it was taken.
         fused: What became one operator of what the model promises, where vlexport built it.
+        outside: Of the plain export, the share of time outside products and convolutions.
     """
 
     model: str
@@ -61,6 +62,7 @@ class Cell:
     failed: str = ""
     date: str = ""
     fused: tuple[Fused, ...] = ()
+    outside: float | None = None
 
 
 def cell_of(place: Place, model: Model, row: Row, source: Path, *, stages: int, plan: Plan, threads: int) -> Cell:
@@ -74,6 +76,8 @@ def cell_of(place: Place, model: Model, row: Row, source: Path, *, stages: int, 
         if stages > 2:
             timed = time_cell(place, row, source, plain=ROWS[0], plan=plan, threads=threads, reporter=Silent())
             cell = dataclasses.replace(cell, timed=timed)
+            if row is ROWS[0]:
+                cell = dataclasses.replace(cell, outside=headroom(place, row, source, threads).outside)
     except PeerError as error:
         return dataclasses.replace(cell, failed=str(error))
     return cell

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,16 +19,22 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import onnxruntime
 
 from tests.benchmarks.compare_rows import Row
-from tests.benchmarks.peers import SCRIPTS, Environment, Peer, PeerError, PeerSession, installed
+from tests.benchmarks.peers import SCRIPTS, Environment, Peer, PeerError, PeerSession, installed, last_line
 from vlexport.core.code_identity import code_digest
 from vlexport.core.devices import this_machine
 from vlexport.core.numerics import cosine, sqnr_db
 from vlexport.core.progress import Reporter
 from vlexport.stages.profile import Plan, interleaved
+from vlexport.targets.onnx.operator_times import operator_times
 
 _OWN = ("vlexport", "vlexport.passes", "vlexport.targets", "vlexport.calibration")
+MODEL = "model.onnx"
+"""As peers of ONNX Runtime call it."""
+_PRODUCTS = ("Gemm", "MatMul", "FusedMatMul", "FusedGemm", "Conv", "FusedConv")
+_PROFILED_RUNS = 20
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,18 @@ class Fused:
     reasons: tuple[str, ...]
 
 
-Result = TypeVar("Result", Built, Judged, Timed)
+@dataclass(frozen=True)
+class Headroom:
+    """What an artifact's own operators leave to be gained.
+
+    Attributes:
+        outside: Share of its time outside products and convolutions, as ONNX Runtime's profiler tells it.
+    """
+
+    outside: float
+
+
+Result = TypeVar("Result", Built, Judged, Timed, Headroom)
 
 
 @dataclass(frozen=True)
@@ -269,6 +287,46 @@ def _nearest(vectors: np.ndarray) -> np.ndarray:
     return found
 
 
+def headroom(place: Place, row: Row, source: Path, threads: int) -> Headroom:
+    """Where the time of an ONNX file goes, in a session of this process.
+
+    Args:
+        place: Where the row's artifact lies.
+        row: Of ONNX Runtime, built before.
+        source: The prepared model's folder.
+        threads: For the session.
+
+    Raises:
+        PeerError: It was not built.
+    """
+    folder = place.folder(source.name, row)
+    inputs = _first_batch(source)
+
+    def make() -> Headroom:
+        with tempfile.TemporaryDirectory(prefix="vlexport-peer-") as scratch:
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = threads
+            options.enable_profiling, options.profile_file_prefix = True, str(Path(scratch) / "trace")
+            try:
+                session = onnxruntime.InferenceSession(folder / "artifact" / MODEL, options)
+            except Exception as error:  # onnxruntime's exceptions share no public base class
+                raise PeerError(last_line(str(error))) from error
+            for _ in range(_PROFILED_RUNS):
+                session.run(None, inputs)
+            spent = operator_times(Path(session.end_profiling()), runs=_PROFILED_RUNS)
+        whole = sum(ms for _, ms in spent.values())
+        return Headroom(1 - sum(ms for name, (_, ms) in spent.items() if name in _PRODUCTS) / whole)
+
+    key = _key(build_key(place, row, source), str(threads), this_machine().model_dump_json())
+    return _once(folder / "headroom.json", key, Headroom, make, retry=place.retry)
+
+
+def _first_batch(source: Path) -> dict[str, np.ndarray]:
+    batch = json.loads((source / "model.json").read_text(encoding="utf-8")).get("batch", 1)
+    with np.load(source / "samples.npz", allow_pickle=False) as archive:
+        return {name: archive[name][:batch] for name in archive.files}
+
+
 def time_cell(
     place: Place, row: Row, source: Path, *, plain: Row, plan: Plan, threads: int, reporter: Reporter
 ) -> Timed:
@@ -279,9 +337,7 @@ def time_cell(
     """
     rows = [build_key(place, each, source) for each in (row, plain)]
     key = _key(*rows, repr(plan), str(threads), this_machine().model_dump_json())
-    batch = json.loads((source / "model.json").read_text(encoding="utf-8")).get("batch", 1)
-    with np.load(source / "samples.npz", allow_pickle=False) as archive:
-        inputs = {name: archive[name][:batch] for name in archive.files}
+    inputs = _first_batch(source)
 
     def make() -> Timed:
         with place.opened(source.name, row, threads) as mine, place.opened(source.name, plain, threads) as other:

@@ -77,13 +77,13 @@ def _fidelity(cell: Mapping[str, Any]) -> list[str]:
 def summary(record: Record) -> str:
     """A line a model: how much faster vlexport's fp32 artifact is than the plain export, and their geometric mean."""
     heads = (
-        "model", "plain export", "vlexport", "ratio (95 %)", "plain export against itself", "SQNR", "size", "attention",
-        "norms", "activations",
+        "model", "plain export", "outside products", "vlexport", "ratio (95 %)", "plain export against itself", "SQNR",
+        "size", "attention", "norms", "activations",
     )  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     ratios: dict[str, list[float]] = {}
     known = {cell["model"] for cell in record["cells"]}
-    itself = {cell["model"]: cell["timed"] for cell in record["cells"] if cell["row"] == PLAIN}
+    plain = {cell["model"]: cell for cell in record["cells"] if cell["row"] == PLAIN}
     for cell in record["cells"]:
         timed, judged, built = cell["timed"], cell["judged"], cell["built"]
         if cell["row"] != FOR_ALL_MODELS[1]:
@@ -95,8 +95,9 @@ def summary(record: Record) -> str:
         cells = [
             cell["model"],
             f"{timed['plain_ms']:.1f} ms",
+            _share(plain.get(cell["model"], {}).get("outside")),
             *_latency(timed),
-            _latency(itself.get(cell["model"]))[1],
+            _latency(plain.get(cell["model"], {}).get("timed"))[1],
             noise,
             f"{built['size_bytes'] / 1e6:.1f} MB",
             *_counts(cell.get("fused", ())),
@@ -109,6 +110,10 @@ def summary(record: Record) -> str:
         for over, each in sorted(ratios.items())
     ]
     return "\n".join([*lines, *([""] if said else []), *said])
+
+
+def _share(value: float | None) -> str:
+    return _ABSENT if value is None else f"{100 * value:.0f} %"
 
 
 def _over(model: str, known: Collection[str]) -> str:
