@@ -7,11 +7,13 @@ sets such rows aside when they disagree, and counts them.
 In a graph that rounds to integers, the last digit tips integers over first, and these the choice: margins of scores
 say nothing there. So the graph is asked itself (:func:`tipped_choices`): its inputs are moved in their last digits, as
 another kernel's sums would move what is computed from them, and it is seen which rows then choose otherwise, and by
-how much their outputs move.
+how much their outputs move. A deep graph in integers without any choice may move as far: where each layer rounds by the
+range of what it is given, one integer that tips over changes the range of the next layer.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,7 +45,7 @@ TRIALS = 4
 
 @dataclass(frozen=True)
 class Tipped:
-    """Rows that choose otherwise once the last digits of the inputs move.
+    """Rows that choose otherwise, or move far in integers, once the last digits of the inputs move.
 
     Attributes:
         rows: Of dim 0 of the first input.
@@ -54,10 +56,14 @@ class Tipped:
     moved: float = 0.0
 
 
-def tipped_choices(program: Program, values: Sequence[Tensor], *, nudge: float = NUDGE, beyond: float = 0.0) -> Tipped:
+def tipped_choices(
+    program: Program, values: Sequence[Tensor], *, nudge: float = NUDGE, beyond: float = 0.0,
+    in_integers: float = math.inf,
+) -> Tipped:  # fmt: skip
     """Run a Program on inputs and on some that are the same but for their last digits; see which rows choose otherwise.
 
-    Nothing is found in a graph without selections, nor of inputs without floats: there is no last digit to move.
+    Nothing is found in a graph that neither selects nor rounds. Inputs without floats have no last digit to move: in a
+    graph that rounds, those of what it stores are moved then; in others nothing is found.
 
     Args:
         program: What is run.
@@ -65,9 +71,12 @@ def tipped_choices(program: Program, values: Sequence[Tensor], *, nudge: float =
         nudge: By what share they are moved.
         beyond: Rows that choose otherwise are left out where no output of theirs moves by so much (the order of what is
             chosen may not matter).
+        in_integers: In a graph that rounds to integers, rows of which an output moves by so much count as well,
+            whatever they choose.
     """
-    selections = _selections(program)
-    if not selections or not any(each.is_floating_point() for each in values):
+    selections, rounds = _selections(program), in_integers < math.inf and _rounds(program)
+    has_floats = any(each.is_floating_point() for each in values)
+    if not (rounds or (selections and has_floats)):
         return Tipped()
     generator = torch.Generator().manual_seed(0)
     outputs, chosen = _run(program, values, selections)
@@ -75,10 +84,12 @@ def tipped_choices(program: Program, values: Sequence[Tensor], *, nudge: float =
     rows: set[int] = set()
     moved = 0.0
     for _ in range(TRIALS):
-        found, others = _run(program, [_nudged(each, nudge, generator) for each in values], selections)
+        moving = program if has_floats else _with_moved_floats(program, nudge, generator)
+        found, others = _run(moving, [_nudged(each, nudge, generator) for each in values], selections)
         tipped = {row for pair in zip(others, chosen, strict=True) for row in _differing(*pair, batch)}
-        far = {row: max(_moved(a, b, [row], batch) for a, b in zip(found, outputs, strict=True)) for row in tipped}
-        far = {row: distance for row, distance in far.items() if distance >= beyond}
+        looked_at = range(batch) if rounds else tipped
+        far = {row: max(_moved(a, b, [row], batch) for a, b in zip(found, outputs, strict=True)) for row in looked_at}
+        far = {row: by for row, by in far.items() if (row in tipped and by >= beyond) or by >= in_integers}
         rows.update(far)
         moved = max([moved, *far.values()])
     return Tipped(tuple(sorted(rows)), moved)
@@ -88,6 +99,13 @@ def _nudged(value: Tensor, nudge: float, generator: torch.Generator) -> Tensor:
     if not value.is_floating_point():
         return value
     return value * (1.0 + nudge * torch.randn(value.shape, generator=generator)).to(value.dtype)
+
+
+def _with_moved_floats(program: Program, nudge: float, generator: torch.Generator) -> Program:
+    """The same graph over tensors that are moved."""
+    twin = copy.copy(program)
+    twin.tensors = {name: _nudged(each, nudge, generator) for name, each in program.tensors.items()}
+    return twin
 
 
 def _run(program: Program, values: Sequence[Tensor], wanted: Sequence[Node]) -> tuple[tuple[Tensor, ...], list[Tensor]]:
@@ -126,6 +144,10 @@ def _moved(ours: Tensor, reference: Tensor, rows: Sequence[int], batch: int) -> 
 
 def _selections(program: Program) -> list[Node]:
     return [n for n in program.calls() if dialect.op_name(n) in _SELECTIONS and isinstance(n.args[0], Node)]
+
+
+def _rounds(program: Program) -> bool:
+    return any(dialect.op_name(node) == "vlexport.quantize.default" for node in program.calls())
 
 
 def undecided_rows(program: Program, values: Sequence[torch.Tensor]) -> tuple[int, ...]:

@@ -20,16 +20,23 @@ _RANGES = ("aten.arange.default", "aten.arange.start")
 _PLACES = ("aten.argmax.default", "aten.argmin.default")
 
 
-def is_one_a_sample(value: Any, samples: Any, places: Any) -> bool:
+def is_one_a_sample(program: Program, value: Any, samples: Any, places: Any) -> bool:
     """Whether ``value[samples, places]`` is one row a sample, for samples along axis 0 and rows along axis 1."""
-    if dialect.op_name(samples) not in _RANGES or dialect.op_name(places) not in _PLACES:
-        return False
-    if dialect.op_name(samples) == _RANGES[1] and samples.args[0] != 0:
+    if dialect.op_name(places) not in _PLACES or not _counts_up(program, samples):
         return False
     batch = shape_of(value)[:1]
-    if shape_of(samples) != batch or shape_of(places) != batch or isinstance(batch[0], int):
+    if shape_of(samples) != batch or shape_of(places) != batch:
         return False
     return all(map(_is_whole_number, origin_of(samples, places)))
+
+
+def _counts_up(program: Program, samples: Any) -> bool:
+    """Whether it is 0, 1, 2 …: computed, or stored where the batch is fixed."""
+    stored = program.tensor_of(samples)
+    if stored is not None:
+        return stored.ndim == 1 and torch.equal(stored, torch.arange(len(stored), dtype=stored.dtype))
+    name = dialect.op_name(samples)
+    return name == _RANGES[0] or (name == _RANGES[1] and samples.args[0] == 0)
 
 
 def origin_of(*nodes: Node) -> list[Node]:

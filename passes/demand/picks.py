@@ -71,7 +71,7 @@ def _index(site: Site, asked: Box) -> Narrowing:
     """An index along one axis, or one row a sample; other indices, or a mask, are not looked into."""
     indices: list[Any] = list(site.operand(1))
     given = [axis for axis, index in enumerate(indices) if index is not None]
-    if given == [0, 1] and is_one_a_sample(site.operand(0), *indices[:2]):
+    if given == [0, 1] and is_one_a_sample(site.program, site.operand(0), *indices[:2]):
         part = tuple((axis + 1, rows) for axis, rows in asked.axes if axis > 0)
         read = Read((0,), Box(part, Drawn(1, 0, indices[0], indices[1])))
         gives = asked.on(range(1, site.rank))

@@ -19,7 +19,7 @@ from torch.fx import Node
 from vlexport.ir import dialect
 from vlexport.passes.demand import picks, products, views
 from vlexport.passes.demand.box import Box
-from vlexport.passes.demand.site import Narrowing, Read, Site, is_one, shape_of
+from vlexport.passes.demand.site import Narrowing, Read, Site, shape_of
 
 Rule = Callable[[Site, Box], Narrowing]
 _SHAPED_OTHERWISE = ("aten.glu.default", "aten.type_as.default", "aten.prelu.default")
@@ -148,7 +148,7 @@ def _is_drawn_from_samples(site: Site, found: Narrowing) -> bool:
 
 def _has_samples(site: Site, read: Read) -> bool:
     drawn, shape = read.box.drawn, shape_of(site.operand(*read.place))
-    if drawn is None or drawn.batch < 0 or is_one(shape[drawn.batch]):
+    if drawn is None or drawn.batch < 0 or shape[drawn.batch] != shape_of(drawn.samples)[0]:
         return False
     return read.box.rows(drawn.axis) is None and read.box.rows(drawn.batch) is None
 

@@ -161,7 +161,7 @@ def built(model: Path, variant: Variant, scratch: Path) -> Path:
     config = vlexport.BuildConfig(
         model=str(model), output=str(output), tokens=variant.tokens or None, profile=False, force=True,
         precision="int8" if variant.rounded else "fp32", calib=calib,
-        options={"quantize.activations": variant.rounded} if variant.rounded else {},
+        options={"quantize.activations": variant.rounded, "quantize.min_sqnr_db": "0"} if variant.rounded else {},
     )  # fmt: skip
     vlexport.build(config)
     return output

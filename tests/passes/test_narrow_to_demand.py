@@ -220,6 +220,34 @@ def test_block_is_computed_for_one_token_a_sample_when_the_input_decides_which()
         assert torch.allclose(ours, theirs, rtol=0, atol=1e-5), "float32, values of size about 1"
 
 
+def test_one_token_a_sample_is_computed_when_the_batch_is_fixed() -> None:
+    program = canonical(captured(randomize(TextTower()), {"ids": words()}, dynamic=False))
+    checked = check_pass(NarrowToDemand(), program, expect_changes=1)
+    assert checked.changes[0].saved_macs == 2 * (block_macs(TOKENS) - block_macs(1))
+
+
+def test_one_token_is_computed_when_there_is_one_sample() -> None:
+    program = canonical(captured(randomize(TextTower()), {"ids": words()[:1]}, dynamic=False))
+    after = program.copy()
+    (change,), _ = NarrowToDemand().run(after)
+    assert change.saved_macs == block_macs(TOKENS) - block_macs(1)
+    for place in (0, 3, TOKENS - 1):
+        ids = torch.zeros(1, TOKENS, dtype=torch.int64)
+        ids[:, place] = 19
+        ours, theirs = after.run(ids)[0], program.run(ids)[0]
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-5), "float32, values of size about 1"
+
+
+def test_tokens_of_other_samples_are_no_row_a_sample() -> None:
+    class Turned(TextTower):
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.block(self.words(ids))[torch.tensor([1, 0]), ids.argmax(-1)]
+
+    program = canonical(captured(randomize(Turned()), {"ids": words()}, dynamic=False))
+    checked = check_pass(NarrowToDemand(), program, expect_changes=0)
+    assert "which part is read is decided by the input" in {miss.reason for miss in checked.near_misses}
+
+
 def test_causal_attention_is_computed_whole_when_the_input_decides_which_token_is_read() -> None:
     program = canonical(captured(randomize(TextTower(causal=True)), {"ids": words()}))
     checked = check_pass(NarrowToDemand(), program, expect_changes=1)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.harness import captured
+from vlexport.ir.quant_ops import DEQUANTIZE, QUANTIZE
 from vlexport.passes.selection import tipped_choices
 
 ROWS, TOKENS, WIDTH = 3, 8, 4
@@ -87,3 +88,43 @@ def test_all_rows_are_named_when_the_choice_is_of_the_whole_batch() -> None:
     x = tied()
     x[:, 3, 0] = x[:, 4, 0]
     assert tipped_choices(captured(Whole(), x), [x]).rows == tuple(range(ROWS))
+
+
+class Rounding(nn.Module):
+    """Sums of whole numbers, which a rounding makes of what is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(1.0))
+        self.register_buffer("zero", torch.tensor(0, dtype=torch.int8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return DEQUANTIZE(QUANTIZE(x, self.scale, self.zero), self.scale, self.zero).sum(1)
+
+
+def test_row_that_lies_between_two_integers_counts_where_a_distance_is_given() -> None:
+    x = torch.ones(ROWS, TOKENS)
+    x[1] = 2.5  # rounded to 2 or 3 as the last digit says
+    program = captured(Rounding(), x)
+    found = tipped_choices(program, [x], in_integers=0.05)
+    assert found.rows == (1,)
+    assert found.moved >= 0.05
+    assert tipped_choices(program, [x]).rows == (), "a graph that chooses nothing, where integers are not asked for"
+    assert tipped_choices(program, [x], in_integers=1.0).rows == (), "it does not move that far"
+    assert tipped_choices(program, [torch.ones(ROWS, TOKENS)], in_integers=0.05).rows == ()
+    assert tipped_choices(captured(Choosing(chooses=False), tied()), [tied()], in_integers=0.0).rows == ()
+
+
+def test_what_is_stored_moves_where_inputs_are_whole_numbers() -> None:
+    class Words(Rounding):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("words", torch.tensor([[1.0] * WIDTH, [2.5] * WIDTH]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(nn.functional.embedding(x, self.words)).sum(1)
+
+    ids = torch.tensor([[0, 0], [0, 1], [0, 0]])
+    program = captured(Words(), ids)
+    assert tipped_choices(program, [ids], in_integers=0.05).rows == (1,)
+    assert torch.equal(program.run(ids)[0], Words()(ids)), "the program itself holds what it held"

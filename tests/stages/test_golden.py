@@ -95,7 +95,7 @@ def test_user_is_told_of_rows_with_a_looser_bound() -> None:
 
     (note,) = tipping_note({"main": component(TIPPING, TIPPING)})
     assert note.startswith(
-        "2 golden samples hang on choices that the last digits tip over: the artifact is held to 3.0e-01"
+        "2 golden samples hang on choices or integers that the last digits tip over: the artifact is held to 3.0e-01"
     )
     assert tipping_note({"main": component(PLAIN, None)}) == ()
     as_before = TIPPING.model_copy(update={"tipping_tolerance": 0.1})

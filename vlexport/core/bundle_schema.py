@@ -117,8 +117,8 @@ class Golden(Frozen):
         inputs: File.
         outputs: File.
         tolerance: The bound.
-        tipping: Rows (dim 0) in which the program itself chooses other tokens once the last digits of the inputs move.
-            It is left out of the JSON where there are none, as in every graph without such a choice.
+        tipping: Rows (dim 0) in which the program itself chooses other tokens, or moves far in integers, once the last
+            digits of the inputs move. It is left out of the JSON where there are none.
         tipping_tolerance: The bound for these: what the program's outputs moved by then, and as much again.
     """
 

@@ -35,7 +35,7 @@ from vlexport.stages.account import Refusals, accounts, fusion_accounts
 from vlexport.stages.choices import HALF_PRECISIONS, precision_passes_of
 from vlexport.stages.lowered import lower_and_rewrite
 from vlexport.stages.operators import operators_of
-from vlexport.stages.write_bundle import golden_tolerance, write_golden
+from vlexport.stages.write_bundle import TIPPING_SLACK, golden_tolerance, write_golden
 from vlexport.targets.base import Brief, Target
 
 GOLDEN_STEP = 2
@@ -245,10 +245,13 @@ def lower_component(
         reporter=reporter,
     )  # fmt: skip
     signature, owed = optimized.program.signature, optimized.held_to(source)
+    bound = golden_tolerance(target.computes_in(brief))
     golden, smallest = write_goldens(
-        bundle, name, tolerance=golden_tolerance(target.computes_in(brief)), dims=signature.dims, run=owed.run,
+        bundle, name, tolerance=bound, dims=signature.dims, run=owed.run,
         draw=lambda sizes, masks: drawn(owed.program, seed + 1, sizes, masks=masks),
-        tipped=lambda inputs: tipped_choices(owed.program, in_order(owed.program, inputs)),
+        tipped=lambda inputs: tipped_choices(
+            owed.program, in_order(owed.program, inputs), in_integers=bound / TIPPING_SLACK
+        ),
     )  # fmt: skip
     return Component(
         artifact=artifact,
@@ -324,7 +327,7 @@ def write_goldens(
         dims: Dynamic dims; without any, there are no vectors at the smallest size.
         draw: Inputs for sizes of the dims, with random or full masks.
         run: Computes the outputs.
-        tipped: Which rows choose otherwise once the last digits of the inputs move.
+        tipped: Which rows choose otherwise, or move far, once the last digits of the inputs move.
     """
 
     def written(inputs: dict[str, Array], suffix: str = "") -> Golden:

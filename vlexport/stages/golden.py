@@ -46,15 +46,15 @@ def check_component(session: Session, folder: Path, component: Component, *, cod
 
 
 def tipping_note(components: Mapping[str, Component]) -> tuple[str, ...]:
-    """What a user should know where choices of tokens hang on the last digits."""
+    """What a user should know where choices of tokens, or integers, hang on the last digits."""
     found = [g for each in components.values() for g in (each.golden, each.golden_smallest) if g is not None]
     looser = [each for each in found if each.tipping_tolerance > each.tolerance]
     if not looser:
         return ()
     rows, bound = sum(len(each.tipping) for each in looser), max(each.tipping_tolerance for each in looser)
     return (
-        f"{rows} golden samples hang on choices that the last digits tip over: the artifact is held to {bound:.1e} "
-        f"there, twice what the program's own outputs moved by, not to {looser[0].tolerance:.0e}",
+        f"{rows} golden samples hang on choices or integers that the last digits tip over: the artifact is held to "
+        f"{bound:.1e} there, twice what the program's own outputs moved by, not to {looser[0].tolerance:.0e}",
     )
 
 

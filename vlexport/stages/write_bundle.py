@@ -27,7 +27,7 @@ GOLDEN_TOLERANCE = 1e-4
 """Bound of max|a−b| / max|b| between artifact and source Program, fp32: other kernels sum in another order."""
 
 TIPPING_SLACK = 2.0
-"""Rows whose choice of tokens hangs on the last digits are held to so many times what the program itself moved by."""
+"""Rows whose choices or integers hang on the last digits are held to so many times what the program itself moved by."""
 TIPPING_LARGEST = 0.5
 """And to no more than this: outputs that far off prove nothing."""
 
@@ -187,7 +187,7 @@ def write_golden(
         outputs: By name.
         suffix: Of the files' names.
         tolerance: What an artifact may differ by, as ``max|a−b| / max|b|``.
-        tipping: Rows whose choices hang on the last digits.
+        tipping: Rows whose choices or integers hang on the last digits.
         moved: By how much the outputs of these moved, in the same unit.
     """
     (folder / GOLDEN_FOLDER / component).mkdir(parents=True, exist_ok=True)
