@@ -17,7 +17,10 @@ from tests.benchmarks.compare_rows import ROWS
 from tests.benchmarks.compare_tables import at_batch, comma_separated, machine, points, summary, table
 
 ROOT = Path(__file__).resolve().parents[1]
-RECORD = json.loads((ROOT / "docs/measured/compare.json").read_text(encoding="utf-8"))
+RECORDS = {
+    page: json.loads((ROOT / f"docs/measured/{page}.json").read_text(encoding="utf-8"))
+    for page in ("compare", "compare_amx")
+}
 MANY = ROOT / "docs/measured/compare_models.json"
 BATCH8 = ROOT / "docs/measured/compare_batch8.json"
 BUILT = {"seconds": 12.34, "peak_bytes": 2_000_000_000, "size_bytes": 23_000_000, "versions": {}, "load": 1.0}
@@ -37,14 +40,15 @@ def cell(row: str, **more: Any) -> dict[str, Any]:
     return {"model": "net", "row": row, **held, **more}
 
 
-def test_page_holds_every_table_when_rendered_from_the_record() -> None:
-    page = (ROOT / "docs/compare.md").read_text(encoding="utf-8")
-    models = list(dict.fromkeys(each["model"] for each in RECORD["cells"]))
+@pytest.mark.parametrize("name", RECORDS)
+def test_page_holds_every_table_when_rendered_from_the_record(name: str) -> None:
+    page, record = (ROOT / f"docs/{name}.md").read_text(encoding="utf-8"), RECORDS[name]
+    models = list(dict.fromkeys(each["model"] for each in record["cells"]))
     assert models
-    assert f"<!-- machine -->\n{machine(RECORD)}\n<!-- /machine -->" in page
+    assert f"<!-- machine -->\n{machine(record, f'{name}.json')}\n<!-- /machine -->" in page
     for model in models:
         held = page.partition(f"<!-- {model} -->\n")[2].partition(f"\n<!-- /{model} -->")[0]
-        assert held == table(RECORD, model), model
+        assert held == table(record, model), model
 
 
 def test_page_holds_the_line_of_every_model_when_many_were_measured() -> None:
@@ -65,9 +69,10 @@ def test_page_holds_the_line_of_every_row_when_eight_samples_were_run_at_once() 
     assert held == f"{machine(record, BATCH8.name)}\n\n{at_batch(record)}"
 
 
-def test_record_holds_no_path_and_every_row_by_its_name() -> None:
-    assert "/tmp" not in json.dumps(RECORD)
-    assert {each["row"] for each in RECORD["cells"]} <= {row.name for row in ROWS}
+@pytest.mark.parametrize("name", RECORDS)
+def test_record_holds_no_path_and_every_row_by_its_name(name: str) -> None:
+    assert "/tmp" not in json.dumps(RECORDS[name])
+    assert {each["row"] for each in RECORDS[name]["cells"]} <= {row.name for row in ROWS}
 
 
 def test_table_says_ratio_drop_and_interval_when_all_is_known() -> None:
