@@ -61,9 +61,9 @@ class IntegerFusion(Pass[OnnxModel]):
 
     A rounding of float that tips an integer over is a whole step further on: noise like quantization's. On a deep
     model it costs about as much as quantization itself (33 dB beside 31 dB on deit_small; 7.5 dB on two logits of a
-    trained ViT that chooses tokens), so that outputs prove little: they are held to :data:`_LEAST` alone. What proves is
-    each place alone, given what stood before it: one integer in a hundred tipped over leaves 46 dB, a wrong row or bias
-    none of it.
+    trained ViT that chooses tokens), so that outputs prove little: they are held to :data:`_LEAST`. What proves is each
+    place alone, given what stood before it: one integer in a hundred tipped over leaves 46 dB, a wrong row or bias none
+    of it.
     """
 
     stage: ClassVar[Stage] = "legalize"
