@@ -108,7 +108,8 @@ class _Writer:
             made = self.attention(read, value, kind)
         if self.odds(0.2):
             made = self.node("Transpose", [self.node("Transpose", [made], perm=[1, 0, 2])], perm=[1, 0, 2])
-        return self.node("Add", [value, made]) if self.odds(0.7) else made
+        total = self.node("Add", [value, made]) if self.odds(0.7) else made
+        return self.norm(total) if self.odds(0.2) else total  # behind the sum, as BERT has it
 
     def chosen(self, value: str) -> str:
         """Some tokens, as the input says: what is computed may tip over where it is rounded. Or each width's own."""
