@@ -342,6 +342,8 @@ def main() -> int:
     known: dict[str, Row] = {}
     if options.record is not None and options.record.is_file():
         known = {each["what"]: Row(**each) for each in json.loads(options.record.read_text(encoding="utf-8"))["rows"]}
+        if any({*each.fused} != {*rewrites()} - {ALL} for each in known.values()):
+            known = {}  # of other rewrites
     until, done = time.monotonic() + options.seconds, True
     whole = {"random": (random_graphs(range(options.graphs)), rewrites())}
     if options.nodes:
