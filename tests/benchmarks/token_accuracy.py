@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.token_accuracy --scratch DIR --record docs/measured/tokens.json [--only NAME]
     python -m tests.benchmarks.token_accuracy --scratch DIR --record docs/measured/tokens_int8.json \
-        --only evit-four-int8 --only tome-four-int8
+        --only evit-four-int8
 
 Each variant is a bundle that ``vlexport build --tokens`` makes for ONNX Runtime, and gives the class token's features.
 Linear heads judge them by five folds, so that no head ever saw the photo it judges. In the first column of drops the
