@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -181,8 +182,10 @@ class NumericGate:
         Raises:
             GateError: VLX0406.
         """
-        for name, weight, digest in self._digests:
-            if self.level.digest(weight, fresh=True) != digest:
+        with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+            now = list(pool.map(lambda each: self.level.digest(each[1], fresh=True), self._digests))
+        for (name, _, digest), found in zip(self._digests, now, strict=True):
+            if found != digest:
                 raise GateError(
                     "VLX0406",
                     f"pass {applied.name} edited parameter {name} in place",

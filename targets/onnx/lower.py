@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import onnx_ir
 import torch
 from torch.fx import Node
@@ -70,6 +71,7 @@ def onnx_with_lines(program: Program, *, opset: int) -> tuple[onnx_ir.Model, dic
             raise _refused(program, error) from error
     assert made is not None
     store_int4(made.model)
+    _lay_out(made.model)
     nodes = onnx_ir.traversal.RecursiveGraphIterator(made.model.graph)
     lines = {str(node.name): node.metadata_props[_LINE] for node in nodes if node.metadata_props.get(_LINE)}
     return _anonymous(made.model), lines
@@ -100,11 +102,27 @@ def write_plain_export(program: Program, folder: Path) -> Path:
     return folder / MAIN_FILE
 
 
-def write_onnx(model: onnx_ir.Model, folder: Path, *, file: str = MAIN_FILE, weights: str = WEIGHTS_FILE) -> Path:
-    """Write a model as ``file`` (and ``weights`` beside it when large); returns the main file."""
+def write_onnx(
+    model: onnx_ir.Model,
+    folder: Path,
+    *,
+    file: str = MAIN_FILE,
+    weights: str = WEIGHTS_FILE,
+    external_above: int | None = None,
+) -> Path:
+    """Write a model as ``file``; returns it.
+
+    Args:
+        model: Not changed.
+        folder: Made where it does not exist.
+        file: Name of the graph's file.
+        weights: Name of the weights' file.
+        external_above: Bytes of weights above which they lie beside the graph; None for what artifacts have.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    external = weights if size > EXTERNAL_ABOVE_BYTES else None
+    limit = EXTERNAL_ABOVE_BYTES if external_above is None else external_above
+    external = weights if size > limit else None
     onnx_ir.save(model, folder / file, external_data=external)
     return folder / file
 
@@ -148,6 +166,14 @@ def _output_names(signature: Signature) -> list[str]:
 
 def _dynamic_shapes(signature: Signature) -> tuple[dict[int, str], ...]:
     return tuple({i: d for i, d in enumerate(s.shape) if isinstance(d, str)} for s in signature.inputs)
+
+
+def _lay_out(model: onnx_ir.Model) -> None:
+    """Copy weights that are strided views into the order of their elements: else every digest and every file does."""
+    for value in model.graph.initializers.values():
+        held = value.const_value
+        if held is not None and not (laid := held.numpy()).flags.c_contiguous:
+            value.const_value = onnx_ir.tensor(np.ascontiguousarray(laid), dtype=held.dtype, name=value.name)
 
 
 def _anonymous(model: onnx_ir.Model) -> onnx_ir.Model:

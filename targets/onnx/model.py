@@ -30,6 +30,8 @@ STANDS_FOR = "vlexport.stands_for"
 """Metadata of a node that quantizes on its own: how many quantize and dequantize nodes it took the place of."""
 _FLOATS = (onnx_ir.DataType.FLOAT, onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16)
 _DTYPE_ATTRIBUTES = ("to", "dtype")
+_FAST_INSIDE_BYTES = 1 << 20
+"""More weights than that are written faster beside a graph than inside it: protobuf copies them several times."""
 
 
 class OnnxModel:
@@ -192,12 +194,12 @@ def _opened(
     model: onnx_ir.Model, inputs: tuple[TensorSpec, ...], outputs: Sequence[TensorSpec]
 ) -> Iterator[IsolatedSession]:
     with tempfile.TemporaryDirectory(prefix="vlexport-") as folder:
-        write_onnx(model, Path(folder))
+        write_onnx(model, Path(folder), external_above=_FAST_INSIDE_BYTES)
         artifact = Artifact(
             target="onnx", path=MAIN_FILE, inputs=inputs, outputs=tuple(outputs),
             session_options={"graph_optimization": "none"},
         )  # fmt: skip
-        with IsolatedSession(_SESSION, Path(folder), artifact) as session:
+        with IsolatedSession(_SESSION, Path(folder), artifact, reuse=True) as session:
             yield session
 
 

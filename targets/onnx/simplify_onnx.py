@@ -83,7 +83,7 @@ class SimplifyOnnx(WholeGraphPass):
         )  # fmt: skip
         given = {MODEL.name: np.frombuffer(onnx_ir.to_proto(ir.model).SerializeToString(), np.uint8)}
         try:
-            with IsolatedSession(_SESSION, Path(), artifact, timeout_s=options.timeout_s) as session:
+            with IsolatedSession(_SESSION, Path(), artifact, timeout_s=options.timeout_s, reuse=True) as session:
                 made = session.run(given)
         except VlexportError as error:
             raise _failed(error.message, "leave this pass out for this model") from error

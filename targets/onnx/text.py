@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 
+import numpy as np
 import onnx_ir
 
 _SHORT_DIGEST = 16
@@ -26,8 +27,11 @@ def text(model: onnx_ir.Model) -> str:
 def tensor_digest(tensor: onnx_ir.TensorProtocol) -> str:
     """SHA-256 of dtype, shape and content."""
     digest = hashlib.sha256(f"{tensor.dtype.name}{tensor.shape}".encode())
-    strings = tensor.dtype is onnx_ir.DataType.STRING
-    digest.update(repr(tensor.numpy().tolist()).encode() if strings else tensor.tobytes())
+    values = tensor.numpy()
+    if tensor.dtype is onnx_ir.DataType.STRING:
+        digest.update(repr(values.tolist()).encode())
+    else:
+        digest.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 

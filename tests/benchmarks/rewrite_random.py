@@ -23,11 +23,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import onnx
@@ -36,12 +34,11 @@ import onnxruntime
 
 from tests.onnx_grammar import random_graph
 from tests.record import write_rows
-from vlexport.core.artifact import Artifact, Signature, TensorSpec
-from vlexport.core.errors import CapabilityError, VlexportError
-from vlexport.core.isolate import IsolatedSession
+from vlexport.core.artifact import Signature, TensorSpec
+from vlexport.core.errors import CapabilityError
+from vlexport.core.isolate import reused_children
 from vlexport.core.numerics import relative_error, sqnr_db
 from vlexport.passes.base import Pass
-from vlexport.targets.onnx import simplify_onnx
 from vlexport.targets.onnx.level import ONNX
 from vlexport.targets.onnx.model import OnnxModel
 from vlexport.targets.onnxruntime import OnnxRuntimeTarget
@@ -52,7 +49,6 @@ EXACT = 1e-5
 HALF = 2 * float(np.finfo(np.float16).eps)
 ALL = "all"
 _TOLD = 100
-_DIED = "VLX0506"
 Array = np.ndarray[Any, Any]
 
 
@@ -188,30 +184,6 @@ _REFUSED = (
     _states.NotImplemented,
     _states.RuntimeException,
 )
-
-
-@contextmanager
-def one_child() -> Iterator[None]:
-    """Let simplify-onnx take one child process for all graphs in place of one each; a new one where it died."""
-    waiting: list[IsolatedSession] = []
-
-    @contextmanager
-    def kept(entry: str, folder: Path, artifact: Artifact, *, timeout_s: float) -> Iterator[IsolatedSession]:
-        child = waiting.pop() if waiting else IsolatedSession(entry, folder, artifact, timeout_s=timeout_s)
-        try:
-            yield child
-        except VlexportError as error:
-            if error.code != _DIED:
-                waiting.append(child)
-            raise
-        waiting.append(child)
-
-    try:
-        with mock.patch.object(simplify_onnx, "IsolatedSession", kept):
-            yield
-    finally:
-        for child in waiting:
-            child.close()
 
 
 def _kind(error: CapabilityError) -> str:
@@ -351,7 +323,7 @@ def main() -> int:
     rows = []
     for what, (graphs, passes) in whole.items():
         counts = Counts.of(known[what]) if what in known else Counts()
-        with one_child():
+        with reused_children():
             done = add(counts, graphs, passes, until) and done
         rows.append(counts.row(what))
         print(rows[-1])

@@ -14,7 +14,7 @@ import pytest
 
 from vlexport.core.artifact import Artifact, TensorSpec
 from vlexport.core.errors import VlexportError
-from vlexport.core.isolate import IsolatedSession, _peak_memory_bytes
+from vlexport.core.isolate import IsolatedSession, _peak_memory_bytes, reused_children
 
 RUNTIME = """
 import ctypes, os, signal, sys, time
@@ -125,7 +125,7 @@ def test_death_of_the_child_is_reported_when_somebody_kills_it(runtime: Path) ->
 def test_death_of_the_child_is_reported_when_it_closes_its_channel(
     runtime: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vlexport.core.isolate._CLOSE_SECONDS", 0.2)
+    monkeypatch.setattr("vlexport.core.child.CLOSE_SECONDS", 0.2)
     with opened(runtime) as session:
         (runtime / "act").write_text("close channel")
         assert "signal 9" in refused("VLX0506", 4, lambda: session.run(ONE)).message
@@ -239,7 +239,7 @@ def test_close_is_harmless_when_called_twice(runtime: Path) -> None:
 
 
 def test_close_kills_the_child_when_it_hangs(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlexport.core.isolate._CLOSE_SECONDS", 0.2)
+    monkeypatch.setattr("vlexport.core.child.CLOSE_SECONDS", 0.2)
     session = opened(runtime)
     pid = pid_of(session)
     os.kill(pid, signal.SIGSTOP)
@@ -349,3 +349,53 @@ def test_interrupt_ends_parent_and_child_when_the_whole_group_gets_it(runtime: P
     assert process.returncode == 130, err
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
+
+
+def reusing(folder: Path, path: str = "main") -> IsolatedSession:
+    spec = TensorSpec(name="x", dtype="float32", shape=("batch",))
+    artifact = Artifact(target="made-up", path=path, inputs=(spec,), outputs=(spec,))
+    return IsolatedSession("made_up_runtime:open_session", folder, artifact, reuse=True)
+
+
+def test_sessions_share_a_process_when_they_may(runtime: Path) -> None:
+    with reused_children("made_up_runtime:open_session"):
+        with reusing(runtime) as first:
+            pid = pid_of(first)
+            assert first.run(ONE)["x"] == 1
+        with reusing(runtime) as second, reusing(runtime) as beside:
+            assert pid_of(second) == pid
+            assert pid_of(beside) != pid
+            assert second.run(ONE)["x"] == 1
+        with opened(runtime) as alone:
+            assert pid_of(alone) != pid
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_sessions_share_no_process_when_nobody_asked(runtime: Path) -> None:
+    with reusing(runtime) as first:
+        pid = pid_of(first)
+    assert not Path(f"/proc/{pid}").exists()
+    with reused_children(), opened(runtime) as second:
+        pid = pid_of(second)
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_next_session_has_another_process_when_the_last_one_died(runtime: Path) -> None:
+    with reused_children():
+        with reusing(runtime) as first:
+            pid = pid_of(first)
+            (runtime / "act").write_text("abort")
+            refused("VLX0506", 4, lambda: first.run(ONE))
+        (runtime / "act").unlink()
+        with reusing(runtime) as second:
+            assert pid_of(second) != pid
+            assert second.run(ONE)["x"] == 1
+
+
+def test_process_serves_on_when_a_file_is_refused(runtime: Path) -> None:
+    with reused_children("made_up_runtime:open_session"):
+        with reusing(runtime) as first:
+            pid = pid_of(first)
+        refused("VLX0505", 4, lambda: reusing(runtime, "raise"))
+        with reusing(runtime) as second:
+            assert pid_of(second) == pid

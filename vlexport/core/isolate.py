@@ -1,41 +1,48 @@
 """Sessions in a child process: a runtime that aborts takes down a child, not the build.
 
-The child is started with ``subprocess`` (a user's ten-line script has no ``__main__`` guard, which ``multiprocessing``
-needs) and opens one session from an entry point ``module:function(folder, artifact, threads) -> Session``. Frames on
-its pipes are a JSON header and raw array bytes, never pickle. C++ runtimes print to file descriptor 1, so the child
-moves its own channel away from it first. Timing loops run inside the child: no figure contains this channel.
+The child opens one session from an entry point ``module:function(folder, artifact, threads) -> Session``. C++ runtimes
+print to file descriptor 1, so it moves its own channel away from it first. Timing loops run inside the child: no figure
+contains this channel.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
-import json
 import os
 import signal
-import struct
-import subprocess
 import sys
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, cast
-
-import numpy as np
+from typing import Any, cast
 
 from vlexport.core.artifact import Array, Artifact, Session, Timing
-from vlexport.core.errors import CODES, CapabilityError, InputError, VlexportError
-from vlexport.core.huge_pages import with_huge_pages
+from vlexport.core.child import CLOSE_SECONDS, Child, receive, require_plain, send
+from vlexport.core.errors import CODES, CapabilityError, VlexportError
 from vlexport.core.pipeline import artifact_from, open_artifact
 
-_LENGTH = struct.Struct("<Q")
-_STDERR_TAIL = 2000
-_CLOSE_SECONDS = 5.0
-_CHILD = "import sys; sys.path[:] = filter(None, sys.path); from vlexport.core.isolate import serve; serve()"
-"""Without the working directory on its path: a `json.py` that lies beside a bundle must not run."""
+_waiting: ContextVar[list[Child] | None] = ContextVar("waiting", default=None)
+
+
+@contextlib.contextmanager
+def reused_children(entry: str = "") -> Iterator[None]:
+    """Within, sessions that are opened one after the other share a process, where they say that they may.
+
+    Args:
+        entry: Of the sessions to come: a process for them starts right away and imports their runtime meanwhile.
+    """
+    waiting = [Child(_home_of(entry), _module_of(entry))] if entry else []
+    token = _waiting.set(waiting)
+    try:
+        yield
+    finally:
+        _waiting.reset(token)
+        for child in waiting:
+            child.close()
 
 
 class IsolatedSession(Session):
@@ -48,6 +55,8 @@ class IsolatedSession(Session):
         threads: Threads for the runtime; 0 leaves it to the runtime.
         timeout_s: Seconds that one answer of the child may take, opening included; None waits for ever. A child that
             takes longer is killed.
+        reuse: Within :func:`reused_children`, in a process that has served others. Loading times and memory are not
+            the artifact's own then.
 
     Attributes:
         load_ms: Milliseconds of the first opening in this fresh process, the runtime being imported already.
@@ -58,24 +67,23 @@ class IsolatedSession(Session):
     """
 
     def __init__(
-        self, entry: str, folder: Path, artifact: Artifact, *, threads: int = 0, timeout_s: float | None = None
+        self,
+        entry: str,
+        folder: Path,
+        artifact: Artifact,
+        *,
+        threads: int = 0,
+        timeout_s: float | None = None,
+        reuse: bool = False,
     ) -> None:
         super().__init__(artifact.inputs, artifact.outputs)
         self._timeout_s = timeout_s
-        self._expired = False
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
-        root = str(Path(__file__).resolve().parents[2])
-        environment = with_huge_pages(os.environ)
-        environment["PYTHONPATH"] = os.pathsep.join(
-            filter(None, (root, os.environ.get("PYTHONPATH", ""), _home_of(entry)))
-        )
-        self._child: subprocess.Popen[bytes] | None = subprocess.Popen(
-            [sys.executable, "-c", _CHILD],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            env=environment,
-        )
+        self._waiting = _waiting.get() if reuse else None
+        home = _home_of(entry)
+        fitting = next((each for each in self._waiting or () if each.home == home), None)
+        if self._waiting is not None and fitting is not None:
+            self._waiting.remove(fitting)
+        self._child: Child | None = fitting or Child(home)
         request = {
             "do": "open",
             "entry": entry,
@@ -94,7 +102,7 @@ class IsolatedSession(Session):
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run once in the child."""
-        _require_plain(inputs)
+        require_plain(inputs)
         _, arrays = self._ask({"do": "run"}, inputs)
         return arrays
 
@@ -109,7 +117,7 @@ class IsolatedSession(Session):
                 "VLX0803", f"this session's timing is {self.timing}: not measured here",
                 hint="numbers are right, times would mean nothing; measure where the target's own runtime runs",
             )  # fmt: skip
-        _require_plain(inputs)
+        require_plain(inputs)
         reply, _ = self._ask({"do": "time", "warmup": warmup, "runs": runs}, inputs)
         return [float(v) for v in reply["times_ms"]]
 
@@ -117,7 +125,7 @@ class IsolatedSession(Session):
         """What the runtime's profiler says of the artifact, in the child; empty where times mean nothing."""
         if self.timing != "real":
             return {}
-        _require_plain(inputs)
+        require_plain(inputs)
         reply, _ = self._ask({"do": "operators", "runs": runs}, inputs)
         return {name: (int(count), float(ms)) for name, (count, ms) in reply["operators"].items()}
 
@@ -135,19 +143,19 @@ class IsolatedSession(Session):
         return cast("int | None", reply["peak_bytes"])
 
     def close(self) -> None:
-        """End the child."""
+        """End the child, or leave it to the next session."""
         child, self._child = self._child, None
-        if child is None:
+        if child is None or child.closed:
             return
-        with contextlib.suppress(OSError):
-            cast("IO[bytes]", child.stdin).close()
+        if self._waiting is None:
+            child.close()
+            return
         try:
-            child.wait(_CLOSE_SECONDS)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
-        cast("IO[bytes]", child.stdout).close()
-        self._stderr.close()
+            child.ask({"do": "close"}, timeout_s=CLOSE_SECONDS)
+        except VlexportError:
+            child.close()
+        else:
+            self._waiting.append(child)
 
     def _ask(
         self, header: dict[str, Any], arrays: Mapping[str, Array] | None = None
@@ -155,72 +163,19 @@ class IsolatedSession(Session):
         if self._child is None:
             raise CapabilityError("VLX0506", "the session is closed")
         try:
-            with self._deadline(self._child):
-                _send(cast("IO[bytes]", self._child.stdin), header, arrays or {})
-                reply, found = _receive(cast("IO[bytes]", self._child.stdout))
-        except (OSError, EOFError) as error:
-            raise self._died() from error
-        except BaseException:
-            self._child.kill()
-            self.close()
-            raise
-        if "error" in reply:
-            raise _rebuilt(reply["error"])
-        return reply, found
-
-    @contextlib.contextmanager
-    def _deadline(self, child: subprocess.Popen[bytes]) -> Iterator[None]:
-        """Kills the child when time is up, which ends whatever the parent waits for: reading as well as writing."""
-        if self._timeout_s is None:
-            yield
-            return
-
-        def expire() -> None:
-            self._expired = True
-            child.kill()
-
-        timer = threading.Timer(self._timeout_s, expire)
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
+            return self._child.ask(header, arrays, timeout_s=self._timeout_s)
         finally:
-            timer.cancel()
-
-    def _died(self) -> CapabilityError:
-        child = self._child
-        assert child is not None
-        try:
-            code = child.wait(_CLOSE_SECONDS)
-        except subprocess.TimeoutExpired:  # it closed its channel and goes on
-            child.kill()
-            code = child.wait()
-        self._stderr.seek(0)
-        tail = self._stderr.read().decode(errors="replace")[-_STDERR_TAIL:].strip()
-        self.close()
-        if self._expired:
-            return CapabilityError(
-                "VLX0506", f"the runtime's process gave no answer within {self._timeout_s:g} s and was killed",
-                hint="give it more time, or try another version of the runtime",
-            )  # fmt: skip
-        reason = f"signal {-code}" if code < 0 else f"exit code {code}"
-        last = tail.splitlines()[-1] if tail else "it printed nothing"
-        return CapabilityError(
-            "VLX0506", f"the runtime's process ended unexpectedly ({reason}): {last}",
-            hint="the artifact may trigger a bug of the runtime; try another version of it",
-        )  # fmt: skip
+            if self._child.closed:
+                self._child = None
 
 
-def _require_plain(arrays: Mapping[str, Array]) -> None:
-    """Python objects have no bytes to send; nothing that a runtime takes holds them."""
-    for name, array in arrays.items():
-        if np.asarray(array).dtype.hasobject:
-            raise InputError("VLX0507", f"input {name}: it is an array of Python objects", where=name)
+def _module_of(entry: str) -> str:
+    return entry.partition(":")[0]
 
 
 def _home_of(entry: str) -> str:
     """The folder from which this process would import a plugin's session: the child must find it there too."""
-    spec = importlib.util.find_spec(entry.partition(":")[0].partition(".")[0])
+    spec = importlib.util.find_spec(_module_of(entry).partition(".")[0])
     if spec is None:
         return ""
     places = list(spec.submodule_search_locations or ())
@@ -228,50 +183,20 @@ def _home_of(entry: str) -> str:
     return str(found)
 
 
-def _send(pipe: IO[bytes], header: dict[str, Any], arrays: Mapping[str, Array]) -> None:
-    dense = {name: np.ascontiguousarray(a).reshape(np.shape(a)) for name, a in arrays.items()}
-    about = [{"name": n, "dtype": a.dtype.str, "shape": a.shape, "bytes": a.nbytes} for n, a in dense.items()]
-    payload = json.dumps({**header, "arrays": about}).encode()
-    pipe.write(_LENGTH.pack(len(payload)))
-    pipe.write(payload)
-    for array in dense.values():
-        pipe.write(array.tobytes())
-    pipe.flush()
-
-
-def _receive(pipe: IO[bytes]) -> tuple[dict[str, Any], dict[str, Array]]:
-    (length,) = _LENGTH.unpack(_exactly(pipe, _LENGTH.size))
-    header = json.loads(_exactly(pipe, length))
-    arrays = {}
-    for about in header.pop("arrays"):
-        raw = bytearray(_exactly(pipe, about["bytes"]))
-        arrays[about["name"]] = np.frombuffer(raw, np.dtype(about["dtype"])).reshape(about["shape"])
-    return header, arrays
-
-
-def _exactly(pipe: IO[bytes], count: int) -> bytes:
-    data = pipe.read(count)
-    if len(data) != count:
-        raise EOFError
-    return data
-
-
-def _rebuilt(about: dict[str, Any]) -> VlexportError:
-    kind: type[VlexportError] = InputError if about["exit"] == InputError.exit_code else CapabilityError
-    return kind(about["code"], about["message"], where=about["where"], hint=about["hint"])
-
-
 def serve() -> None:
-    """The child's loop: one session, one request at a time, until the pipe closes."""
+    """The child's loop: one session at a time, one request at a time, until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides
     channel_in = os.fdopen(os.dup(0), "rb")
     channel_out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
+    if len(sys.argv) > 1 and sys.argv[1]:
+        with contextlib.suppress(ImportError):  # what opens a session says so again
+            importlib.import_module(sys.argv[1])
     session: Session | None = None
     opener: Callable[[], Session] | None = None
     while True:
         try:
-            request, arrays = _receive(channel_in)
+            request, arrays = receive(channel_in)
         except EOFError:
             break
         try:
@@ -285,6 +210,9 @@ def serve() -> None:
                 reply = {"timing": session.timing, "load_ms": load_ms, "cold_load_ms": cold}
             elif request["do"] == "memory":
                 reply = {"peak_bytes": _peak_memory_bytes()}
+            elif session is not None and request["do"] == "close":
+                session.close()
+                session = opener = None
             elif opener is not None and request["do"] == "reload":
                 again, load_ms = _opened(opener)
                 again.close()
@@ -308,7 +236,7 @@ def serve() -> None:
                     "exit": 4,
                 }
             }
-        _send(channel_out, reply, found)
+        send(channel_out, reply, found)
     if session is not None:
         session.close()
 

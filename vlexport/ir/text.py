@@ -66,7 +66,7 @@ def tensor_digest(tensor: torch.Tensor, *, fresh: bool = False) -> str:
         return kept[1]
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else tensor.new_empty(0)
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    digest.update(flat.numpy().tobytes() if tensor.numel() else b"")
+    digest.update(flat.numpy().data)
     tensor._vlexport_digest = (version, digest.hexdigest())  # type: ignore[attr-defined]
     return digest.hexdigest()
 

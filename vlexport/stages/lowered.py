@@ -10,6 +10,7 @@ from typing import Any
 from vlexport.core.artifact import Artifact
 from vlexport.core.bundle_schema import PassRecord
 from vlexport.core.cache import Cache
+from vlexport.core.isolate import reused_children
 from vlexport.core.progress import Reporter
 from vlexport.ir.program import Program
 from vlexport.passes.base import Pass
@@ -90,5 +91,6 @@ def _made(
         records.extend(found)
         return after
 
-    artifact = target.lower(program, folder, replace(brief, rewrite=rewrite))
+    with reused_children(target.session_entry if probes is not None else ""):
+        artifact = target.lower(program, folder, replace(brief, rewrite=rewrite))
     return Made(artifact=artifact, records=tuple(records))
