@@ -282,7 +282,7 @@ def test_private_use_is_seen_when_written() -> None:
 BROAD_EXCEPTS = {
     "vlexport/cli/main.py main": "the boundary: a bug of ours becomes a crash file",
     "vlexport/core/isolate.py __init__": "ends the child, then raises on",
-    "vlexport/core/isolate.py _ask": "kills the child before anything, Ctrl-C included, leaves",
+    "vlexport/core/child.py ask": "kills the child before anything, Ctrl-C included, leaves",
     "vlexport/core/plugins.py load": "imports other packages' code",
     "vlexport/core/plugins.py answering_for": "runs other packages' code",
     "vlexport/core/isolate.py serve": "runtimes raise their own kinds",
