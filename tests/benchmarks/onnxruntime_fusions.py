@@ -87,6 +87,8 @@ _DYNAMIC = {**_NO_BOUND, "quantize.activations": "dynamic"}
 _SEVERAL = "onnxruntime.fuse_multi_head_attention"
 _PLAIN_ATTENTION = {"onnxruntime.fuse_attention": "true", _SEVERAL: "false"}
 _ANY_ATTENTION = {**_PLAIN_ATTENTION, _SEVERAL: "true"}
+_PLAIN_TEXT = {**_PLAIN_ATTENTION, "onnxruntime.fuse_biased_attention": "false"}
+_PARTED = {"onnxruntime.part_norms": "true"}
 _MERGING = "tome:r=13"
 VARIANTS = (
     Variant("fp32", "fp32", {"onnxruntime.fuse_attention": "false", _SEVERAL: "false"}),
@@ -103,11 +105,12 @@ VARIANTS = (
         "tome-biased-attention", "fp32", {**_PLAIN_ATTENTION, "onnxruntime.fuse_biased_attention": "true"},
         "fuse-biased-attention", "tome", tokens=_MERGING,
     ),
+    Variant("text-joined", "fp32", {**_PLAIN_TEXT, "onnxruntime.part_norms": "false"}, source=TEXT),
     Variant(
-        "text", "fp32", {**_PLAIN_ATTENTION, "onnxruntime.fuse_biased_attention": "false"}, source=TEXT,
+        "text", "fp32", {**_PLAIN_TEXT, **_PARTED}, "part-norms", "text-joined", source=TEXT,
     ),
     Variant(
-        "text-biased-attention", "fp32", {**_PLAIN_ATTENTION, "onnxruntime.fuse_biased_attention": "true"},
+        "text-biased-attention", "fp32", {**_PLAIN_TEXT, **_PARTED, "onnxruntime.fuse_biased_attention": "true"},
         "fuse-biased-attention", "text", source=TEXT,
     ),
     Variant("nextvit", "fp32", _PLAIN_ATTENTION, source=POOLED),

@@ -29,7 +29,7 @@ SET_UNFUSED = tuple(word for option, value in UNFUSED.items() for word in ("--se
 def _turned_on(option: str) -> str:
     switch = f"--set onnxruntime.{option}=true"
     asked = option in ("simplify", "optimize")
-    return f"run with {switch}" if asked else f"run where the target finds it faster; {switch} or =false overrules"
+    return f"run with {switch}" if asked else f"run as onnxruntime decides; {switch} or =false overrules"
 
 
 def test_lowered_passes_are_listed_last_with_what_turns_them_on(cli: Any) -> None:

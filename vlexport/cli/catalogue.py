@@ -121,7 +121,7 @@ def _asked_for(lowered: Mapping[str, LoweredPass]) -> str:
         switch = f"--set {target}.{each.option}=true"
         left_open = open_target(target).Options.model_fields[each.option].default is None
         if left_open:
-            decided.append(f"run where the target finds it faster; {switch} or =false overrules")
+            decided.append(f"run as {target} decides; {switch} or =false overrules")
         else:
             asked.append(f"run with {switch}")
     return "; ".join([*asked, *decided])
