@@ -19,6 +19,7 @@ from vlexport.core.config import BuildConfig
 from vlexport.core.errors import VlexportError
 from vlexport.frontends.capture import capture
 from vlexport.stages.build import build
+from vlexport.stages.order import reason_of
 from vlexport.stages.searches import fusions_to_try
 from vlexport.targets.base import Brief
 from vlexport.targets.onnx.providers import FLOATS, PROVIDERS
@@ -126,7 +127,10 @@ def test_session_is_refused_when_a_bundle_records_floats_that_are_none(program: 
 def test_golden_vectors_have_the_bound_of_bf16_only_where_openvino_rounds_floats(
     options: dict[str, str], precision: str, computed: str
 ) -> None:
-    assert TARGET.computes_in(Brief(OnnxRuntimeOptions(**options), precision=precision)) == computed
+    brief = Brief(OnnxRuntimeOptions(**options), precision=precision)
+    assert TARGET.computes_in(brief) == computed
+    asked = f"computed in {computed}, as options of onnxruntime ask"
+    assert reason_of(TARGET, brief, "the default") == ("the default" if computed == precision else asked)
 
 
 def test_openvino_is_tried_by_a_search_when_the_runtime_has_it_and_nobody_chose(fake: type[FakeSession]) -> None:

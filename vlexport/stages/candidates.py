@@ -31,7 +31,7 @@ from vlexport.passes.pipeline import TimingHook
 from vlexport.stages.choices import precision_of, scopes_of, settled_of, tools_of
 from vlexport.stages.golden import check_component
 from vlexport.stages.make import make
-from vlexport.stages.order import Order
+from vlexport.stages.order import Order, reason_of
 from vlexport.stages.prepare import Prepared, prepared_again
 from vlexport.stages.profile import Measurable, Plan, measure_latency
 from vlexport.stages.quantized import Calibrated
@@ -120,7 +120,7 @@ class Bench:
         config = without_idle(candidate(self.order.config, options), target)
         precision, reason = precision_of(config, target)
         brief = replace(self.order.brief, options=settled_of(config, target, precision), precision=precision)
-        return replace(self.order, config=config, brief=brief, reason=reason)
+        return replace(self.order, config=config, brief=brief, reason=reason_of(target, brief, reason))
 
     def make(self, options: Options) -> tuple[Order, Component, Path]:
         """A candidate's order, artifact and folder.

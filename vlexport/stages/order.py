@@ -72,7 +72,14 @@ def order_of(config: BuildConfig) -> Order:
     target.require_tools(brief)
     probe = target.probe_for(brief)
     require_judged(gates, target, probe)
-    return Order(config, target, brief, reason, gates, probe, axes_of(config, target, brief.options))
+    axes = axes_of(config, target, brief.options)
+    return Order(config, target, brief, reason_of(target, brief, reason), gates, probe, axes)
+
+
+def reason_of(target: Target, brief: Brief, chosen: str) -> str:
+    """Why an artifact has its precision, in words: as it was chosen, unless options let results have another one."""
+    computed = target.computes_in(brief)
+    return chosen if computed == brief.precision else f"computed in {computed}, as options of {target.id} ask"
 
 
 def why_unmeasured(order: Order) -> str:
