@@ -6,6 +6,7 @@ Intervals are computed here from the recorded counts, and what they do not show 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,7 @@ def accuracy(record: dict[str, Any], latency: dict[str, Any]) -> str:
     for row in latency["rows"]:
         if row["model"] == "solar_cells":
             ratios.setdefault(row["tokens"], {})[row["batch"]] = row
-    lines = [
-        _source(record), "",
-        "| `--tokens` | GMACs | photos | right | drop, points (95 %) | on photos not looked at | heads fitted again "
-        "| over random | latency at batch 1 | at batch 8 |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    lines = []
     for row in rows:
         right = f"{100 * row['right'] / row['photos']:.1f} %"
         cells = [
@@ -73,18 +69,17 @@ def accuracy(record: dict[str, Any], latency: dict[str, Any]) -> str:
             cells += [_shown(each(row)) for each in (drop, fresh, refitted)]
             of_batch = ratios.get(row["tokens"], {})
             cells += [over, *(_ratio(of_batch.get(batch)) for batch in BATCHES)]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", *_words(rows), "", "```csv", *_csv(rows), "```"]
-    return "\n".join(lines)
+        lines.append(cells)
+    heads = (
+        "`--tokens`", "GMACs", "photos", "right", "drop, points (95 %)", "on photos not looked at",
+        "heads fitted again", "over random", "latency at batch 1", "at batch 8",
+    )  # fmt: skip
+    return "\n".join([_table(_source(record), heads, lines), "", *_words(rows), "", "```csv", *_csv(rows), "```"])
 
 
 def rounded(record: dict[str, Any]) -> str:
     """One line a variant in int8 with fewer tokens, beside the model in fp32 with all of them."""
-    lines = [
-        _source(record), "",
-        "| `--tokens` | activations | GMACs | photos | right | drop, points (95 %) | on photos not looked at |",
-        "|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    lines = []
     for row in record["rows"]:
         dense = row["name"] == DENSE
         cells = [
@@ -92,8 +87,11 @@ def rounded(record: dict[str, Any]) -> str:
             str(row["photos"]), f"{100 * row['right'] / row['photos']:.1f} %",
             *(["-"] * 2 if dense else [_shown(each(row)) for each in (drop, fresh)]),
         ]  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    heads = (
+        "`--tokens`", "activations", "GMACs", "photos", "right", "drop, points (95 %)", "on photos not looked at",
+    )  # fmt: skip
+    return _table(_source(record), heads, lines)
 
 
 def _words(rows: list[dict[str, Any]]) -> list[str]:
@@ -134,48 +132,39 @@ def _csv(rows: list[dict[str, Any]]) -> list[str]:
 
 def latency(record: dict[str, Any]) -> str:
     """One line a model and variant."""
-    lines = [
-        _source(record), "",
-        "| model | `--tokens` | batch | GMACs of an image | fewer | ms of a batch "
-        "| ratio over the same build without (95 %) | rounds |",
-        "|---|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    lines = []
     for row in record["rows"]:
         macs = f"{row['dense_macs'] / 1e9:.2f} → {row['macs'] / 1e9:.2f}"
         fewer = f"{100 * (1 - row['macs'] / row['dense_macs']):.1f} %"
         times = f"{row['dense_p50_ms']:.1f} → {row['p50_ms']:.1f}"
         cells = [row["model"], f"`{row['tokens']}`", str(row["batch"]), macs, fewer, times, _ratio(row)]
-        lines.append("| " + " | ".join([*cells, str(row["rounds"])]) + " |")
-    return "\n".join(lines)
+        lines.append([*cells, str(row["rounds"])])
+    heads = (
+        "model", "`--tokens`", "batch", "GMACs of an image", "fewer", "ms of a batch",
+        "ratio over the same build without (95 %)", "rounds",
+    )  # fmt: skip
+    return _table(_source(record), heads, lines)
 
 
 def heatmaps(record: dict[str, Any]) -> str:
     """One line a variant."""
-    lines = [
-        _source(record), "",
-        "| `--tokens` | GMACs | photos | mean correlation | median | 5 % lie below | lowest |",
-        "|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    lines = []
     for row in record["rows"]:
         macs = f"{row['dense_macs'] / 1e9:.2f} → {row['macs'] / 1e9:.2f}"
         figures = [f"{row[name]:.3f}" for name in ("mean", "median", "lowest_5_percent", "lowest")]
-        lines.append("| " + " | ".join([f"`{row['tokens']}`", macs, str(row["photos"]), *figures]) + " |")
-    return "\n".join(lines)
+        lines.append([f"`{row['tokens']}`", macs, str(row["photos"]), *figures])
+    heads = ("`--tokens`", "GMACs", "photos", "mean correlation", "median", "5 % lie below", "lowest")
+    return _table(_source(record), heads, lines)
 
 
 def frozen(record: dict[str, Any]) -> str:
     """One line a percentile behind that of the dynamic model."""
     where = f"{record['machine']['cpu']} ({record['machine']['cores']} cores)"
-    lines = [
-        f"{record['date']}, {where}, by `{record['command']}`.", "",
-        "| model | K | MMACs | accuracy | drop in points | calibration digits of equal class | latency "
-        "| ratio over the plain export of the dynamic model |",
-        "|---|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    lines = []
     for row in record["figures"]:
         right = f"{100 * row['accuracy']:.1f} % ({100 * row['low']:.1f} % to {100 * row['high']:.1f} %)"
         if "kept" not in row:
-            lines.append(f"| {row['model']} | of each digit | of each digit | {right} | | | | |")
+            lines.append([row["model"], "of each digit", "of each digit", right, *[""] * 4])
             continue
         kept, found = ", then ".join(map(str, row["kept"])), row.get("latency")
         drop = f"{row['drop']:+.1f} ({row['drop_low']:+.1f} to {row['drop_high']:+.1f})"
@@ -186,22 +175,28 @@ def frozen(record: dict[str, Any]) -> str:
         else:
             ratio = {"ratio": found["ratio"], "low": found["ratio_low"], "high": found["ratio_high"]}
             cells += [f"{found['baseline_p50_ms']:.2f} → {found['p50_ms']:.2f} ms", _ratio(ratio)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    heads = (
+        "model", "K", "MMACs", "accuracy", "drop in points", "calibration digits of equal class", "latency",
+        "ratio over the plain export of the dynamic model",
+    )  # fmt: skip
+    return _table(f"{record['date']}, {where}, by `{record['command']}`.", heads, lines)
 
 
 def macs(record: dict[str, Any]) -> str:
     """One line a model and method."""
-    lines = [
-        _source(record), "",
-        "| model | option | before | behind the pass | behind `narrow-to-demand` | fewer | pass, CPU seconds |",
-        "|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    lines = []
     for row in record["rows"]:
         shown = [f"{row[name] / 1e9:.2f} G" for name in ("dense", "macs", "narrowed")]
         fewer = f"{100 * (1 - row['narrowed'] / row['dense']):.1f} %"
-        lines.append(f"| {row['model']} | `{row['tokens']}` | {' | '.join(shown)} | {fewer} | {row['seconds']:.1f} |")
-    return "\n".join(lines)
+        lines.append([row["model"], f"`{row['tokens']}`", *shown, fewer, f"{row['seconds']:.1f}"])
+    heads = ("model", "option", "before", "behind the pass", "behind `narrow-to-demand`", "fewer", "pass, CPU seconds")
+    return _table(_source(record), heads, lines)
+
+
+def _table(source: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in cells)}|" for cells in (heads, *rows)]
+    return "\n".join([source, "", lines[0], "|---" * len(heads) + "|", *lines[1:]])
 
 
 def _shown(found: Measured, sign: str = "") -> str:
