@@ -137,7 +137,7 @@ def test_summary_has_a_line_a_model_and_their_geometric_mean() -> None:
         cell("vlexport-fp32", model="noisy", timed={**TIMED, "ratio": None}), cell("plain", outside=0.25),
         cell("vlexport-fp32", model="broken", built=None, judged=None, timed=None, failed="no"),
         cell("vlexport-fp32", model="rep", timed={**TIMED, "ratio": 3.0}),
-        cell("vlexport-fp32", model="rep_merged"),
+        cell("vlexport-fp32", model="rep_merged"), cell("vlexport-fp32", model="two_merged"),
     ]  # fmt: skip
     assert summary({"machine": MACHINE, "cells": cells}).splitlines()[2:] == [
         "| net | 40.0 ms | 25 % | 20.0 ms | 2.00× (1.90 to 2.10) | 2.00× (1.90 to 2.10) | 25 dB | 23.0 MB "
@@ -147,11 +147,21 @@ def test_summary_has_a_line_a_model_and_their_geometric_mean() -> None:
         "| broken | `no` | | | | | | | | | |",
         "| rep | 40.0 ms | – | 20.0 ms | 3.00× (1.90 to 2.10) | – | 25 dB | 23.0 MB | – | – | – |",
         "| rep_merged | 40.0 ms | – | 20.0 ms | 2.00× (1.90 to 2.10) | – | 25 dB | 23.0 MB | – | – | – |",
+        "| two_merged | 40.0 ms | – | 20.0 ms | 2.00× (1.90 to 2.10) | – | 25 dB | 23.0 MB | – | – | – |",
         "",
         "Geometric mean of 2 models: 1.00×.",
-        "Geometric mean of 1 models over the form that their authors merge them to: 2.00×.",
-        "Geometric mean of 1 models over their training form: 3.00×.",
+        "Geometric mean of 2 models over the form that their authors merge them to: 2.00×.",
     ]
+
+
+def test_batches_have_a_line_a_row_and_a_mean_only_of_several_models() -> None:
+    int8 = cell("vlexport-int8", timed={**TIMED, "ratio": 2.5})
+    alone = at_batch({"machine": MACHINE, "cells": [cell("plain"), cell("vlexport-fp32"), int8]}).splitlines()[2:]
+    assert [line.count("|") for line in alone] == [8, 8]
+    other = cell("vlexport-fp32", model="other", timed={**TIMED, "ratio": 0.5})
+    both = at_batch({"machine": MACHINE, "cells": [cell("vlexport-fp32"), int8, other]}).splitlines()[2:]
+    assert both[:2] == alone
+    assert both[3:] == ["", "Geometric mean of 2 models: 1.00×."]
 
 
 @pytest.mark.parametrize(("operator", "least", "most"), [("MatMul", 0.0, 0.999), ("Add", 1.0, 1.0)])

@@ -81,8 +81,6 @@ def summary(record: Record) -> str:
         "size", "attention", "norms", "activations",
     )  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    ratios: dict[str, list[float]] = {}
-    known = {cell["model"] for cell in record["cells"]}
     plain = {cell["model"]: cell for cell in record["cells"] if cell["row"] == PLAIN}
     for cell in record["cells"]:
         timed, judged, built = cell["timed"], cell["judged"], cell["built"]
@@ -103,13 +101,22 @@ def summary(record: Record) -> str:
             *_counts(cell.get("fused", ())),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-        if timed["ratio"] is not None:
-            ratios.setdefault(_over(cell["model"], known), []).append(timed["ratio"])
+    return "\n".join([*lines, *_means(record)])
+
+
+def _means(record: Record) -> list[str]:
+    """Geometric means over the models of a record, of vlexport's fp32 artifacts, behind an empty line."""
+    ratios: dict[str, list[float]] = {}
+    known = {cell["model"] for cell in record["cells"]}
+    for cell in record["cells"]:
+        if cell["row"] == FOR_ALL_MODELS[1] and cell["timed"] and cell["timed"]["ratio"] is not None:
+            ratios.setdefault(_over(cell["model"], known), []).append(cell["timed"]["ratio"])
     said = [
         f"Geometric mean of {len(each)} models{over}: {math.prod(each) ** (1 / len(each)):.2f}×."
         for over, each in sorted(ratios.items())
+        if len(each) > 1
     ]
-    return "\n".join([*lines, *([""] if said else []), *said])
+    return ["", *said] if said else []
 
 
 def _share(value: float | None) -> str:
@@ -124,7 +131,7 @@ def _over(model: str, known: Collection[str]) -> str:
 
 
 def at_batch(record: Record) -> str:
-    """A line a model and row, of a record of several samples at once."""
+    """A line a model and row, of a record of several samples at once, and the means over its models in fp32."""
     lines = ["| model | built by | plain export | median | ratio (95 %) | same answer | SQNR |", "|" + "---|" * 7]
     for cell in record["cells"]:
         row, timed = _BY_NAME[cell["row"]], cell["timed"]
@@ -136,7 +143,7 @@ def at_batch(record: Record) -> str:
             continue
         cells = [cell["model"], name, f"{timed['plain_ms']:.1f} ms", *_latency(timed), *_fidelity(cell)]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_means(record)])
 
 
 def _counts(fused: Sequence[Mapping[str, Any]]) -> list[str]:
