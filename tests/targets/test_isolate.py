@@ -399,3 +399,11 @@ def test_process_serves_on_when_a_file_is_refused(runtime: Path) -> None:
         refused("VLX0505", 4, lambda: reusing(runtime, "raise"))
         with reusing(runtime) as second:
             assert pid_of(second) == pid
+
+
+def test_no_process_is_left_when_a_session_outlives_those_it_shares_with(runtime: Path) -> None:
+    with reused_children():
+        session = reusing(runtime)
+        pid = pid_of(session)
+    session.close()
+    assert not Path(f"/proc/{pid}").exists()

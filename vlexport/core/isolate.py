@@ -147,7 +147,7 @@ class IsolatedSession(Session):
         child, self._child = self._child, None
         if child is None or child.closed:
             return
-        if self._waiting is None:
+        if self._waiting is None or _waiting.get() is not self._waiting:  # nobody will end it later
             child.close()
             return
         try:
