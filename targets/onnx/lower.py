@@ -120,9 +120,8 @@ def write_onnx(
         external_above: Bytes of weights above which they lie beside the graph; None for what artifacts have.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     limit = EXTERNAL_ABOVE_BYTES if external_above is None else external_above
-    external = weights if size > limit else None
+    external = weights if _weights_bytes(model) > limit else None
     onnx_ir.save(model, folder / file, external_data=external)
     return folder / file
 
@@ -169,11 +168,20 @@ def _dynamic_shapes(signature: Signature) -> tuple[dict[int, str], ...]:
 
 
 def _lay_out(model: onnx_ir.Model) -> None:
-    """Copy weights that are strided views into the order of their elements: else every digest and every file does."""
+    """Copy weights that are strided views into the order of their elements: else every digest and every file does so.
+
+    Not those of a large model, whose copies would take more memory than their time is worth.
+    """
+    if _weights_bytes(model) > EXTERNAL_ABOVE_BYTES:
+        return
     for value in model.graph.initializers.values():
         held = value.const_value
         if held is not None and not (laid := held.numpy()).flags.c_contiguous:
             value.const_value = onnx_ir.tensor(np.ascontiguousarray(laid), dtype=held.dtype, name=value.name)
+
+
+def _weights_bytes(model: onnx_ir.Model) -> int:
+    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
 
 
 def _anonymous(model: onnx_ir.Model) -> onnx_ir.Model:
