@@ -85,7 +85,9 @@ class Rewrite:
     def _part(self, node: Node, box: Box, reader: Node) -> Node:
         """The part ``box`` of the value of ``node``, to be read where ``reader`` stands."""
         if not box.is_whole and (tensor := self.program.tensor_of(node)) is not None:
-            return self._narrowed_tensor(str(node.target), tensor, box, reader)
+            if box.axes:
+                node = self._narrowed_tensor(str(node.target), tensor, box.known(), reader)
+            return self._slice(node, Box((), box.drawn), reader)
         source, box = self._source(node, box)
         return self._slice(source, box, reader)
 

@@ -42,13 +42,14 @@ class Block(nn.Module):
         self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
         self.fc1, self.fc2 = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
         self.fused, self.causal = fused, causal
+        self.register_buffer("mask", None)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
         split = self.qkv(self.norm1(x)).reshape(batch, tokens, 3, HEADS, width // HEADS)
         q, k, v = split.permute(2, 0, 3, 1, 4).unbind(0)
         if self.fused:
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+            mixed = F.scaled_dot_product_attention(q, k, v, self.mask, is_causal=self.causal)
         else:
             mixed = (q @ k.transpose(-2, -1) * 0.5).softmax(-1) @ v
         x = x + self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
@@ -224,6 +225,22 @@ def test_one_token_a_sample_is_computed_when_the_batch_is_fixed() -> None:
     program = canonical(captured(randomize(TextTower()), {"ids": words()}, dynamic=False))
     checked = check_pass(NarrowToDemand(), program, expect_changes=1)
     assert checked.changes[0].saved_macs == 2 * (block_macs(TOKENS) - block_macs(1))
+
+
+@pytest.mark.parametrize("masks", [1, 2])
+def test_one_token_a_sample_gets_its_rows_of_a_stored_mask(masks: int) -> None:
+    model = randomize(TextTower())
+    model.block.mask = torch.ones(masks, 1, TOKENS, TOKENS, dtype=torch.bool).tril()
+    program = canonical(captured(model, {"ids": words()}, dynamic=False))
+    after = program.copy()
+    (change,), _ = NarrowToDemand().run(after)
+    whole = masks == 1  # which row of one mask is read differs from sample to sample: queries stay whole
+    assert change.saved_macs == 2 * ((TOKENS - 1) * WIDTH * WIDTH * 9 if whole else block_macs(TOKENS) - block_macs(1))
+    for place in (0, 3, TOKENS - 1):
+        ids = words()
+        ids[0, place], ids[1, TOKENS - 1 - place] = 19, 19
+        ours, theirs = after.run(ids)[0], program.run(ids)[0]
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-5), "float32, values of size about 1"
 
 
 def test_one_token_is_computed_when_there_is_one_sample() -> None:
