@@ -107,7 +107,7 @@ def _command(scratch: Path, width: int, scheme: str, height: int = 2400) -> list
 
 def pages() -> Iterator[tuple[str, str]]:
     """A page with everything a report can hold, and the same with hostile names."""
-    from tests.report.test_html import CONTROL, HOSTILE, a_bundle, a_report, layers
+    from tests.report.example_reports import CONTROL, HOSTILE, a_bundle, a_report, layers
     from vlexport.report.html import html_from_report
 
     for kind, name in (("plain", "image"), ("hostile", HOSTILE + CONTROL)):
