@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 from torch.fx import Node
 
-from tests.strategies import Grower, _finished, _seed_program
+from tests.growing import Grower, finished, seed_program
 from vlexport.ir.program import Program
 
 aten = torch.ops.aten
@@ -91,7 +91,7 @@ def _mlp(g: Grower, x: Node) -> Node:
 @functools.cache
 def _body(projection: str, kind: str, seed: int) -> Program:
     """A block of attention and MLP and a norm; it returns the block's value and the norm's."""
-    program = _seed_program(TOKENS).copy()
+    program = seed_program(TOKENS).copy()
     g = Grower(program, lambda _: bool(seed % 2), torch.Generator().manual_seed(seed))
     x = program.calls()[0]
     x = g.call(aten.add.Tensor, x, _attention(g, _norm(g, x), projection, kind))
@@ -190,7 +190,7 @@ def token_models(draw: Any) -> Program:
 @st.composite
 def pyramids(draw: Any) -> Program:
     """Convolutions, norms and pools, and heads that read some channels or pixels."""
-    program = _seed_program(IMAGE).copy()
+    program = seed_program(IMAGE).copy()
     g = Grower(program, draw, torch.Generator().manual_seed(draw(st.integers(0, 2**16))))
     first = _convolutions(g, program.calls()[0])
     return _with_heads(draw, program, (first, _convolutions(g, first)))
@@ -199,4 +199,4 @@ def pyramids(draw: Any) -> Program:
 def _with_heads(draw: Any, program: Program, values: tuple[Node, ...]) -> Program:
     g = Grower(program, draw, torch.Generator().manual_seed(draw(st.integers(0, 2**16))))
     results = [_head(g, values[-1]), *(_head(g, g.pick(*values)) for _ in range(g.pick(0, 0, 1, 2)))]
-    return _finished(program, results, set())
+    return finished(program, results, set())

@@ -9,77 +9,18 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from torch import nn
 from torch.fx import Node
 
-from vlexport.core.artifact import Signature, TensorSpec
-from vlexport.frontends.capture import capture
-from vlexport.ir import provenance
+from tests.growing import Grower, finished, seed_program
+from tests.layout_growing import LAYOUT
 from vlexport.ir.program import Program
-from vlexport.ir.text import size_text
 
 aten = torch.ops.aten
-MAX_ELEMENTS = 600
-"""Elements of one sample beyond which no operator may grow the value further."""
-
-
-class _Seed(nn.Module):
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return torch.relu(image)
-
-
-@functools.cache
-def _seed_program(shape: tuple[int, ...]) -> Program:
-    return capture(_Seed().eval(), torch.zeros(2, *shape)).program
-
-
-@dataclass
-class Grower:
-    """A Program under construction, and the source of every choice."""
-
-    program: Program
-    draw: Callable[[st.SearchStrategy[Any]], Any]
-    generator: torch.Generator
-    count: int = 0
-    dead: set[Node] = field(default_factory=set)
-    seen: list[Node] = field(default_factory=list)
-
-    def pick(self, *options: Any) -> Any:
-        """One of the options."""
-        return self.draw(st.sampled_from(options))
-
-    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
-        """Append a call."""
-        read = [a for a in [*args, *(args[0] if isinstance(args[0], list) else [])] if isinstance(a, Node)]
-        value_of = next((n for n in read[:1] if n.op == "call_function"), self.program.calls()[0])
-        return self.program.add_call(target, args, kwargs, before=self.program.output, value_of=value_of)
-
-    def tensor(self, *shape: int, positive: bool = False, kind: Any = "parameter") -> Node:
-        """Append a stored tensor: normal, or uniform in [0.3, 2]. Never all zero."""
-        value = torch.randn(shape, generator=self.generator)
-        if positive:
-            value = torch.rand(shape, generator=self.generator) * 1.7 + 0.3
-        self.count += 1
-        return self.program.add_tensor(f"t{self.count}", value, before=self.program.output, kind=kind)
-
-    @staticmethod
-    def shape(node: Node) -> list[Any]:
-        """Sizes without the batch."""
-        return list(node.meta["val"].shape[1:])
-
-    def small(self, node: Node) -> bool:
-        """Whether the value may still grow."""
-        elements = 1
-        for size in self.shape(node):
-            elements *= int(size)
-        return elements <= MAX_ELEMENTS // 2
 
 
 def _conv2d(g: Grower, x: Node) -> Node | None:
@@ -256,63 +197,6 @@ def _matmul(g: Grower, x: Node) -> Node | None:
     return g.call(aten.matmul.default, x, g.tensor(g.shape(x)[-1], g.pick(2, 4)))
 
 
-def _flatten(g: Grower, x: Node) -> Node | None:
-    if len(g.shape(x)) < 2:
-        return None
-    if g.pick(True, False):
-        return g.call(aten.flatten.using_ints, x, g.pick(1, len(g.shape(x)) - 1))
-    return g.call(aten.reshape.default, x, [g.call(aten.sym_size.int, x, 0), -1])
-
-
-def _split_axis(g: Grower, x: Node) -> Node | None:
-    sizes = g.shape(x)
-    if len(sizes) > 2 or sizes[-1] % 2 or sizes[-1] < 4:
-        return None
-    batch = g.call(aten.sym_size.int, x, 0)
-    halves = [*sizes[:-1], 2, sizes[-1] // 2]
-    spelling = g.pick("reshape", "view", "unflatten")
-    if spelling == "unflatten":
-        return g.call(aten.unflatten.int, x, -1, halves[-2:])
-    if spelling == "view" and x.meta["val"].is_contiguous():
-        return g.call(aten.view.default, x, [batch, *halves])
-    return g.call(aten.reshape.default, x, [batch, *halves])
-
-
-def _permute(g: Grower, x: Node) -> Node | None:
-    rank = len(g.shape(x)) + 1
-    if rank < 3:
-        return None
-    spelling = g.pick("transpose", "permute", "mT", "movedim", "swapaxes")
-    if spelling == "transpose":
-        return g.call(aten.transpose.int, x, -1, g.pick(-2, -1, 1))
-    if spelling == "mT":
-        return g.call(aten.mT.default, x)
-    if spelling == "movedim":
-        return g.call(aten.movedim.int, x, 1, -1)
-    if spelling == "swapaxes":
-        return g.call(aten.swapaxes.default, x, 1, rank - 1)
-    order = g.draw(st.permutations(list(range(1, rank))))
-    return g.call(aten.permute.default, x, [0, *(d - rank if g.pick(True, False) else d for d in order)])
-
-
-def _cat(g: Grower, x: Node) -> Node | None:
-    if not g.small(x):
-        return None
-    return g.call(aten.cat.default, [x, g.call(aten.abs.default, x)], g.pick(1, -1))
-
-
-def _split(g: Grower, x: Node) -> Node | None:
-    size = g.shape(x)[-1]
-    if size < 2:
-        return None
-    if g.pick(True, False):
-        pieces = g.call(aten.chunk.default, x, 2, -1)
-    else:
-        pieces = g.call(aten.split.Tensor, x, (size + 1) // 2, -1)
-    parts = [g.call(operator.getitem, pieces, i) for i in range(2)]
-    return g.call(aten.cat.default, parts[::-1], -1)
-
-
 def _mean(g: Grower, x: Node) -> Node | None:
     if len(g.shape(x)) < 2:
         return None
@@ -333,143 +217,6 @@ def _pad(g: Grower, x: Node) -> Node | None:
     if not g.small(x):
         return None
     return g.call(aten.pad.default, x, [g.pick(0, 1), 1], "constant", g.pick(0.0, 0.5))
-
-
-def _slice(g: Grower, x: Node) -> Node | None:
-    size = g.shape(x)[-1]
-    return g.call(aten.slice.Tensor, x, -1, g.pick(0, 1), size, g.pick(1, 2)) if size > 2 else None
-
-
-def _select(g: Grower, x: Node) -> Node | None:
-    return g.call(aten.select.int, x, g.pick(1, -1), g.pick(0, -1)) if len(g.shape(x)) > 1 else None
-
-
-def _unsqueeze(g: Grower, x: Node) -> Node | None:
-    if len(g.shape(x)) > 2:
-        return None
-    wide = g.call(aten.unsqueeze.default, x, g.pick(1, -1))
-    return g.call(aten.relu.default, wide) if g.pick(True, False) else wide
-
-
-def _squeeze(g: Grower, x: Node) -> Node | None:
-    return g.call(aten.squeeze.dim, x, g.pick(1, -1)) if len(g.shape(x)) > 1 else None
-
-
-def _expand(g: Grower, x: Node) -> Node | None:
-    if len(g.shape(x)) > 2 or not g.small(x):
-        return None
-    wide = g.call(aten.unsqueeze.default, x, 1)
-    if g.pick(True, False):
-        return g.call(aten.expand.default, wide, [-1, 2, *g.shape(x)])
-    return g.call(aten.expand_as.default, wide, g.call(aten.cat.default, [wide, wide], 1))
-
-
-def _layout_chain(g: Grower, x: Node) -> Node | None:
-    """Reshapes and permutes in a row, some of which undo others; now and then one is read twice."""
-    start, value = x, x
-    for _ in range(g.pick(2, 3, 4, 5)):
-        value = _layout_step(g, value, start) or value
-        if value is not x and g.pick(False, False, False, True):
-            g.seen.append(value)
-    if g.seen and g.pick(False, True):
-        other = g.call(aten.reshape.default, g.seen[-1], [g.call(aten.sym_size.int, value, 0), *g.shape(value)])
-        value = g.call(aten.add.Tensor, value, other)
-    g.seen.clear()
-    return value
-
-
-def _layout_step(g: Grower, x: Node, start: Node) -> Node | None:
-    sizes = g.shape(x)
-    kind = g.pick("permute", "permute", "back", "split", "join", "unsqueeze", "squeeze", "whole", "batch")
-    if kind == "permute" and len(sizes) > 1:
-        return g.call(aten.permute.default, x, [0, *g.draw(st.permutations(list(range(1, len(sizes) + 1))))])
-    if kind == "back":
-        return g.call(aten.reshape.default, x, [g.call(aten.sym_size.int, start, 0), *g.shape(start)])
-    axis = g.draw(st.integers(0, len(sizes) - 1)) if sizes else 0
-    if kind == "split" and len(sizes) < 4 and sizes and sizes[axis] > 1:
-        factor = next(f for f in range(2, sizes[axis] + 1) if sizes[axis] % f == 0)
-        cut = g.pick((factor, sizes[axis] // factor), (sizes[axis] // factor, factor))
-        return g.call(aten.reshape.default, x, [-1, *sizes[:axis], *cut, *sizes[axis + 1 :]])
-    if kind == "join" and axis + 1 < len(sizes):
-        return g.call(aten.reshape.default, x, [-1, *sizes[:axis], sizes[axis] * sizes[axis + 1], *sizes[axis + 2 :]])
-    if kind == "unsqueeze" and len(sizes) < 4:
-        return g.call(aten.unsqueeze.default, x, axis + 1)
-    if kind == "squeeze" and 1 in sizes:
-        return g.call(aten.squeeze.dim, x, sizes.index(1) + 1)
-    if kind == "whole":
-        whole = [-1] * (len(sizes) + 1)
-        return g.call(aten.expand.default, x, whole) if g.pick(False, True) else g.call(aten.slice.Tensor, x)
-    return None
-
-
-def _round_trip(g: Grower, x: Node) -> Node | None:
-    """Out of a layout, some operators there, and back; or on from there."""
-    sizes = g.shape(x)
-    if len(sizes) < 2 or not g.small(x):
-        return None
-    dims = [0, *g.draw(st.permutations(list(range(1, len(sizes) + 1))))]
-    kind = g.pick("permute", "permute", "join", "tokens")
-    if kind == "permute":
-        value = g.call(aten.permute.default, x, dims)
-    elif kind == "join":
-        value = g.call(aten.reshape.default, x, [-1, sizes[0] * sizes[1], *sizes[2:]])
-    else:
-        flat = g.call(aten.reshape.default, x, [-1, sizes[0], math.prod(sizes[1:])])
-        value = g.call(aten.permute.default, flat, [0, 2, 1])
-    steps = (
-        "tanh",
-        "add",
-        "sub",
-        "mul",
-        "softmax",
-        "residual",
-        "linear",
-        "layer_norm",
-        "mean",
-        "split",
-        "cat",
-        "slice",
-    )
-    for _ in range(g.pick(1, 1, 2, 3)):
-        value = OPERATORS[g.pick(*steps)](g, value) or value
-    if g.pick(False, False, True):
-        return value
-    rank = len(g.shape(value)) + 1
-    if kind == "permute" and rank == len(dims):
-        return g.call(aten.permute.default, value, [dims.index(i) for i in range(len(dims))])
-    if kind == "join" and g.shape(value)[0] == sizes[0] * sizes[1]:
-        return g.call(aten.reshape.default, value, [-1, *sizes[:2], *g.shape(value)[1:]])
-    return g.call(aten.permute.default, value, [0, 2, 1]) if rank == 3 else value
-
-
-def _pieces(g: Grower, x: Node) -> Node | None:
-    """Cut along an axis, cut again, joined again: in order, out of order, or in part."""
-    size = g.shape(x)[-1]
-    if size < 4:
-        return None
-    kind = g.pick("slices", "split and cat", "cat and split", "cat of cats", "unbind and stack")
-    if kind == "slices":
-        inner = g.call(aten.slice.Tensor, x, -1, g.pick(0, 1), g.pick(size, size - 1, 2**63 - 1), g.pick(1, 1, 2))
-        outer = g.call(aten.slice.Tensor, inner, -1, 0, 2, g.pick(1, 2))
-        return (
-            g.call(aten.select.int, inner, -1, g.pick(0, -1)) if g.pick(False, True) and len(g.shape(x)) > 1 else outer
-        )
-    if kind == "split and cat":
-        pieces = g.call(aten.split_with_sizes.default, x, [1, size - 2, 1], -1)
-        parts = [g.call(operator.getitem, pieces, i) for i in range(3)]
-        return g.call(aten.cat.default, g.pick(parts, parts, parts[::-1], parts[:2], [parts[1], *parts[:2]]), -1)
-    other = g.call(aten.tanh.default, x)
-    if kind == "unbind and stack":
-        pieces = g.call(aten.unbind.int, x, -1)
-        parts = [g.call(operator.getitem, pieces, i) for i in range(size)]
-        return g.call(aten.stack.default, parts if g.pick(False, True) else parts[::-1], -1)
-    joined = g.call(aten.cat.default, [x, other], -1)
-    if kind == "cat of cats":
-        return g.call(aten.cat.default, [other, joined], -1) if g.small(x) else None
-    first = g.pick(size, size, size - 1)
-    pieces = g.call(aten.split_with_sizes.default, joined, [first, 2 * size - first], -1)
-    parts = [g.call(operator.getitem, pieces, i) for i in range(2)]
-    return g.call(aten.mul.Tensor, *parts) if first == size else g.call(aten.cat.default, parts[::-1], -1)
 
 
 def _upsample(g: Grower, x: Node) -> Node | None:
@@ -565,6 +312,46 @@ def _dead(g: Grower, x: Node) -> Node | None:
     return x
 
 
+def _round_trip(g: Grower, x: Node) -> Node | None:
+    """Out of a layout, some operators there, and back; or on from there."""
+    sizes = g.shape(x)
+    if len(sizes) < 2 or not g.small(x):
+        return None
+    dims = [0, *g.draw(st.permutations(list(range(1, len(sizes) + 1))))]
+    kind = g.pick("permute", "permute", "join", "tokens")
+    if kind == "permute":
+        value = g.call(aten.permute.default, x, dims)
+    elif kind == "join":
+        value = g.call(aten.reshape.default, x, [-1, sizes[0] * sizes[1], *sizes[2:]])
+    else:
+        flat = g.call(aten.reshape.default, x, [-1, sizes[0], math.prod(sizes[1:])])
+        value = g.call(aten.permute.default, flat, [0, 2, 1])
+    steps = (
+        "tanh",
+        "add",
+        "sub",
+        "mul",
+        "softmax",
+        "residual",
+        "linear",
+        "layer_norm",
+        "mean",
+        "split",
+        "cat",
+        "slice",
+    )
+    for _ in range(g.pick(1, 1, 2, 3)):
+        value = OPERATORS[g.pick(*steps)](g, value) or value
+    if g.pick(False, False, True):
+        return value
+    rank = len(g.shape(value)) + 1
+    if kind == "permute" and rank == len(dims):
+        return g.call(aten.permute.default, value, [dims.index(i) for i in range(len(dims))])
+    if kind == "join" and g.shape(value)[0] == sizes[0] * sizes[1]:
+        return g.call(aten.reshape.default, value, [-1, *sizes[:2], *g.shape(value)[1:]])
+    return g.call(aten.permute.default, value, [0, 2, 1]) if rank == 3 else value
+
+
 OPERATORS: dict[str, Callable[[Grower, Node], Node | None]] = {
     "conv2d": _conv2d,
     "conv_transpose2d": _conv_transpose2d,
@@ -589,23 +376,12 @@ OPERATORS: dict[str, Callable[[Grower, Node], Node | None]] = {
     "residual": _residual,
     "softmax": _softmax,
     "matmul": _matmul,
-    "flatten": _flatten,
-    "split axis": _split_axis,
-    "permute": _permute,
-    "cat": _cat,
-    "split": _split,
+    **LAYOUT,
+    "round trip": _round_trip,
     "mean": _mean,
     "difference": _difference,
     "pool": _pool,
     "pad": _pad,
-    "slice": _slice,
-    "select": _select,
-    "unsqueeze": _unsqueeze,
-    "squeeze": _squeeze,
-    "expand": _expand,
-    "layout chain": _layout_chain,
-    "pieces": _pieces,
-    "round trip": _round_trip,
     "tanh": _unary(aten.tanh.default),
     "upsample": _upsample,
     "no-op": _no_op,
@@ -634,7 +410,7 @@ def programs(draw: Any, *, most: int = 9, including: tuple[str, ...] = ()) -> Pr
         most: Operators at most.
         including: Names that are drawn half of the time, so that the pass under test has something to do.
     """
-    program = _seed_program(draw(st.sampled_from(INPUT_SHAPES))).copy()
+    program = seed_program(draw(st.sampled_from(INPUT_SHAPES))).copy()
     grower = Grower(program, draw, torch.Generator().manual_seed(draw(st.integers(0, 2**16))))
     value = program.calls()[0]
     passed = [value]
@@ -646,26 +422,4 @@ def programs(draw: Any, *, most: int = 9, including: tuple[str, ...] = ()) -> Pr
             value = made
             passed.append(made)
     second = draw(st.sampled_from(passed)) if draw(st.integers(0, 3)) == 0 else None
-    return _finished(program, [value] if second in (None, value) else [value, second], grower.dead)
-
-
-def _finished(program: Program, results: list[Node], dead: set[Node]) -> Program:
-    """Let the Program return ``results``; what nobody reads goes, but for ``dead``."""
-    program.output.args = (tuple(results),)
-    for node in reversed(list(program.graph.nodes)):
-        unread = node.op in ("call_function", "get_attr") and not node.users and node not in dead
-        if unread and node in program.graph.nodes:  # an earlier one may have taken it along
-            program.erase_dead(node)
-    names = program.symbol_names()
-    outputs = tuple(
-        TensorSpec(
-            name="output" if i == 0 else f"output_{i}",
-            dtype=str(node.meta["val"].dtype).removeprefix("torch."),
-            shape=tuple(s if isinstance(s, int) else size_text(s, names) for s in node.meta["val"].shape),
-        )
-        for i, node in enumerate(results)
-    )
-    provenance.stamp(program.graph)
-    old = program.signature
-    program.signature = Signature(inputs=old.inputs, outputs=outputs, dims=old.dims)
-    return program
+    return finished(program, [value] if second in (None, value) else [value, second], grower.dead)

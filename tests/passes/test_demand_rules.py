@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx import Node
 
-from tests.strategies import Grower, _seed_program
+from tests.growing import Grower, seed_program
 from vlexport.ir import dialect
 from vlexport.passes.demand.box import Box, box_of
 from vlexport.passes.demand.rules import RULES, narrowing
@@ -182,7 +182,7 @@ CASES: dict[str, tuple[tuple[int, ...], Build, Iterable[int]]] = {
 def built(case: str) -> tuple[Site, dict[Node, Any]]:
     """The call, and the value of every node in float64 at batch 2."""
     shape, build, _ = CASES[case]
-    program = _seed_program(shape).copy()
+    program = seed_program(shape).copy()
     generator = torch.Generator().manual_seed(0)
     node = build(Grower(program, lambda _: None, generator), program.calls()[0])
     values: dict[Node, Any] = {}

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 
+from tests.growing import Grower, finished, seed_program
 from tests.harness import Checked, captured, check_pass, near_misses, randomize
-from tests.strategies import Grower, _finished, _seed_program
 from vlexport.core.errors import GateError
 from vlexport.ir import provenance
 from vlexport.ir.program import Program
@@ -73,7 +73,7 @@ def with_head(program: Program, head: Head) -> Program:
     """``head`` is put behind the first output; it returns one node or a list of them."""
     grown = program.copy()
     made = head(Grower(grown, lambda _: None, torch.Generator().manual_seed(2)), grown.results[0])
-    return _finished(grown, made if isinstance(made, list) else [made], set())  # type: ignore[list-item]
+    return finished(grown, made if isinstance(made, list) else [made], set())  # type: ignore[list-item]
 
 
 def block_macs(queries: int) -> int:
@@ -279,7 +279,7 @@ def test_weight_of_a_linear_is_cut_when_half_of_its_features_are_read() -> None:
     def head(g: Grower, x: Node) -> Node:
         return g.call(aten.slice.Tensor, g.call(aten.gelu.default, linear(g, x)), 2, 0, 1)
 
-    program = with_head(_seed_program((5, 4)), head)
+    program = with_head(seed_program((5, 4)), head)
     checked = check_pass(NarrowToDemand(), program, expect_changes=1)
     assert checked.changes[0].saved_parameters == 2 * 4 + 2
     assert checked.changes[0].saved_macs == 5 * 2 * 4
@@ -308,7 +308,7 @@ def test_shared_weight_stays_for_its_other_reader_when_one_use_is_narrowed() -> 
         first, second = (g.call(aten.linear.default, value, weight) for value in (x, g.call(aten.relu.default, x)))
         return [g.call(aten.slice.Tensor, first, 2, 0, 1), g.call(aten.sum.dim_IntList, second, [1])]
 
-    checked = check_pass(NarrowToDemand(), with_head(_seed_program((5, 4)), head), expect_changes=1)
+    checked = check_pass(NarrowToDemand(), with_head(seed_program((5, 4)), head), expect_changes=1)
     assert checked.changes[0].saved_parameters == -4, "the row that is read is stored a second time"
 
 
@@ -388,7 +388,7 @@ NEAR: dict[str, tuple[Head, list[tuple[str, str]]]] = {
 @pytest.mark.parametrize("case", NEAR)
 def test_value_is_computed_whole_and_says_why_when(case: str) -> None:
     head, expected = NEAR[case]
-    program = with_head(_seed_program((5, 4)), head)
+    program = with_head(seed_program((5, 4)), head)
     assert [miss for miss in near_misses(NarrowToDemand(), program) if miss in expected] == expected
     checked = check_pass(NarrowToDemand(), program, expect_changes=0)
     assert expected[0][1] in {miss.reason for miss in checked.record.near_misses}
@@ -426,6 +426,6 @@ def test_gate_refuses_the_pass_when_a_rule_takes_rows_apart_that_are_mixed(
     name, head = WRONG[case]
     relu = demand_rules.RULES["aten.relu.default"]
     monkeypatch.setitem(demand_rules.RULES, f"aten.{name}", relu)  # type: ignore[arg-type]
-    program = with_head(_seed_program((5, 4)), of_linear(head))
+    program = with_head(seed_program((5, 4)), of_linear(head))
     with pytest.raises(GateError):
         check_pass(NarrowToDemand(), program)

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.fx import Node
 
+from tests.growing import Grower, finished
 from tests.harness import captured, check_pass, worst_error
-from tests.strategies import Grower, _finished, programs
+from tests.strategies import programs
 from vlexport.core.errors import CapabilityError
 from vlexport.ir.cost import cost
 from vlexport.ir.facts import FACTS
@@ -110,7 +111,7 @@ def sums(draw: Any) -> Program:
         total = grower.call(grower.pick(aten.add.Tensor, aten.add.Tensor, aten.sub.Tensor), total, each)
     if grower.pick(True, False):
         total = branch.norm(total)
-    return _finished(program, [total], set())
+    return finished(program, [total], set())
 
 
 @SETTINGS
@@ -174,7 +175,7 @@ def spoiled(draw: Any) -> tuple[Program, str]:
     spoil = draw(st.sampled_from((reluing, padded_behind_a_bias, padded_twice)))
     other, reason = spoil(draw, branch, x, made[1])
     total = grower.call(aten.add.Tensor, *draw(st.permutations([made[0], other])))
-    return _finished(program, [branch.norm(total) if grower.pick(True, False) else total], set()), reason
+    return finished(program, [branch.norm(total) if grower.pick(True, False) else total], set()), reason
 
 
 @SETTINGS
