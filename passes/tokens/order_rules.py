@@ -109,7 +109,8 @@ def _results(sort: Node) -> tuple[Node | None, Node | None]:
     return items.get(0), items.get(1)
 
 
-def _slices(result: Node, axis: int) -> Iterator[tuple[Node, int, int, int]]:
+def _slices(result: Node, axis: int) -> Iterator[tuple[Node, Any, Any, Any]]:
+    """Slices along ``axis``, with what they begin, end and step by: numbers, or sizes of the input."""
     for user in result.users:
         if dialect.op_name(user) == "aten.slice.Tensor":
             operand, dim, start, end, step = dialect.operands(user)
@@ -120,7 +121,9 @@ def _slices(result: Node, axis: int) -> Iterator[tuple[Node, int, int, int]]:
 def _read(result: Node, axis: int, size: int) -> int:
     """How many of the first elements along ``axis`` are read, ``size`` where that is not seen."""
     ends = [
-        end for _, start, end, _ in _slices(result, axis) if isinstance(end, int) and end >= 0 and 0 <= start < size
+        end
+        for _, start, end, _ in _slices(result, axis)
+        if isinstance(start, int) and isinstance(end, int) and end >= 0 and 0 <= start < size
     ]
     return min(size, max(ends)) if ends and len(ends) == len(result.users) else size
 

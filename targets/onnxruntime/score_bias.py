@@ -27,8 +27,8 @@ def content(value: onnx_ir.Value) -> np.ndarray | None:
 def is_causal(bias: np.ndarray) -> bool:
     """Whether a stored bias lets each position look at itself and those before it, and does nothing else."""
     length = bias.shape[-1]
-    if bias.ndim < 2 or length < 2 or bias.size != length * length:
-        return False
+    if length < 2 or bias.shape[-2:] != (length, length) or bias.size != length * length:
+        return False  # a number a key, or a triangle over heads and keys
     square = bias.reshape(length, length)
     later = np.triu(np.ones((length, length), bool), 1)
     return bool((square[~later] == 0).all() and (square[later] <= _NOTHING).all())

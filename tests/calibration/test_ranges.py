@@ -51,3 +51,9 @@ def test_infinities_of_a_mask_do_not_count_when_the_rest_is_finite() -> None:
 def test_whole_numbers_are_seen_when_every_value_is_one() -> None:
     assert seen([1.0, 2.0], [4096.0]).whole
     assert not seen([1.0, 2.0], [0.5]).whole
+
+
+def test_decibels_are_the_same_when_values_are_too_small_to_be_squared_in_float32() -> None:
+    found, values = ValueRange(), np.full(4, 1e-25, np.float32)
+    found.update(values, values * np.float32(1.001))
+    assert found.kept_db == pytest.approx(60.0, abs=0.1)

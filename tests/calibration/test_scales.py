@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlexport.calibration.scales import affine, symmetric
+from vlexport.calibration.scales import LARGEST_HALF, affine, half_scale, symmetric
 from vlexport.core.grids import INT4, INT7, INT8, UINT7, UINT8, Grid, dequantize, quantize
 
 SMALL = (INT8, UINT8, INT7, UINT7, INT4)
@@ -84,3 +84,7 @@ def test_range_is_refused_when_it_is_none(low: float, high: float) -> None:
     for make in (affine, symmetric):
         with pytest.raises(ValueError):
             make(low, high, INT8)
+
+
+def test_half_scale_is_the_largest_there_is_when_no_float16_is_larger() -> None:
+    assert half_scale(np.float32(1e6)) == np.float32(LARGEST_HALF)

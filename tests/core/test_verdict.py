@@ -189,3 +189,8 @@ def test_one_sample_decides_nothing_when_a_mean_has_no_interval() -> None:
     assert (verdict.outcome, verdict.samples_needed) == ("inconclusive", None)
     assert "one sample" in str(verdict)
     assert Measured.model_validate_json(figure.model_dump_json()) == figure
+
+
+def test_nan_fails_when_one_sample_gave_it_no_interval() -> None:
+    figure = Measured(metric="mine", value=math.nan, low=-math.inf, high=math.inf, samples=1)
+    assert judge(Gate(metric="mine", op=">=", value=1.0), [figure]).outcome == "fail"

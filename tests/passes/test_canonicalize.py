@@ -141,6 +141,19 @@ def test_reshape_keeps_its_symbol_when_another_size_is_zero() -> None:
     assert checked.after.run(SQUARE)[0].shape == (2, 3, 16)
 
 
+def test_reshape_keeps_its_symbol_when_the_size_left_open_is_zero() -> None:
+    model = Lambda(lambda x: torch.cat([x[:, :0].reshape(x.shape[0], -1), x.flatten(1)], 1))
+    checked = check_pass(Canonicalize(), model, SQUARE)
+    assert checked.after.run(SQUARE)[0].shape == (2, 48)
+
+
+def test_reshape_stays_when_two_symbols_change_places() -> None:
+    dynamic = {"x": {0: "batch", 2: ("height", 2, 6)}}
+    model = Lambda(lambda x: x.reshape(x.shape[2], 3, x.shape[0], 4) * 2)
+    checked = check_pass(Canonicalize(), model, SQUARE, dynamic=dynamic, expect_changes=0)
+    assert checked.after.run(SQUARE)[0].shape == (4, 3, 2, 4)
+
+
 def test_text_is_golden_when_a_vision_transformer_block_is_canonicalized() -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:

@@ -419,3 +419,15 @@ def test_program_stays_right_and_casts_are_few_when_it_is_random(program: Progra
     again = after.copy()
     assert typing.run(again)[0] == []
     assert fingerprint(again) == fingerprint(after)
+
+
+def test_cast_of_the_model_is_not_read_by_a_call_before_it() -> None:
+    class Cast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x) + x.to(torch.float16).to(torch.float32)
+
+    check_pass(CastFloats(), Cast(), torch.randn(2, 16))

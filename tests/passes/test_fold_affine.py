@@ -305,3 +305,18 @@ def test_values_are_equal_when_the_program_is_random(program: Program) -> None:
         assume(False)
     assert cost(checked.after).parameters <= cost(checked.before).parameters
     assert cost(checked.after).macs == cost(checked.before).macs
+
+
+def test_scale_stays_when_it_makes_the_value_double() -> None:
+    class Promoted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x) * torch.linspace(1.0, 2.0, 4, dtype=torch.float64)
+
+    program = captured(Promoted(), torch.randn(2, 8))
+    FoldConstants().run(program)
+    checked = check_pass(FoldAffine(), program, expect_changes=0)
+    assert checked.after.run(torch.randn(2, 8))[0].dtype is torch.float64

@@ -115,3 +115,13 @@ def test_a_comparison_says_what_the_score_is_where_it_is_false() -> None:
     score, bounds = left_out_by(node) or (None, ANY)
     assert score is program("ge number").placeholders[0]
     assert bounds == Bounds(-math.inf, 0.5)
+
+
+@pytest.mark.parametrize("by", [EITHER, Bounds(-1.0, 0.0)])
+def test_nothing_is_known_of_a_quotient_when_the_divisor_may_be_zero(by: Bounds) -> None:
+    class Quotient(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return a / b
+
+    program = captured(Quotient(), (torch.ones(1, 4), torch.ones(1, 4)), dynamic=False)
+    assert computed(program.calls()[0], (Bounds(1.0, 2.0), by)) == ANY

@@ -224,6 +224,19 @@ def test_k_is_what_is_read_when_the_first_places_are() -> None:
     assert [node.args[1] for node in program.calls("aten.topk.default")] == [2, 5]
 
 
+def test_all_places_are_kept_when_a_slice_of_them_begins_at_a_size_of_the_input() -> None:
+    class Cut(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            places = x.mean(-1).argsort(1, descending=True)[:, y.shape[1] : 8]
+            return x.gather(1, places[..., None].expand(-1, -1, x.shape[-1])).sum(1) + y.sum(1)
+
+    inputs = (torch.randn(2, 9, 4), torch.randn(2, 3, 4))
+    program = captured(Cut(), inputs, dynamic={"y": {1: ("n", 2, 6)}})
+    wanted = program.run(*inputs)[0]
+    LegalizeSelections().run(program)
+    torch.testing.assert_close(program.run(*inputs)[0], wanted)
+
+
 def test_order_of_equals_stays_when_a_sort_is_stable() -> None:
     program = prepared(lambda x: x.round().argsort(dim=1, stable=True, descending=True), 40, 2)
     before = program.copy()

@@ -101,3 +101,5 @@ def test_only_a_mask_of_all_later_positions_is_causal(change: tuple[int, int, fl
         mask[0, 0, change[0], change[1]] = change[2]
     assert is_causal(mask) is wanted
     assert not is_causal(mask.repeat(2, 1))
+    for shape in ((1, 4, 1, 4), (4, 1, 1, 4)):
+        assert not is_causal(mask.reshape(shape)), "a triangle over heads, or samples, and keys"

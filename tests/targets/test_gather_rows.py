@@ -118,3 +118,7 @@ def test_nothing_is_done_where_shapes_are_not_known(unknown: str) -> None:
     values = [*model.model.graph.inputs, *(v for node in model.nodes() for v in node.outputs)]
     next(v for v in values if v.name == unknown).shape = None
     assert reasons(model) == ["shapes are not known"]
+
+
+def test_one_row_that_is_taken_several_times_is_no_gather_of_rows() -> None:
+    assert reasons(net((2, 5, 4), 1, shape=(2, 3, 4))) == ["dims in front are broadcast or cut"]
