@@ -6,9 +6,14 @@ Public names are loaded when they are used: importing the package imports neithe
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# ONNX Runtime 1.32 reports its use to its maker over HTTPS, under an id that it stores in the home folder. It reads
+# this when it is first imported, in this process or a child; whoever sets it is not overruled.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _PUBLIC = {
     "BuildConfig": "vlexport.core.config",

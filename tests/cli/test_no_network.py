@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -99,3 +100,28 @@ def test_commands_ask_no_network_when_they_run(model_file: Path, tmp_path: Path)
     assert found.returncode == 0, found.stderr
     codes = json.loads(found.stdout.splitlines()[-1])
     assert codes == [0] * (len(lines) - 1) + [1, "ResNet", "VLX0110", "VLX0110", "VLX0110"], found.stderr
+
+
+LOAD = "import vlexport; vlexport.load('made').run({'image': __import__('numpy').zeros((1, 3, 8, 8), 'float32')})"
+TELL = "import onnxruntime; onnxruntime.InferenceSession('made/artifact/main.onnx', providers=['CPUExecutionProvider'])"
+VERIFY = "from vlexport.cli.main import main; raise SystemExit(main(['verify', 'made']))"
+
+
+def stored_by(code: str, place: Path) -> list[str]:
+    """What Python, with a home folder of its own and no variable that forbids reports, stores there."""
+    home = place / "home"
+    shutil.rmtree(home, ignore_errors=True)
+    home.mkdir()
+    kept = {k: v for k, v in os.environ.items() if k not in ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")}
+    root = str(Path(__file__).resolve().parents[2])
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=place, check=True, env={**kept, "HOME": str(home), "PYTHONPATH": root}
+    )
+    return [each.name for each in home.rglob("*") if each.is_file()]
+
+
+def test_onnx_runtime_keeps_no_id_in_the_home_folder_when_vlexport_runs_it(built: Path, tmp_path: Path) -> None:
+    shutil.copytree(built, tmp_path / "made")
+    assert [stored_by(code, tmp_path) for code in (LOAD, VERIFY)] == [[], []]
+    if not stored_by(TELL, tmp_path):
+        pytest.skip("this ONNX Runtime reports nothing by itself")
