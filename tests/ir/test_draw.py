@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.harness import captured
 from vlexport.ir.draw import draw, vocabulary
+from vlexport.ir.hiding import hides
 from vlexport.ir.program import Program
 
 
@@ -72,3 +76,63 @@ def test_vocabulary_is_the_smallest_table_when_several_read_the_ids() -> None:
 
     program = captured(Two(), torch.ones(2, 3, dtype=torch.int64))
     assert vocabulary(program, program.placeholders[0]) == 9
+
+
+LOWEST = torch.finfo(torch.float32).min
+
+
+class Attending(nn.Module):
+    """Scores of each row against each other, changed by a mask, and their softmax."""
+
+    def __init__(self, masked: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.masked = masked
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.masked(x @ x.mT, mask[:, None]).softmax(-1) @ x
+
+
+def attending(masked: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype = torch.bool) -> Program:
+    return captured(Attending(masked), (torch.randn(2, 5, 4), torch.ones(2, 5, dtype=dtype)))
+
+
+@pytest.mark.parametrize(
+    ("masked", "wanted"),
+    [
+        (lambda scores, mask: scores.masked_fill(mask, -torch.inf), True),
+        (lambda scores, mask: scores.masked_fill(~mask, LOWEST), False),
+        (lambda scores, mask: scores.masked_fill(mask.logical_not().logical_not(), -1e9), True),
+        (lambda scores, mask: torch.where(mask, scores, -1e9), False),
+        (lambda scores, mask: torch.where(mask, torch.full((1,), -1e9), scores), True),
+        (lambda scores, mask: scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill(mask, -torch.inf), True),
+        (lambda scores, mask: scores.masked_fill(mask, 0.0), False),
+        (lambda scores, mask: scores * mask, False),
+    ],
+)
+def test_a_mask_hides_what_it_is_true_for_when_that_is_filled_with_the_lowest_score(
+    masked: Callable[[Tensor, Tensor], Tensor], wanted: bool
+) -> None:
+    program = attending(masked)
+    assert hides(program, program.placeholders[1]) is wanted
+    for masks in (False, True):
+        drawn = draw(program, torch.Generator().manual_seed(0), {"batch": 64}, masks=masks)
+        assert not drawn[1][:, 0].logical_xor(torch.tensor(not wanted)).any(), "the first place is never hidden"
+        assert bool(drawn[1].float().std() > 0) is masks
+        assert program.run(*drawn)[0].isfinite().all()
+
+
+def test_a_mask_in_whole_numbers_never_hides_the_first_place() -> None:
+    program = attending(lambda scores, mask: scores.masked_fill(mask == 0, -torch.inf), torch.int64)
+    _, mask = draw(program, torch.Generator().manual_seed(0), {"batch": 64})
+    assert mask[:, 0].all()
+    assert 0.3 < float(mask[:, 1:].float().mean()) < 0.7
+
+
+def test_bytes_that_nothing_looks_up_are_those_of_a_photo() -> None:
+    class Photo(nn.Module):
+        def forward(self, image: Tensor) -> Tensor:
+            return image.float().mean((1, 2))
+
+    program = captured(Photo(), torch.zeros(2, 8, 8, dtype=torch.uint8))
+    (image,) = draw(program, torch.Generator().manual_seed(0), {"batch": 64})
+    assert (int(image.min()), int(image.max())) == (0, 255)

@@ -1,7 +1,9 @@
 """Seeded input values for a Program: probes of the gate, golden vectors, the example inside a saved file.
 
 Floats are standard normal (what normalised images look like), ids stay inside the vocabulary of the embedding that
-reads them, booleans are masks: all true, or random with at least one true in every row.
+reads them. Booleans, and whole numbers that no embedding reads, are masks: they hide nothing, or at random, but never
+the first place of a row. Of a row that is hidden as a whole, runtimes make different things: PyTorch's attention gives
+zeros, the operators of ONNX NaN.
 """
 
 from __future__ import annotations
@@ -12,9 +14,14 @@ import torch
 from torch.fx import Node
 
 from vlexport.ir import dialect
+from vlexport.ir.hiding import hides
 from vlexport.ir.program import Program
 
-_TRUE_SHARE = 0.7
+_KEPT_SHARE = 0.7
+_MASK = 2
+"""Values of a mask in whole numbers."""
+_BYTE = 256
+"""Values of a byte."""
 _PASS_THROUGH = ("view", "elementwise")
 
 
@@ -27,8 +34,7 @@ def draw(
         program: Its inputs are drawn.
         generator: Source of randomness.
         dims: Size of every dynamic dim.
-        masks: Draw booleans at random, with the first entry of the last dim true, so that no mask hides everything;
-            otherwise they are all true.
+        masks: Draw booleans at random; otherwise they hide nothing.
     """
     values = []
     for node, spec in zip(program.placeholders, program.signature.inputs, strict=True):
@@ -37,19 +43,24 @@ def draw(
         if dtype.is_floating_point:
             values.append(torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype))
         elif dtype is torch.bool:
-            value = torch.ones(shape, dtype=torch.bool)
+            kept = torch.ones(shape, dtype=torch.bool)
             if masks and shape:
-                value = torch.rand(shape, generator=generator) < _TRUE_SHARE
-                value[..., :1] = True
-            values.append(value)
+                kept = torch.rand(shape, generator=generator) < _KEPT_SHARE
+                kept[..., :1] = True
+            values.append(~kept if hides(program, node) else kept)
         else:
             high = vocabulary(program, node)
-            values.append(torch.randint(0, high, shape, generator=generator, dtype=torch.int64).to(dtype))
+            if high == _MASK and dtype is torch.uint8:
+                high = _BYTE  # of a photo
+            value = torch.randint(0, high, shape, generator=generator, dtype=torch.int64).to(dtype)
+            if high == _MASK and shape:
+                value[..., :1] = 1
+            values.append(value)
     return tuple(values)
 
 
 def vocabulary(program: Program, node: Node) -> int:
-    """Rows of the smallest embedding that reads ``node`` through views and casts; 2 (a mask) when there is none."""
+    """Rows of the smallest embedding that reads ``node`` through views and casts; of a mask when there is none."""
     found: list[int] = []
     pending, seen = [node], {node}
     while pending:
@@ -60,4 +71,4 @@ def vocabulary(program: Program, node: Node) -> int:
             elif user not in seen and row is not None and row.category in _PASS_THROUGH:
                 seen.add(user)
                 pending.append(user)
-    return min(found, default=2)
+    return min(found, default=_MASK)
