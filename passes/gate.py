@@ -73,9 +73,11 @@ class NumericGate:
         self.level = level
         self.kept: list[Outputs] = []
         self.blind: tuple[int, ...] = ()
+        self.unreal: dict[int, float] = {}
         if not sighted:
             self.kept = self._sound(source, probes)
             self.blind = require_sight(self.kept)
+            self.unreal = unreal_outputs(self.kept)
         self._digests = self._digested(source)
 
     def check(self, applied: Pass[Any], before: Any, after: Any) -> GateRecord:
@@ -351,6 +353,18 @@ def left_range(found: Outputs, expected: Outputs) -> bool:
     return any(bool(np.isfinite(b).all()) and not bool(np.isfinite(a).all()) for a, b in floats)
 
 
+def unreal_outputs(seen: Sequence[Outputs]) -> dict[int, float]:
+    """Position of an output → the share of it that is NaN or infinite over all probes, where that is more than none."""
+    shares: dict[int, float] = {}
+    for position in range(len(seen[0])):
+        values = [as_array(outputs[position]) for outputs in seen]
+        sizes = sum(value.size for value in values)
+        unreal = sum(int((~np.isfinite(value)).sum()) for value in values if value.dtype.kind == "f")
+        if unreal:
+            shares[position] = unreal / sizes
+    return shares
+
+
 def small_part_changed(found: Outputs, expected: Outputs) -> bool:
     """Whether some index of an output's later dims moved by more than :data:`PART_BOUND` of its own largest value.
 
@@ -361,7 +375,8 @@ def small_part_changed(found: Outputs, expected: Outputs) -> bool:
         if a.shape != b.shape or a.dtype.kind != "f" or a.ndim < 2:
             continue
         finite = np.isfinite(a) & np.isfinite(b)
-        moved, size = np.where(finite, np.abs(a - b), 0.0), np.where(finite, np.abs(b), 0.0)
+        moved = np.abs(np.subtract(a, b, out=np.zeros_like(a), where=finite))
+        size = np.where(finite, np.abs(b), 0.0)
         for axis in range(1, a.ndim):
             others = tuple(i for i in range(a.ndim) if i != axis)
             if bool(np.any(moved.max(axis=others, initial=0.0) > PART_BOUND * size.max(axis=others, initial=0.0))):

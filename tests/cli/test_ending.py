@@ -89,16 +89,21 @@ def samples():
 """
 
 
+BUILD = ("build", "model.pt", "-o", "bundle", "--force", "--no-profile", "--data", "slow.py:samples")
+
+
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "sent"),
     [
-        ("build", "model.pt", "-o", "bundle", "--force", "--no-profile", "--data", "slow.py:samples"),
-        ("validate", "bundle", "--data", "slow.py:samples"),
+        (BUILD, signal.SIGINT),
+        (BUILD, signal.SIGTERM),
+        (("validate", "bundle", "--data", "slow.py:samples"), signal.SIGINT),
+        (("validate", "bundle", "--data", "slow.py:samples"), signal.SIGHUP),
     ],
-    ids=["build", "validate"],
+    ids=["build", "build-terminated", "validate", "validate-hung-up"],
 )
 def test_interrupt_exits_130_and_leaves_nothing_when_a_command_is_under_way(
-    arguments: tuple[str, ...], cli: Any, here: Path, bundle: Path
+    arguments: tuple[str, ...], sent: signal.Signals, cli: Any, here: Path, bundle: Path
 ) -> None:
     Path("slow.py").write_text(SLOW)
     before = {str(p) for p in Path().rglob("*")}
@@ -110,12 +115,22 @@ def test_interrupt_exits_130_and_leaves_nothing_when_a_command_is_under_way(
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None and not Path("started").exists():
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the children get it too
+    os.killpg(process.pid, sent)  # as a terminal does: the children get it too
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130, err
     assert "interrupted" in err
     assert "Traceback" not in err
     assert {str(p) for p in Path().rglob("*")} - {"started"} == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="this system has no /dev/full")
+def test_output_that_cannot_be_written_is_one_error_when_stdout_is_full(bundle: Path) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "vlexport", "verify", "bundle"]
+        found = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert found.returncode == 1
+    assert "error VLX0607: the output cannot be written: No space left on device" in found.stderr
+    assert "Traceback" not in found.stderr
 
 
 def test_main_never_raises_when_arguments_are_strange(capfd: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -154,6 +155,21 @@ def test_run_refuses_output_when_it_cannot_be_written(cli: Any, bundle: Path, ma
     data = make.npz(Path("x.npz"), [0, 1, 2])
     cli.refused(1, "VLX0607", "run", "bundle", data, "-o", "no/out.npz")
     cli.refused(1, "VLX0607", "run", "bundle", data, "-o", "bundle")
+    os.mkfifo("pipe")
+    cli.refused(1, "VLX0607", "run", "bundle", data, "-o", "pipe", "--force", said="no plain file")
+
+
+def test_run_keeps_what_stands_at_its_output_unless_forced(cli: Any, bundle: Path, make: Any) -> None:
+    data = make.npz(Path("x.npz"), [0, 1, 2])
+    Path("out.npz").write_text("mine")
+    cli.refused(1, "VLX0604", "run", "bundle", data, "-o", "out.npz", said="--force")
+    assert Path("out.npz").read_text() == "mine"
+    assert cli("run", "bundle", data, "-o", "out.npz", "--force")[0] == 0
+    with np.load("out.npz") as found:
+        assert found["output"].shape[0] == 3
+    before = Path(data).read_bytes()
+    cli.refused(1, "VLX0604", "run", "bundle", data, "-o", data, "--force", said="the data that is run on")
+    assert Path(data).read_bytes() == before
 
 
 def test_commands_refuse_bundle_when_the_path_is_none(cli: Any, here: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.report.example_reports import a_bundle, a_report
+from vlexport.core.artifact import DimRange
 from vlexport.core.bundle_schema import (
     LatencyResult,
     Tuning,
@@ -66,3 +67,23 @@ def test_receipt_has_twelve_lines_at_most_when_there_is_much_to_say() -> None:
     assert lines[3].startswith("Missing  11 of 12 attention modules did not become one operator: image at image and 10")
     assert not [line for line in lines if "\n" in line]
     assert lines[-2] == "Use it:"
+
+
+def test_gates_that_do_not_hold_come_first_in_the_receipt() -> None:
+    bundle = a_bundle()
+    report = a_report(bundle)
+    passing, inconclusive, failing = sorted(report.verdicts, key=lambda each: each.outcome != "pass")
+    assert (passing.outcome, inconclusive.outcome, failing.outcome) == ("pass", "inconclusive", "fail")
+    verdicts = (passing, passing, inconclusive, passing, failing)
+    lines = receipt(bundle, report.model_copy(update={"verdicts": verdicts, "searches": (), "notes": ()}), "my.bundle")
+    said = [line.split(":")[1].split(",")[0].strip() for line in lines if line.startswith("Gate ")]
+    assert said == ["fail", "inconclusive"]
+    assert "(and 3 more in the report)" in "".join(lines)
+
+
+def test_work_names_its_batch_when_that_is_more_than_one() -> None:
+    bundle = a_bundle()
+    main = bundle.main.model_copy(update={"dims": {"batch": DimRange(min=1, opt=8, max=16)}})
+    several = bundle.model_copy(update={"components": {"main": main}})
+    assert "1.20 GMACs at batch 8 without image" in receipt(several, a_report(several), "my.bundle")[0]
+    assert "1.20 GMACs without image" in receipt(bundle, a_report(bundle), "my.bundle")[0]

@@ -195,6 +195,16 @@ def test_recipe_of_a_bundle_is_followed_and_its_artifact_compared_when_given(
     assert found["next"] == f"vlexport bisect {model_file} --recipe bundle/recipe.toml --data DATA"
 
 
+def test_gates_of_a_recipe_are_left_to_builds_that_measure(
+    model_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('gate = ["top1>=90", "p50_ms<=5"]\nmax_drop = 0.5\n')
+    assert main(["bisect", str(model_file), "--recipe", str(recipe), "--json"]) == 0
+    assert main(["inspect", str(model_file), "--recipe", str(recipe), "--target", "onnxruntime"]) == 0
+    assert "VLX0804" not in capfd.readouterr().out
+
+
 def test_next_command_has_other_probes_when_nothing_differs_on_samples() -> None:
     """Never the command that has just been run."""
     given = {"model": "model.pt", "target": ["onnxruntime"], "data": "photos", "calib": None, "seed": None}

@@ -418,3 +418,35 @@ def test_build_measures_ours_alone_when_the_plain_export_is_broken(
     said = [note for note in result.report.notes if note.startswith("no ratio: the plain export")]
     assert len(said) == 1
     assert writes or "the exporter gave up" in said[0]
+
+
+class Padded(nn.Module):
+    """Attention that leaves out what ``pad`` is true for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def forward(self, x: Tensor, pad: Tensor) -> Tensor:
+        return self.attention(x, x, x, key_padding_mask=pad, need_weights=False)[0]
+
+
+def test_padding_mask_is_obeyed_when_the_bundle_runs(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x, pad = Padded().eval(), torch.randn(2, 6, 16), torch.zeros(2, 6, dtype=torch.bool)
+    pad[:, 4:] = True
+    bundle = saved_and_built(model, tmp_path, (x, pad))
+    assert read_bundle(bundle).state == "verified"
+    with vlexport.load(bundle) as loaded:
+        assert_same(loaded.run({"x": x.numpy(), "pad": pad.numpy()}), {"output": model(x, pad)})
+
+
+def test_note_names_output_and_weight_when_the_model_itself_gives_nan(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
+    with torch.no_grad():
+        model[1].weight[0, 0] = torch.nan  # type: ignore[index]
+    vlexport.save(model.eval(), tmp_path / "m.pt", inputs=torch.randn(1, 3, 2, 2))
+    config = BuildConfig(model=str(tmp_path / "m.pt"), output=str(tmp_path / "m.bundle"), profile=False, threads=1)
+    first = vlexport.build(config).report.notes[0]
+    assert first.startswith("the model itself, before any pass, gives NaN or infinity on the probes of the gate: ")
+    assert first.endswith("output in 25%; NaN is stored in 1.weight")

@@ -39,6 +39,7 @@ def run(
     bundle: BundleArgument,
     data: Annotated[str, typer.Argument(help="An image, or DATA as for validate.", metavar="DATA", show_default=False)],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the outputs as .npz instead.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     top: Annotated[int, typer.Option("--top", help="Classes to show.", min=1)] = 5,
     threads: ThreadsOption = 0,
     json_output: JsonOption = False,
@@ -51,7 +52,7 @@ def run(
     from vlexport.stages.run import run as stage
 
     if output is not None:
-        require_place(output)
+        require_place(output, data=data, force=force)
     labels = read_bundle(bundle).main.labels
     found = stage(bundle, data, threads=threads)
     if output is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -24,7 +25,15 @@ from vlexport.cli.commands import COMMANDS, LazyGroup
 from vlexport.cli.console import error_lines
 from vlexport.cli.formats import OutputFormat, format_of, formatted
 from vlexport.cli.outcome import Outcome
-from vlexport.core.errors import EXIT_INPUT, EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_USAGE, VlexportError, nearest
+from vlexport.core.errors import (
+    EXIT_INPUT,
+    EXIT_INTERNAL,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    BundleError,
+    VlexportError,
+    nearest,
+)
 from vlexport.core.inert import inert
 
 OUTPUT_SCHEMA = 1
@@ -62,12 +71,21 @@ def _root(
 
 def entry() -> None:
     """The console script."""
+    for each in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(each) is signal.SIG_DFL:  # not where, as by nohup, it is ignored
+            signal.signal(each, signal.default_int_handler)
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader, as `head`, has seen enough
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = EXIT_INPUT
+        if not isinstance(error, BrokenPipeError):  # whose reader, as `head`, has seen enough
+            problem = BundleError(
+                "VLX0607", f"the output cannot be written: {error.strerror}", where="stdout",
+                hint="make room where it goes",
+            )  # fmt: skip
+            _complain(error_lines(problem))
     sys.exit(code)
 
 

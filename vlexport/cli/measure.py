@@ -154,7 +154,8 @@ def profile(
         latency_phrase(report),
         f"{tail_phrase(found)}; {throughput_phrase(found)}",
         f"{load_phrase(found)}; {memory_phrase(found)}",
-        f"size {size_phrase(report.size_bytes)}, {macs_phrase(report.cost.macs, report.cost.opaque)}",
+        f"size {size_phrase(report.size_bytes)}, "
+        f"{macs_phrase(report.cost.macs, report.cost.opaque, batch=found.batch)}",
     ]
     if found.baseline and found.baseline_p50_ms is not None and found.baseline_load_ms is not None:
         lines.append(

@@ -107,6 +107,11 @@ class Artifact(Frozen):
     session_options: dict[str, str | int | float | bool] = Field(default_factory=dict)
     facts: dict[str, str] = Field(default_factory=dict)
 
+    def batch(self, dims: Mapping[str, DimRange]) -> int:
+        """Samples of a run: the first size of the first input, at its opt where it is dynamic."""
+        first = next((spec.shape[0] for spec in self.inputs if spec.shape), 1)
+        return dims[first].opt if isinstance(first, str) else first
+
     def needed_with(self, name: str) -> tuple[str, ...]:
         """Names of the inputs that a run on input ``name`` needs, itself among them."""
         return tuple(spec.name for spec in self.inputs)

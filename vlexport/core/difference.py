@@ -14,6 +14,7 @@ class Side(Frozen):
         name: Its folder as it was typed.
         digest: Of its ``bundle.json``.
         size_bytes: Of the artifact, all its files.
+        batch: Samples that ``cost`` counts.
         reference: What its accuracy was compared with.
         accuracy: Of its newest report that has any.
         accuracy_on: That report's date and processor.
@@ -31,6 +32,7 @@ class Side(Frozen):
     source_hash: str
     size_bytes: int
     cost: CostRecord
+    batch: int = 1
     reference: str = ""
     accuracy: AccuracyResult | None = None
     accuracy_on: str = ""

@@ -95,7 +95,7 @@ def _figures(found: Difference) -> Iterator[tuple[str, str, str, str]]:
     a, b = found.a, found.b
     yield ("precision", f"{a.target} {a.precision}", f"{b.target} {b.precision}", "")
     yield ("size", size_phrase(a.size_bytes), size_phrase(b.size_bytes), _times(a.size_bytes, b.size_bytes))
-    yield ("work", macs_phrase(a.cost.macs, ()), macs_phrase(b.cost.macs, ()), _times(a.cost.macs, b.cost.macs))
+    yield ("work", _work(a), _work(b), _times(a.cost.macs * b.batch, b.cost.macs * a.batch))
     yield ("parameters", _count(a), _count(b), _times(a.cost.parameters, b.cost.parameters))
     yield ("top-1", _top1(a), _top1(b), _drop(found))
     if any(each.accuracy is not None and each.accuracy.drop is not None for each in (a, b)):
@@ -103,6 +103,10 @@ def _figures(found: Difference) -> Iterator[tuple[str, str, str, str]]:
     yield ("p50", _p50(a), _p50(b), _ratio(found))
     if a.latency is not None or b.latency is not None:
         yield ("measured", a.latency_on or _NONE, b.latency_on or _NONE, "")
+
+
+def _work(side: Side) -> str:
+    return macs_phrase(side.cost.macs, (), batch=side.batch)
 
 
 def _count(side: Side) -> str:

@@ -32,10 +32,11 @@ def size_phrase(size_bytes: int) -> str:
     return f"{size_bytes / 1e6:.1f} MB" if size_bytes >= 1e6 else f"{size_bytes / 1e3:.1f} kB"
 
 
-def macs_phrase(macs: int, opaque: tuple[str, ...]) -> str:
-    """GMACs, MMACs or kMACs; what is not counted is said."""
+def macs_phrase(macs: int, opaque: tuple[str, ...], *, batch: int = 1) -> str:
+    """GMACs, MMACs or kMACs; what is not counted is said, and so is a batch of more than one."""
     unit, size = ("G", 1e9) if macs >= 1e8 else ("M", 1e6) if macs >= 1e5 else ("k", 1e3)
     shown = f"{macs / size:.2f} {unit}MACs"
+    shown += f" at batch {batch}" if batch != 1 else ""
     return f"{shown} without {', '.join(opaque)}" if opaque else shown
 
 
@@ -162,6 +163,7 @@ def latency_phrase(report: Report) -> str:
     if found is None:
         return "not measured here"
     shown = f"p50 {found.p50_ms:.2f} ms at {found.threads} thread{'s' if found.threads != 1 else ''}"
+    shown += f", batch {found.batch}" if found.batch != 1 else ""
     shown += ", huge pages" if report.machine.memory_pages == ASKED_FOR else ""
     if not found.baseline:
         return shown

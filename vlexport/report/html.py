@@ -77,7 +77,7 @@ def html_from_report(report: Report, bundle: Bundle, layers: Layers | None = Non
             accuracy=accuracy_phrase(report),
             emulated=emulation_phrase(report),
             macs=macs_phrase(report.cost.macs, ()),
-            per_run=_per_run(bundle),
+            per_run=f"at batch {bundle.main.artifact.batch(bundle.main.dims)}",
             latency_text=latency_phrase(report),
             pages=pages_phrase(report.machine),
             latency_more=[f(latency) for f in _figures_of(latency)] if latency else [],
@@ -182,10 +182,3 @@ def _gate(gate: GateRecord) -> str:
     if gate.value is not None and gate.bound is not None:
         said += f" {gate.statistic} {gate.value:g} (bound {gate.bound:g})"
     return said
-
-
-def _per_run(bundle: Bundle) -> str:
-    """What the work is counted at: the first size of the first input."""
-    main = bundle.main
-    first = next((spec.shape[0] for spec in main.artifact.inputs if spec.shape), 1)
-    return f"at batch {main.dims[first].opt if isinstance(first, str) else first}"

@@ -133,7 +133,8 @@ def bundle_lines(found: BundleInspection) -> list[str]:
         f"digest {bundle.digest[:16]}…",
         f"Source   sha256 {bundle.source_hash[:16]}…",
         *_face(main.artifact.inputs, main.artifact.outputs, main.dims, preprocess, main.labels),
-        f"Cost     {macs_phrase(main.cost.macs, main.cost.opaque)}, {parameters_phrase(main.cost.parameters)}, "
+        f"Cost     {macs_phrase(main.cost.macs, main.cost.opaque, batch=main.artifact.batch(main.dims))}, "
+        f"{parameters_phrase(main.cost.parameters)}, "
         f"{size_phrase(main.cost.size_bytes)} of weights",
     ]
     for name, each in bundle.components.items():

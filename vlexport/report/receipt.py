@@ -35,10 +35,10 @@ def receipt(bundle: Bundle, report: Report, shown_path: str, *, use_it: Sequence
         use_it: How its target is used where that is not by ``vlexport.load``; one line.
     """
     main = bundle.main
+    work = macs_phrase(main.cost.macs, main.cost.opaque, batch=main.artifact.batch(main.dims))
     lines = [
         f"Built    {shown_path}: {bundle.target} {bundle.precision}, {_components(bundle)}"
-        f"{size_phrase(report.size_bytes)}, {macs_phrase(main.cost.macs, main.cost.opaque)}, "
-        f"{parameters_phrase(main.cost.parameters)}",
+        f"{size_phrase(report.size_bytes)}, {work}, {parameters_phrase(main.cost.parameters)}",
         f"Checked  {_gates(bundle)}; {_golden(bundle, report)}",
         f"Passes   {_passes(bundle)}",
         f"Accuracy {accuracy_phrase(report)}",
@@ -52,9 +52,7 @@ def receipt(bundle: Bundle, report: Report, shown_path: str, *, use_it: Sequence
         searched.append(tuning_phrase(report.tuning))
     if searched:
         lines.append(f"Tuned    {'; '.join(searched)}")
-    lines += [f"Gate     {verdict}" for verdict in report.verdicts[:2]]
-    if len(report.verdicts) > 2:
-        lines[-1] += f" (and {len(report.verdicts) - 2} more in the report)"
+    lines += _verdicts(report, room=MAX_LINES - _LAST_LINES - len(lines))
     if report.notes:
         shown = report.notes[: min(_MAX_NOTES, MAX_LINES - _LAST_LINES - len(lines))]
         lines += [f"Note     {note}" for note in shown]
@@ -69,6 +67,16 @@ def receipt(bundle: Bundle, report: Report, shown_path: str, *, use_it: Sequence
         lines.append(f"Next     copy {shown_path} to where {bundle.target} itself runs, and measure there")
     lines.append("Use it:")
     return [*lines, *(use_it or snippet(bundle, shown_path))]
+
+
+def _verdicts(report: Report, *, room: int) -> list[str]:
+    """Gates, those that do not hold first, and of others as many as make two."""
+    found = sorted(report.verdicts, key=lambda each: ("fail", "inconclusive", "pass").index(each.outcome))
+    broken = sum(each.outcome != "pass" for each in found)
+    shown = [f"Gate     {each}" for each in found[: min(room, max(2, broken))]]
+    if len(found) > len(shown):
+        shown[-1] += f" (and {len(found) - len(shown)} more in the report)"
+    return shown
 
 
 def snippet(bundle: Bundle, shown_path: str) -> list[str]:

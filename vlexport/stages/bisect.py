@@ -39,6 +39,7 @@ from vlexport.stages.choices import (
     open_dataset,
     passes_of,
     precision_passes_of,
+    unjudged,
 )
 from vlexport.stages.component import Optimized, clean_up, in_order
 from vlexport.stages.dims import dims_of
@@ -95,7 +96,7 @@ def bisect(
             the Program, or no output varies over the probes (VLX0402).
     """
     trail = _Trail(reporter or Silent())
-    configs = configs_of(config)
+    configs = configs_of(unjudged(config))
     if len(configs) != 1:
         raise UsageError(
             "VLX0701", f"bisect follows one target, '{config.target}' names {len(configs)}", where="--target",

@@ -148,9 +148,9 @@ def build_prepared(order: Order, prepared: Prepared, folder: Path, reporter: Rep
     tuning = tuned.tuning if tuned is not None else None
     report = report.model_copy(update={"tuning": tuning, "searches": tuple(chosen.records)})
     notes = [note for name, each in optimized.items() for note in sources.said(name, each.notes)]
-    first = (*_narrowing(prepared.sources, sources, config), *order.notes, *chosen.notes, *_facts(sources, components))
+    first = (*notes, *_narrowing(prepared.sources, sources, config), *order.notes, *chosen.notes)
     first = (*first, *tipping_note(components))
-    report = report.model_copy(update={"notes": (*first, *report.notes, *notes)})
+    report = report.model_copy(update={"notes": (*first, *report.notes, *_facts(sources, components))})
     if prepared.calibration is not None and prepared.calibration.skipped:
         report = _with_notes(report, skipped_phrase(prepared.calibration, "calibration samples"))
     report = judge_gates(report, order.gates)

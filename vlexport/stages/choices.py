@@ -57,6 +57,11 @@ def precision_of(config: BuildConfig, target: Target) -> tuple[str, str]:
     return target.choose_precision(None if config.precision == "auto" else config.precision)
 
 
+def unjudged(config: BuildConfig) -> BuildConfig:
+    """A config without what judges a build, for who looks at a model and measures nothing."""
+    return config.model_copy(update={"gate": (), "max_drop": None, "metric": ()})
+
+
 def gates_of(config: BuildConfig) -> tuple[Gate, ...]:
     """All gates of a config, ``--max-drop`` among them; those that need data are refused without it.
 

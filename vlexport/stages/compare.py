@@ -110,6 +110,7 @@ def _side(folder: Path, bundle: Bundle, measured: Sequence[Measurement]) -> Side
         name=str(folder), digest=bundle.digest, vlexport=bundle.vlexport, state=bundle.state, target=bundle.target,
         precision=bundle.precision, device_profile=bundle.device_profile, source_hash=bundle.source_hash,
         size_bytes=size_bytes(bundle), cost=bundle.main.cost,
+        batch=bundle.main.artifact.batch(bundle.main.dims),
         reference=judged.reference if judged is not None else "",
         accuracy=judged.accuracy if judged is not None else None,
         accuracy_on=_when(judged),

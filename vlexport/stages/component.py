@@ -98,7 +98,7 @@ def optimize_component(
     program, further = run_pipeline(program, clean_up(passes), gate=gate, hooks=watching)
     records = (*records, *(record for record in further if record.changes))
     account = accounts(source.program, program, refusals)
-    notes, reference = _blind(gate, source), None
+    notes, reference = (*_unreal(gate, source), *_blind(gate, source)), None
     changed = [r.name for r in records if r.stage == "tokens" and r.effect == "approximate" and r.changes]
     if changed:
         reference = program
@@ -350,6 +350,19 @@ def cost_record(program: Program) -> CostRecord:
     """What one run of a Program costs, as data of a bundle."""
     found = cost(program)
     return CostRecord(macs=found.macs, parameters=found.parameters, size_bytes=found.size_bytes, opaque=found.opaque)
+
+
+def _unreal(gate: NumericGate | None, source: Source) -> tuple[str, ...]:
+    """A note for outputs that the model itself makes NaN or infinite, with the stored tensors that may be the cause."""
+    shares = gate.unreal if gate is not None else {}
+    if not shares:
+        return ()
+    names = [source.program.signature.outputs[i].name for i in shares]
+    said = ", ".join(f"{name} in {share:.0%}" for name, share in zip(names, shares.values(), strict=True))
+    broken = [name for name, each in source.program.used_tensors().items() if each.isnan().any()]
+    cause = f"; NaN is stored in {', '.join(broken[:3])}" if broken else ""
+    more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+    return (f"the model itself, before any pass, gives NaN or infinity on the probes of the gate: {said}{cause}{more}",)
 
 
 def _blind(gate: NumericGate | None, source: Source) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from vlexport.frontends.source import Source
 from vlexport.frontends.sources import Sources, open_sources
 from vlexport.ir import dialect, provenance
 from vlexport.ir.module_cost import cost_by_module
-from vlexport.stages.choices import precision_of, profile_of
+from vlexport.stages.choices import precision_of, profile_of, unjudged
 from vlexport.stages.component import cost_record
 from vlexport.stages.order import configs_of
 from vlexport.stages.plan import plan
@@ -40,7 +40,7 @@ def inspect_model(
     reporter = reporter or Silent()
     if config.device_profile and config.device_profile not in device_profiles():
         device_profile(config.device_profile, target=config.target)
-    configs = configs_of(config) if targets else {}
+    configs = configs_of(unjudged(config)) if targets else {}
     with reporter.stage("open the model"):
         sources = open_sources(config)
     return ModelInspection(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -124,16 +125,34 @@ def ranked(scores: Array, labels: tuple[str, ...], *, top: int) -> list[tuple[st
     return [(labels[i] if i < len(labels) else str(i), float(shares[i])) for i in order]
 
 
-def require_place(file: Path) -> None:
-    """Refuse a file that could not be written, before anything is computed.
+def require_place(file: Path, *, data: str, force: bool) -> None:
+    """Refuse a file that could not or should not be written, before anything is computed.
+
+    Args:
+        file: Where the outputs shall go.
+        data: What is run on; it is never replaced.
+        force: Another file that stands there is replaced.
 
     Raises:
-        BundleError: VLX0607.
+        BundleError: VLX0604, VLX0607.
     """
     if file.is_dir():
         raise _unwritable(file, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))
     if not file.absolute().parent.is_dir():
         raise _unwritable(file, FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)))
+    if not os.path.lexists(file):
+        return
+    if os.path.exists(data) and os.path.exists(file) and os.path.samefile(data, file):
+        raise BundleError(
+            "VLX0604", "the output is the data that is run on", where=str(file), hint="choose another --output"
+        )
+    if not file.is_file():  # a device, a pipe or a link to nothing: a file would take its place
+        raise BundleError("VLX0607", "the output is no plain file", where=str(file), hint="choose another --output")
+    if not force:
+        raise BundleError(
+            "VLX0604", "the output exists already", where=str(file),
+            hint="choose another --output, or replace it with --force",
+        )  # fmt: skip
 
 
 def write_outputs(file: Path, found: Sequence[tuple[str, Mapping[str, Array]]]) -> None:
@@ -157,7 +176,8 @@ def write_outputs(file: Path, found: Sequence[tuple[str, Mapping[str, Array]]]) 
     except OSError as error:
         raise _unwritable(file, error) from error
     finally:
-        made.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing can be written, nothing is left to be removed
+            made.unlink()
 
 
 def _unwritable(file: Path, error: OSError) -> BundleError:

@@ -43,7 +43,7 @@ class NumpyTarget(Target):
 
     def probe(self) -> Probe:
         """numpy is always there."""
-        return Probe(available=True, version=np.__version__, providers=("numpy",))
+        return Probe(available=True, timing="emulated", version=np.__version__, providers=("numpy",))
 
     def lower(self, program: Program, folder: Path, brief: Brief) -> Artifact:
         """Write ``main.json`` (the steps) and ``tensors.npz`` beside it."""
