@@ -97,6 +97,8 @@ def integer_linear(value: onnx_ir.Value) -> IntegerLinear:
     if _of(node, "transA", 0) or _of(node, "alpha", 1.0) != 1 or _of(node, "beta", 1.0) != 1:
         raise NoLinear("its product is transposed or scaled")
     if len(node.inputs) > 2 and node.inputs[2] is not None:
+        if bias is not None:
+            raise NoLinear("two rows are added to its product")
         bias = _constant(node.inputs[2])
         if bias is None:
             raise NoLinear("its bias is computed, not stored")

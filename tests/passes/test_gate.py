@@ -19,7 +19,7 @@ from vlexport.passes import gate as gate_module
 from vlexport.passes.canonicalize import Canonicalize
 from vlexport.passes.gate import FLOAT32_BOUND, NumericGate, one_digit
 from vlexport.passes.pipeline import run_pass, run_pipeline
-from vlexport.passes.probes import MAX_IMAGES, make_probes
+from vlexport.passes.probes import MAX_IMAGES, Probe, make_probes
 from vlexport.passes.reparameterize import Reparameterize
 
 aten = torch.ops.aten
@@ -463,3 +463,23 @@ def test_probes_take_one_draw_when_nothing_is_dynamic() -> None:
     program = captured(nn.Linear(3, 2), torch.randn(2, 3), dynamic=False)
     probes = make_probes(program, calibration=None, seed=0)
     assert [(p.name, tuple(p.values[0].shape)) for p in probes] == [("example", (2, 3)), ("draw", (2, 3))]
+
+
+class Rectified(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.relu()
+
+
+def first_row_doubled(ir: Program, node: Node) -> Node:
+    same = ir.add_call(node.target, node.args, before=node, value_of=node)
+    twice = ir.add_tensor("twice", torch.tensor([[2.0], [1.0]]), before=node)
+    return ir.add_call(aten.mul.Tensor, (same, twice), before=node, value_of=node)
+
+
+def test_undecided_rows_are_set_aside_when_they_are_just_half_of_all() -> None:
+    x = torch.arange(1.0, 9.0).reshape(2, 4)
+    program = captured(Rectified(), x, dynamic=False)
+    gate = NumericGate(program, [Probe("example", (x,), undecided=(0,))], sighted=True)
+    _, record = run_pass(Rewriting("aten.relu.default", first_row_doubled), program, gate=gate)
+    assert record.gate is not None
+    assert record.gate.set_aside == 1

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, assume, given, settings
-from torch import Tensor
+from torch import Tensor, nn
 
-from tests.harness import check_pass, near_misses
+from tests.harness import captured, check_pass, near_misses
 from tests.passes.test_merge_layout import calls
 from tests.passes.test_merge_layout import canonical as with_whole_slices
 from tests.strategies import programs
@@ -109,3 +109,12 @@ def test_values_are_equal_and_there_are_fewer_calls_when_the_program_is_random(p
     except CapabilityError:  # the draw made a program whose outputs do not depend on its input
         assume(False)
     assert all(change.saved_nodes >= 0 for change in checked.changes)
+
+
+def test_piece_of_a_cat_stays_when_the_cat_changed_its_dtype() -> None:
+    class Cut(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([x, (x > 0).to(torch.int32)], 1).narrow(1, 3, 3) * 2
+
+    program = captured(Cut(), torch.randn(2, 3))
+    assert near_misses(MergePieces(), program) == [("narrow", "the cat changes its operand's dtype")]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.calibration.planted import dataset
-from tests.harness import check_pass, near_misses
+from tests.harness import captured, check_pass, near_misses
 from tests.passes.quantizing import IMAGE, SCHEMES, images, program_of, quantizer, ranges
 from vlexport.calibration.calibrate import calibrate
 from vlexport.calibration.methods import Method
@@ -15,6 +15,8 @@ from vlexport.core.numerics import sqnr_db
 from vlexport.ir import dialect
 from vlexport.ir.program import Program
 from vlexport.passes.cast_floats import CastFloats
+from vlexport.passes.projections.projection import projection_of
+from vlexport.passes.quantization.migration import _weight_reach
 from vlexport.passes.smooth_activations import SmoothActivations, SmoothActivationsOptions, smoothed_channels
 
 WIDTH = 16
@@ -138,3 +140,12 @@ def test_what_is_smoothed_is_typed_half_like_anything_else() -> None:
     floats = [n for n in program.calls() if n.meta["val"].dtype is torch.float32 and not dialect.is_cast(n)]
     kept = {dialect.op_name(node) for node in floats}
     assert kept == {"aten.layer_norm.default"}, "the product that was put in is none of them"
+
+
+def test_reach_of_a_grouped_convolution_is_that_of_each_group() -> None:
+    conv = nn.Conv2d(4, 4, 1, groups=2, bias=False)
+    with torch.no_grad():
+        conv.weight[:] = torch.tensor([[1.0, 2.0], [3.0, 0.5], [10.0, 20.0], [5.0, 40.0]])[..., None, None]
+    program = captured(conv, torch.randn(2, 4, 3, 3))
+    found = _weight_reach(program, projection_of(program, program.calls("aten.conv2d.default")[0]))
+    assert found.tolist() == [3.0, 2.0, 10.0, 40.0]

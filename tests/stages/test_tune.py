@@ -482,3 +482,14 @@ def test_report_holds_what_was_searched_when_read_back() -> None:
     tuning = Tuning(trials=(trial,), confirmation=trial, adopted={"t.a": "1"}, finished=True)
     assert tuning_phrase(tuning) == "t.a=1 of 1 candidate: 1.100× (1.050 to 1.200) the recipe as it was, confirmed"
     assert Tuning.model_validate_json(tuning.model_dump_json()) == tuning
+
+
+def test_candidate_is_wrong_when_a_later_gate_fails(
+    built: Path, tmp_path: Path, in_process: None, asked: list[str]
+) -> None:
+    data = photos(tmp_path / "photos", 60)
+    for number in range(0, 20, 3):
+        for name, other in (("red", "green"), ("green", "blue"), ("blue", "red")):
+            (data / name / f"{number}.png").rename(data / other / f"from-{name}-{number}.png")
+    tuning = searched(built, data, gates=("top1>=10", "top1>=90")).tuning
+    assert (tuning.trials[0].outcome, tuning.trials[0].reason.partition(",")[0]) == ("wrong", "gate top1>=90: fail")

@@ -196,3 +196,12 @@ def test_passes_are_those_of_the_target_when_it_is_asked() -> None:
     found = CoreMLTarget().program_passes(Brief(CoreMLOptions()))
     assert [each.name for each in found] == ["legalize-spelling", "legalize-resize"]
     assert {each.stage for each in found} == {"legalize"}
+
+
+def test_variance_is_unbiased_when_no_correction_is_given() -> None:
+    class Both(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            variance, mean = torch.ops.aten.var_mean.correction(x, [-1])
+            return variance + mean
+
+    check_pass(LegalizeSpelling(), Both(), torch.randn(2, 6, 8))

@@ -8,8 +8,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
+from torch import nn
 
-from tests.passes.quantizing import Joined, Mixed, images, program_of, quantizer
+from tests.harness import captured
+from tests.passes.quantizing import SCHEMES, Joined, Mixed, images, program_of, quantizer, ranges
 from tests.targets.test_onnx_quantized import session
 from vlexport.core.numerics import sqnr_db
 from vlexport.ir.program import Program
@@ -60,3 +63,21 @@ def test_join_and_pool_stay_in_integers_when_convolutions_stand_around_them(tmp_
     graph, _ = optimized(program, tmp_path / "made.onnx")
     made = Counter(node.op_type for node in graph.node)
     assert (made["QuantizeLinear"], made["DequantizeLinear"]) == (1, 1), "the input and the output alone"
+
+
+class OneLinear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.up = nn.Linear(16, 24)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.up(image))  # one linear: the mistake of a second one would undo that of the first
+
+
+def test_linear_over_rows_gets_its_shape_back_when_batch_and_length_depend_on_the_input() -> None:
+    values = torch.randn(16, 5, 16, generator=torch.Generator().manual_seed(1))
+    program = captured(OneLinear(), values[:2], dynamic={"image": {0: "batch", 1: ("tokens", 2, 9)}})
+    table = ranges(program, SCHEMES["static-u8s8"], values)
+    quantizer(program, table=table).run(program)
+    assert program.run(values[:3, :4])[0].shape == (3, 4, 24)

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
+from tests.targets.onnx_passes import model_of
 from vlexport.targets.onnx.layout import Sizes, Untraceable, moved, numbered, origin
 
 BATCH = 2
@@ -142,3 +143,17 @@ def test_value_is_not_followed_with_the_reason_when_it_is_computed(text: str, wh
     root, made = graph(text)
     with pytest.raises(Untraceable, match=why):
         moved(made, root, Sizes())
+
+
+def test_a_number_divided_by_a_value_is_no_scaling_of_it() -> None:
+    model = model_of("""
+<ir_version: 10, opset_import: ["" : 20]>
+main (float[2,3] x) => (float[2,3] y)
+<float c = {2.0}>
+{
+  y = Div(c, x)
+}
+""")
+    made = model.nodes("Div")[0].outputs[0]
+    found = origin(made)
+    assert (found.root is made, found.factor) == (True, 1.0)
