@@ -80,6 +80,7 @@ def test_classify_ranks_labels_when_given_a_photo(bundle: Path, make: Any) -> No
         ({"image": np.zeros((1, 3, 8, 8))}, "dtype is float64, float32 is wanted"),
         ({"image": [[1.0, 2.0]]}, "input image: "),
         ({"image": np.zeros((0, 3, 8, 8), np.float32)}, "shape is 0×3×8×8"),
+        (np.zeros((1, 3, 8, 8), np.float32), "inputs are arrays by name, not ndarray"),
     ],
 )
 def test_run_refuses_arrays_when_they_do_not_fit(inputs: Any, said: str, built: Path) -> None:
@@ -87,6 +88,28 @@ def test_run_refuses_arrays_when_they_do_not_fit(inputs: Any, said: str, built: 
         error = code_of(lambda: loaded.run(inputs))
     assert (error.code, error.exit_code) == ("VLX0507", 1)
     assert said in error.message
+
+
+def test_run_refuses_sizes_that_a_dim_was_not_built_for(model_file: Path, tmp_path: Path) -> None:
+    config = vlexport.BuildConfig(
+        model=str(model_file), output=str(tmp_path / "made"), dynamic=("batch=2:3:4",), profile=False, threads=1
+    )
+    with vlexport.load(vlexport.build(config).output) as loaded:
+        for size, code in ((1, "VLX0507"), (2, ""), (4, ""), (5, "VLX0507")):
+            inputs = {"image": np.zeros((size, 3, 8, 8), np.float32)}
+            if code:
+                error = code_of(lambda inputs=inputs: loaded.run(inputs))
+                assert (error.code, f"batch is {size}, and the bundle takes sizes from 2 to 4" in error.message) == (
+                    code, True,
+                )  # fmt: skip
+            else:
+                assert loaded.run(inputs)["output"].shape[0] == size
+        assert loaded.batched({"image": np.zeros((3, 8, 8), np.float32)})["image"].shape[0] == 2
+
+
+@pytest.mark.parametrize("threads", [-1, "a"])
+def test_load_refuses_threads_that_are_no_count(threads: Any, built: Path) -> None:
+    assert code_of(lambda: vlexport.load(built, threads=threads)).code == "VLX0703"
 
 
 def test_run_takes_nested_lists_when_their_dtype_fits(plain: Path) -> None:
@@ -111,6 +134,8 @@ def test_classify_is_refused_when_the_bundle_cannot(plain: Path, tmp_path: Path,
         for junk in (b"no photo", b"\x89PNG\r\n\x1a\n" + b"\0" * 40, photo.read_bytes()[:45]):
             Path("junk.png").write_bytes(junk)
             assert code_of(lambda: loaded.classify("junk.png")).code == "VLX0203"
+            error = code_of(lambda: loaded.classify(np.zeros((8, 8, 3), np.uint8)))  # type: ignore[arg-type]
+            assert (error.code, "fromarray" in error.hint) == ("VLX0203", True)
 
 
 def test_loaded_bundle_is_closed_when_its_block_ends(built: Path) -> None:

@@ -12,7 +12,8 @@ from vlexport.targets.onnxruntime.integer_linear import NoLinear, integer_linear
 LINEAR = """
 <ir_version: 10, opset_import: ["" : 20]>
 main (float[batch,2] x) => (float[batch,2] y)
-<int8[2,2] w = {{1,2,3,4}}, float[2] s = {{0.5,0.5}}, int8[2] z = {{0,0}}, float[2] c = {{10,20}}, float[2] d = {{100,200}}>
+<int8[2,2] w = {{1,2,3,4}}, float[2] s = {{0.5,0.5}}, int8[2] z = {{0,0}}, float[2] c = {{10,20}},
+ float[2] d = {{100,200}}>
 {{
   q, scale, zero = DynamicQuantizeLinear(x)
   i = QuantizeLinear(x, scale, zero)

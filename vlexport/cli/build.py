@@ -78,7 +78,7 @@ def _shown(config: BuildConfig, result: BuildResult) -> tuple[list[str], dict[st
 
 
 def _checks(result: BuildResult, prefix: str = "") -> tuple[Check, ...]:
-    """The numeric gate of every pass, the golden check and the gates that were asked for."""
+    """The numeric gate of every pass that changed something, the golden check and the gates that were asked for."""
     records = [(name, record) for name, each in result.bundle.components.items() for record in each.passes]
     several = len(result.bundle.components) > 1
     passes: dict[str, Check] = {}

@@ -241,7 +241,11 @@ def read_recipe(path: Path, *, allow_code: bool = False) -> dict[str, Any]:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # also an integer of more digits than Python reads
-        raise UsageError("VLX0705", f"the recipe cannot be read: {error}", where=str(path)) from error
+        why = getattr(error, "strerror", None) or str(error)
+        raise UsageError(
+            "VLX0705", f"the recipe cannot be read: {why}", where=str(path),
+            hint="give a TOML file, as the recipe.toml of a bundle",
+        ) from error  # fmt: skip
     if values.pop("vlexport_recipe", 1) != 1:
         raise UsageError(
             "VLX0705", "the recipe was written by a later version", where=str(path), hint="update vlexport"

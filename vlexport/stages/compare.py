@@ -195,7 +195,7 @@ def _passes(a: Bundle, b: Bundle) -> Iterator[PassDifference]:
 
 def _changes(bundle: Bundle) -> dict[str, int]:
     found: dict[str, int] = {}
-    for record in bundle.main.passes:
+    for record in (record for each in bundle.components.values() for record in each.passes):
         found[record.name] = found.get(record.name, 0) + sum(change.count for change in record.changes)
     return found
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vlexport.core.artifact import Array, Session
+from vlexport.core.artifact import Array, DimRange, Session, TensorSpec
 from vlexport.core.bundle import ARTIFACT_FOLDER, check_files, read_bundle
-from vlexport.core.errors import BundleError, DataError, InputError
+from vlexport.core.errors import BundleError, DataError, InputError, UsageError
 from vlexport.core.photo_samples import UNREADABLE, open_photo
 from vlexport.core.samples import ROW_FILES, open_data, require_data
 from vlexport.stages.write_bundle import write_npz
@@ -42,7 +42,8 @@ class LoadedBundle:
         """Run on arrays by input name.
 
         Args:
-            inputs: Name → array as the bundle's specs say, dim 0 is the batch.
+            inputs: Name → array as the bundle's specs say, dim 0 is the batch. A dynamic dim takes the sizes that it
+                was built for.
 
         Returns:
             Output name → array.
@@ -50,7 +51,17 @@ class LoadedBundle:
         Raises:
             InputError: VLX0507.
         """
-        return self._session.run(inputs)
+        main = self.bundle.main
+        if not isinstance(inputs, Mapping):
+            names = [spec.name for spec in main.artifact.inputs]
+            raise InputError(
+                "VLX0507", f"inputs are arrays by name, not {type(inputs).__name__}", where=", ".join(names),
+                hint=f"as run({{{names[0]!r}: array}})",
+            )  # fmt: skip
+        arrays = self._session.checked(inputs)
+        for spec in main.artifact.inputs:
+            _require_built_for(spec, arrays[spec.name].shape, main.dims)
+        return self._session.run(arrays)
 
     def classify(self, image: str | Path | Image.Image, *, top: int = 5) -> list[tuple[str, float]]:
         """Labels and softmax probabilities of an image, the best first.
@@ -87,6 +98,11 @@ class LoadedBundle:
         name, preprocess = next(iter(main.preprocess.items()))
         if isinstance(image, Image.Image):
             pixels = preprocess.apply(image)
+        elif not isinstance(image, str | os.PathLike):
+            raise DataError(
+                "VLX0203", f"an image is a path or a PIL image, not {type(image).__name__}", where=name,
+                hint="PIL.Image.fromarray(array) makes one of a uint8 array in RGB",
+            )  # fmt: skip
         else:
             try:
                 with open_photo(image) as opened:
@@ -96,9 +112,10 @@ class LoadedBundle:
         return self.batched({name: pixels})
 
     def batched(self, sample: Mapping[str, Array]) -> dict[str, Array]:
-        """One sample with batch dim, repeated where the artifact takes a fixed batch."""
-        sizes = {spec.name: spec.shape[0] for spec in self.bundle.main.artifact.inputs if spec.shape}
-        repeats = {name: size if isinstance(size, int) else 1 for name, size in sizes.items()}
+        """One sample with batch dim, repeated where the artifact takes a fixed batch, or no batch of one."""
+        main = self.bundle.main
+        sizes = {spec.name: spec.shape[0] for spec in main.artifact.inputs if spec.shape}
+        repeats = {name: size if isinstance(size, int) else main.dims[size].min for name, size in sizes.items()}
         return {name: np.repeat(value[None], repeats.get(name, 1), axis=0) for name, value in sample.items()}
 
     def close(self) -> None:
@@ -113,8 +130,39 @@ class LoadedBundle:
 
 
 def load(folder: str | Path, *, threads: int = 0) -> LoadedBundle:
-    """Open a bundle; see :class:`LoadedBundle`."""
+    """Open a bundle; see :class:`LoadedBundle`.
+
+    Args:
+        folder: The bundle.
+        threads: Of the runtime; 0 means the bundle's, or all cores.
+
+    Raises:
+        UsageError: VLX0703 for threads that are no count.
+        VlexportError: When the bundle is none, was altered, or does not run here.
+    """
+    if not isinstance(threads, int) or threads < 0:
+        raise UsageError(
+            "VLX0703", f"threads={threads!r} is no count", where="threads", hint="0 means the bundle's, or all cores"
+        )
     return LoadedBundle(folder, threads=threads)
+
+
+def _require_built_for(spec: TensorSpec, shape: Sequence[int], dims: Mapping[str, DimRange]) -> None:
+    """Refuse a size that a dynamic dim was not built for, and not checked at.
+
+    Raises:
+        InputError: VLX0507.
+    """
+    for size, dim in zip(shape, spec.shape, strict=True):
+        if isinstance(dim, int) or dim not in dims:
+            continue
+        least, most = dims[dim].min, dims[dim].max
+        if size < least or (most is not None and size > most):
+            taken = f"from {least} to {most}" if most is not None else f"of {least} and more"
+            raise InputError(
+                "VLX0507", f"{dim} is {size}, and the bundle takes sizes {taken}", where=spec.name,
+                hint=f"build with --dynamic {dim}=MIN:OPT:MAX for others",
+            )  # fmt: skip
 
 
 def ranked(scores: Array, labels: tuple[str, ...], *, top: int) -> list[tuple[str, float]]:

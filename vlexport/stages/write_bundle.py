@@ -75,15 +75,14 @@ def require_free(output: Path, *, force: bool, several: bool = False) -> None:
             "VLX0607", f"the output cannot have this name: {why}", where=str(output), hint="choose another -o"
         ) from error
     if output.exists() or output.is_symlink():
-        if not force:
-            raise BundleError(
-                "VLX0604",
-                "the output exists already",
-                where=str(output),
-                hint="choose another -o, or replace it with --force",
-            )
         empty = output.is_dir() and not any(output.iterdir())
-        if not empty and not _is_ours(output / BUNDLE_FILE) and not (output / COMPARE_FILE).is_file():
+        ours = empty or _is_ours(output / BUNDLE_FILE) or (output / COMPARE_FILE).is_file()
+        if not force:
+            more = ", or replace it with --force" if ours else "; it is no bundle, so --force would not replace it"
+            raise BundleError(
+                "VLX0604", "the output exists already", where=str(output), hint=f"choose another -o{more}"
+            )
+        if not ours:
             raise BundleError(
                 "VLX0604",
                 "the output exists and is no bundle, so --force does not replace it",
