@@ -7,12 +7,14 @@ through ``run_decompositions({})``, which interprets the graph twice.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from vlexport.frontends.compat import data_symbols
 from vlexport.ir import dialect
 from vlexport.ir.program import Program
 
@@ -39,7 +41,7 @@ def functional(exported: ExportedProgram) -> ExportedProgram:
 
 
 def clean(program: Program) -> None:
-    """Remove what has no meaning at inference: aliases, copies, dropout, tracer notes, unread values.
+    """Remove what has no meaning at inference: aliases, copies, dropout, tracer notes, checks, unread values.
 
     ``view`` becomes ``reshape`` in the same step: without the copies a view may meet a layout it cannot express.
     """
@@ -55,8 +57,48 @@ def clean(program: Program) -> None:
             node.target = torch.ops.aten.reshape.default
         elif name == "aten._native_batch_norm_legit_no_training.default":
             _single_output_batch_norm(node)
+    checked = _erase_checks(program)
     for node in [n for n in program.calls() if not n.users and not n.is_impure()]:
         program.erase_dead(node)  # and what only it read
+    for symbol in checked - _symbols(program.graph.nodes) if checked else ():
+        program.ranges.pop(symbol, None)
+
+
+def _erase_checks(program: Program) -> set[Any]:
+    """Erase what only refuses inputs, and return the symbols that it was about.
+
+    What checks a number that the data decides stays where the layout of a tensor hangs on it: shapes behind it were
+    worked out under that check. Checks of input sizes alone stay likewise.
+    """
+    checks = [n for n in program.calls() if dialect.checks_at_run_time(n)]
+    needed = _symbols(n for n in _upwards(program.output) if not _is_number(n)) if checks else set()
+    erased = set()
+    for check in checks:
+        numbers = _upwards(check, through_tensors=False) - {check}
+        symbols = _symbols(numbers)
+        if not (symbols & needed if symbols else numbers):
+            program.graph.erase_node(check)
+            erased |= symbols
+    return erased
+
+
+def _symbols(nodes: Iterable[Node]) -> set[Any]:
+    return set().union(*(data_symbols(n.meta.get("val")) for n in nodes))
+
+
+def _is_number(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool | int | float)
+
+
+def _upwards(node: Node, *, through_tensors: bool = True) -> set[Node]:
+    """``node`` and all that it is made from; without tensors, only back to where its numbers are read off them."""
+    found, pending = {node}, [node]
+    while pending:
+        for operand in pending.pop().all_input_nodes:
+            if operand not in found and (through_tensors or _is_number(operand)):
+                found.add(operand)
+                pending.append(operand)
+    return found
 
 
 def _cast(program: Program, node: Node) -> None:

@@ -16,10 +16,12 @@ from torch.export.pt2_archive._package import load_pt2
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 __all__ = [
     "LOAD_ERRORS",
     "bounds_of",
+    "data_symbols",
     "declare_decomposed_operators",
     "declare_torchvision_operators",
     "find_signature",
@@ -100,6 +102,20 @@ def bounds_of(value_range: Any) -> tuple[int, int | None]:
 def tensor_leaves(value: Any) -> list[torch.Tensor]:
     """The tensors in nested tuples, lists and dicts, in order."""
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def data_symbols(value: Any) -> set[Any]:
+    """The symbols in recorded numbers, and in the layout of recorded tensors, whose value the data decides.
+
+    A check that equals such a symbol to something else replaces it in expressions; here it counts as it was made.
+    """
+    found: set[Any] = set()
+    for leaf in pytree.tree_leaves(value):
+        layout = (*leaf.shape, *leaf.stride(), leaf.storage_offset()) if isinstance(leaf, torch.Tensor) else (leaf,)
+        for each in layout:
+            if isinstance(each, torch.SymInt | torch.SymFloat | torch.SymBool):
+                found |= each.node._expr.free_symbols
+    return {symbol for symbol in found if symbol_is_type(symbol, (SymT.UNBACKED_INT, SymT.UNBACKED_FLOAT))}
 
 
 def declare_torchvision_operators() -> None:
