@@ -322,3 +322,17 @@ def test_spec_line_is_recorded_when_preprocessing_is(tmp_path: Path) -> None:
     recorded = metadata(tmp_path / "a.pt")["preprocess_spec"]
     assert isinstance(recorded, dict)
     assert preprocess_from_spec(recorded["image"]) == preprocess_from_spec(SPEC)
+
+
+class CallsPrivate(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch._foreach_abs([x])[0]
+
+
+def test_operator_is_called_unknown_and_no_danger_when_the_model_is_the_users_own(tmp_path: Path) -> None:
+    with pytest.raises(CaptureError, match="VLX0303") as caught:
+        save(CallsPrivate().eval(), tmp_path / "model.pt", inputs=torch.ones(2, 3))
+    assert "does not know the operator aten._foreach_abs" in caught.value.message
+    assert "test_save.py:" in caught.value.where
+    assert "do not open" not in caught.value.hint
+    assert list(tmp_path.iterdir()) == []

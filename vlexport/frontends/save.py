@@ -8,11 +8,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vlexport.core.errors import BundleError, DataError
+from vlexport.core.errors import BundleError, CaptureError, DataError
 from vlexport.core.preprocess import Preprocess
 from vlexport.frontends.archive import write_archive
+from vlexport.frontends.archive_targets import refusal_of
 from vlexport.frontends.capture import Captured, Dynamic, Inputs, capture
 from vlexport.frontends.input_preprocess import preprocess_of
+from vlexport.ir import dialect, provenance
 from vlexport.ir.draw import draw
 from vlexport.ir.exported import exported_from_program
 from vlexport.ir.program import Program
@@ -57,6 +59,7 @@ def save(
         raise BundleError("VLX0607", "the folder does not exist", where=str(target.parent), hint="create it first")
     captured = capture(model, inputs, dynamic=dynamic)
     program = captured.program
+    _require_known_operators(program)
     steps = _preprocess(preprocess, program)
     _check_labels(labels, program)
     if not keep_example:
@@ -71,6 +74,17 @@ def save(
     }
     write_archive(exported_from_program(program), metadata, target)
     return captured
+
+
+def _require_known_operators(program: Program) -> None:
+    """What the reader would refuse in a stranger's file is no danger here, only nothing that it knows."""
+    for node in program.calls():
+        if isinstance(node.target, torch._ops.OpOverload) and (why := refusal_of(f"torch.ops.{node.target}")):
+            raise CaptureError(
+                "VLX0303", f"vlexport does not know the operator {dialect.op_name(node)}: {why}",
+                where=provenance.describe(node),
+                hint="write that line with other operators, or build with --arch, which needs no model file",
+            )  # fmt: skip
 
 
 def _preprocess(given: str | Mapping[str, str] | None, program: Program) -> dict[str, Preprocess]:
