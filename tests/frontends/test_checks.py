@@ -105,6 +105,6 @@ def test_checks_stay_when_the_layout_of_a_tensor_hangs_on_the_number(
 def test_checks_go_when_another_tool_exported_the_program(tmp_path: Path) -> None:
     path = tmp_path / "model.pt2"
     torch.export.save(torch.export.export(Checking(at_least_three).eval(), (IDS, IMAGE), strict=False), path)
-    program = open_source(BuildConfig(model=str(path), target="onnx", output="unused")).program
+    program = open_source(BuildConfig(model=str(path), target="onnxruntime", output="unused")).program
     assert checks_of(program) == []
     assert not program.calls("aten.item.default")

@@ -450,3 +450,22 @@ def test_note_names_output_and_weight_when_the_model_itself_gives_nan(tmp_path: 
     first = vlexport.build(config).report.notes[0]
     assert first.startswith("the model itself, before any pass, gives NaN or infinity on the probes of the gate: ")
     assert first.endswith("output in 25%; NaN is stored in 1.weight")
+
+
+class TakesSome(nn.Module):
+    """What it keeps of the image follows from a number that drawn ids do not reach."""
+
+    def forward(self, ids: Tensor, image: Tensor) -> Tensor:
+        count = (ids == 7).sum().item()
+        torch._check(count >= 3)
+        torch._check(count <= 8)
+        return image[:, :count].sum(1) + ids.sum()  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("keep_example", [False, True], ids=["example", "golden vectors"])
+def test_check_of_the_model_is_named_when_a_drawn_input_breaks_it(keep_example: bool, tmp_path: Path) -> None:
+    model, inputs = tmp_path / "model.pt", (torch.full((2, 3), 7), torch.randn(2, 8))
+    vlexport.save(TakesSome().eval(), model, inputs=inputs, keep_example=keep_example)
+    with pytest.raises(VlexportError, match=r"VLX0302: an input breaks a check of the model: .*>= 3") as caught:
+        vlexport.build(BuildConfig(model=str(model), target="onnxruntime", output=str(tmp_path / "b"), profile=False))
+    assert "test_build.py:" in caught.value.where

@@ -6,6 +6,7 @@ The tree::
     ├── InputError           exit 1   the input is wrong
     │   ├── ModelFileError            a model file, its structure or its content
     │   ├── CaptureError              the model cannot be captured as one graph
+    │   │   └── RefusedInputError     an input breaks a check that stayed in the graph
     │   ├── DataError                 samples, labels, preprocessing
     │   └── BundleError               a bundle that cannot be read
     ├── UsageError           exit 2   the command line, a recipe or an option is wrong
@@ -173,6 +174,10 @@ class ModelFileError(InputError):
 
 class CaptureError(InputError):
     """The model cannot be captured as one graph."""
+
+
+class RefusedInputError(CaptureError, RuntimeError):
+    """An input breaks a check that the model makes; it is torch's own error too, as every other failure of a call."""
 
 
 class DataError(InputError):

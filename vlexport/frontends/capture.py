@@ -465,5 +465,5 @@ def _batched(arguments: _Arguments, size: int) -> list[Tensor]:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
+    text = (error.message if isinstance(error, VlexportError) else str(error)).strip().splitlines()
     return text[0] if text else type(error).__name__

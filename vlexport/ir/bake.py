@@ -21,7 +21,7 @@ from torch.fx import Node
 
 from vlexport.core.artifact import Array, DimRange, Signature, TensorSpec
 from vlexport.core.baked_values import Baked
-from vlexport.core.errors import UsageError, nearest
+from vlexport.core.errors import UsageError, VlexportError, nearest
 from vlexport.ir import dialect
 from vlexport.ir.narrow import narrowed
 from vlexport.ir.program import Program
@@ -187,7 +187,8 @@ def _require_running(program: Program, names: Sequence[str]) -> None:
     try:
         program.run(*program.example)
     except (RuntimeError, IndexError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        text = error.message if isinstance(error, VlexportError) else str(error)
+        reason = text.splitlines()[0] if text else type(error).__name__
         raise _wrong(
             ", ".join(names), f"the model fails on the value: {reason}", "give what the model takes"
         ) from error

@@ -20,7 +20,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from vlexport.core.artifact import Signature
-from vlexport.core.errors import InternalError
+from vlexport.core.errors import InternalError, RefusedInputError
 from vlexport.ir import compat, dialect, provenance
 
 Kind = Literal["parameter", "buffer", "constant"]
@@ -41,6 +41,20 @@ def _made_dtype(node: Node) -> dict[str, torch.dtype]:
     value = node.meta.get("val")
     silent = node.kwargs.get("dtype") is None and isinstance(value, Tensor) and value.dtype is torch.float64
     return {"dtype": torch.float64} if takes and silent else {}
+
+
+def _called(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    target: Any = node.target
+    try:
+        return target(*args, **kwargs)
+    except RuntimeError as error:
+        if not dialect.checks_at_run_time(node):
+            raise
+        raise RefusedInputError(
+            "VLX0302", f"an input breaks a check of the model: {str(error).partition(chr(10))[0]}",
+            where=provenance.describe(node),
+            hint="a build also runs inputs that it draws: leave out of forward what only some inputs hold to",
+        ) from error  # fmt: skip
 
 
 class Program:
@@ -143,6 +157,9 @@ class Program:
 
         Returns:
             One tensor per output.
+
+        Raises:
+            RefusedInputError: VLX0302, a check in the graph refuses the inputs.
         """
         values: dict[Node, Any] = {}
         last_use = self._last_uses()
@@ -157,7 +174,7 @@ class Program:
                     return tuple(values[n] for n in node.args[0])
                 else:
                     args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
-                    values[node] = node.target(*args, **kwargs)
+                    values[node] = _called(node, args, kwargs)
                     if observe is not None:
                         observe(node, values[node])
                 for dead in last_use.get(node, ()):
