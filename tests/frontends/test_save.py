@@ -167,6 +167,18 @@ def test_example_is_the_given_one_when_asked_to_keep_it(tmp_path: Path) -> None:
     assert torch.equal(open_archive(tmp_path / "a.pt").program.example[0], inputs)
 
 
+class OfTwo(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.zeros(2, 1)
+
+
+def test_example_is_kept_when_the_batch_turned_out_fixed(tmp_path: Path) -> None:
+    inputs = torch.randn(2, 8)
+    captured = save(OfTwo().eval(), tmp_path / "a.pt", inputs=inputs, keep_example=True)
+    assert "the batch is fixed at 2" in captured.notes[0]
+    assert torch.equal(open_archive(tmp_path / "a.pt").program.example[0], inputs)
+
+
 @pytest.mark.parametrize("labels", [["a"], ["a", "b", "c"]])
 def test_labels_are_refused_when_their_number_is_wrong(tmp_path: Path, labels: list[str]) -> None:
     with pytest.raises(DataError) as caught:

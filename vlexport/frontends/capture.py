@@ -372,7 +372,7 @@ def program_of(
     program = program_from_exported(exported, Signature(inputs=tuple(inputs), outputs=outputs, dims=dims))
     clean(program)
     provenance.stamp(program.graph)
-    program.example = tuple(example)
+    program.example = tuple(each.detach().clone() for each in example)  # torch notes dims on tensors that it traces
     return program
 
 
