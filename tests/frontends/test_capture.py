@@ -493,14 +493,3 @@ def test_logging_of_torch_is_as_before_when_a_capture_failed() -> None:
 
 def test_capture_gives_equal_text_when_done_twice() -> None:
     assert text(capture(base(), image()).program) == text(capture(base(), image(2)).program)
-
-
-class KeepsNothing(nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x[x > 1e9].sum()[None]
-
-
-def test_hint_is_about_the_example_when_a_selection_keeps_nothing_of_it() -> None:
-    with pytest.raises(CaptureError, match="VLX0304") as caught:
-        capture(KeepsNothing().eval(), torch.zeros(1, 4), dynamic=False)
-    assert "keeps nothing of the example" in caught.value.hint

@@ -444,11 +444,14 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _export_hint(error: BaseException) -> str:
-    """What torch itself suggests for a dim (``height = Dim('height', min=4)``), if it does."""
+    """What torch itself suggests for a dim (``height = Dim('height', min=4)``), or a range if a size does not fit."""
     _, found, suggested = str(error).partition("Suggested fixes:\n")
     if found:
         lines = itertools.takewhile(str.strip, suggested.splitlines())
         return f"give dynamic= that range: {'; '.join(map(str.strip, lines))}"
+    if names := dict.fromkeys(re.findall(r"Not all values of (\w+) = ", str(error))):
+        examples = ", ".join(f'("{name}", 8, 512)' for name in names)
+        return f"give dynamic= a range without the sizes that the model does not take, often the smallest: {examples}"
     return "rewrite that line without branches on tensor values, or save with dynamic=False"
 
 
