@@ -91,3 +91,15 @@ def test_example_is_repeated_when_the_size_is_larger(program: Program) -> None:
     found = narrowed(program, {"batch": DimRange(min=5, max=5, opt=5)})
     assert torch.equal(found.example[0], program.example[0][[0, 1, 0, 1, 0]])
     assert same(program, found, found.example[0])
+
+
+def test_graph_can_be_traced_on_when_the_data_decides_a_size_behind_the_narrowed_one() -> None:
+    class Positive(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[x.sum(-1) > 0].sum(0)
+
+    whole = captured(Positive(), torch.randn(2, 5, 4))
+    found = narrowed(whole, {"batch": ONE})
+    traced = exported_from_program(found).run_decompositions({})  # as every exporter does
+    x = torch.randn(1, 5, 4)
+    torch.testing.assert_close(traced.module()(x)[0], whole.run(x)[0])

@@ -35,6 +35,7 @@ def fake_from(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
 def quiet_fake(mode: FakeTensorMode) -> Iterator[None]:
     """Run operators on fakes; new guards are not recorded (the capture has settled them).
 
+    Sizes that the data decides get new symbols; nobody has to bind them, and who traces the graph next makes its own.
     Without the Python dispatcher, operators made of others (``pad``) would turn a symbolic size into the hint's number.
     """
     shape_env = mode.shape_env
@@ -42,7 +43,7 @@ def quiet_fake(mode: FakeTensorMode) -> Iterator[None]:
         if shape_env is None:
             yield
         else:
-            with shape_env.suppress_guards():
+            with shape_env.suppress_guards(), shape_env.ignore_fresh_unbacked_symbols():
                 yield
 
 
