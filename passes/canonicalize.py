@@ -4,7 +4,7 @@ Before → after::
 
     transpose, t, mT, swapaxes, movedim      →  permute (dims ≥ 0)
     view, flatten, unflatten, view_as        →  reshape
-    expand_as                                →  expand
+    expand_as, broadcast_to                  →  expand
     reshape [%batch, 197, 192]               →  reshape [-1, 197, 192]   (one symbolic entry)
     reshape [%batch, 197, 3, -1]             →  reshape [-1, 197, 3, 64] (one symbolic size in the result)
     flatten, view_as … to two or more symbolic entries  →  reshape [sym_size, -1, 192]
@@ -167,8 +167,10 @@ def _entries(node: Node) -> list[Any]:
     return list(node.args[1])  # type: ignore[arg-type]
 
 
-def _expand_as(node: Node) -> Any:
+def _expand(node: Node) -> Any:
     source, other = node.args[:2]
+    if dialect.op_name(node) == "aten.broadcast_to.default":
+        return aten.expand.default, (source, list(other))  # type: ignore[arg-type]
     want, have = _shape(node), _shape(source)
     new = len(want) - len(have)
     sizes: list[Any] = []
@@ -208,7 +210,7 @@ def _spelled(canonical: str, rule: _Rule) -> dict[str, _Rule]:
 _RULES: dict[str, _Rule] = {
     **_spelled("aten.permute.default", _permute),
     **_spelled("aten.reshape.default", _reshape),
-    **dict.fromkeys(dialect.SECOND_SPELLINGS["aten.expand.default"], _expand_as),
+    **dict.fromkeys(dialect.SECOND_SPELLINGS["aten.expand.default"], _expand),
     **dict.fromkeys(dialect.COPIES, _operand),
     "aten.squeeze.dim": _squeeze,
     "aten.squeeze.dims": _squeeze,

@@ -104,6 +104,12 @@ def test_expand_as_becomes_expand_when_the_batch_is_symbolic() -> None:
     assert calls(checked.after).count("sym_size.int") == 1, "the batch of the second is read, as its operand has none"
 
 
+def test_broadcast_to_becomes_expand_when_the_batch_is_symbolic() -> None:
+    net = Lambda(lambda x: x + torch.broadcast_to(x.mean(0, keepdim=True), x.shape))
+    checked = check_pass(Canonicalize(), net, SQUARE, expect_changes=1)
+    assert calls(checked.after) == ["sym_size.int", "mean.dim", "expand.default", "add.Tensor"]
+
+
 @pytest.mark.parametrize(
     "function",
     [

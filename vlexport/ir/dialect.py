@@ -146,6 +146,7 @@ OPS: dict[str, OpInfo] = {
     **_row("view", "flip.default repeat.default repeat_interleave.self_int tile.default pixel_shuffle.default"),
     **_row("view", "pixel_unshuffle.default unfold.default im2col.default narrow.default channel_shuffle.default"),
     **_row("view", "transpose.int t.default view.default flatten.using_ints unflatten.int expand_as.default"),
+    **_row("view", "broadcast_to.default"),
     **_row("view", "movedim.int movedim.intlist swapaxes.default mT.default numpy_T.default view_as.default"),
     **_row("view", "reshape_as.default _unsafe_view.default swapdims.default adjoint.default clone.default"),
     **_row("view", "upsample_nearest2d.vec upsample_bilinear2d.vec upsample_bicubic2d.vec upsample_nearest2d.default"),
@@ -187,7 +188,7 @@ SECOND_SPELLINGS: dict[str, tuple[str, ...]] = {
         "aten.view.default", "aten.flatten.using_ints", "aten.unflatten.int", "aten._unsafe_view.default",
         "aten.view_as.default", "aten.reshape_as.default",
     ),
-    "aten.expand.default": ("aten.expand_as.default",),
+    "aten.expand.default": ("aten.expand_as.default", "aten.broadcast_to.default"),
 }  # fmt: skip
 """Operator → others that say the same; in canonical form only the first is left."""
 COPIES = ("aten.clone.default", "aten.contiguous.default")
