@@ -25,6 +25,8 @@ from vlexport.targets.coreml.shapes import Sizes, enumerated_shapes, parse_shape
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+_BYTES = ("uint8", "int8")
+"""Types of inputs that coremltools stops at; of images it makes them itself, from a Program that takes floats."""
 _ENUMERATED_INPUTS_FROM = 18
 """iOS version from which more than one input may have enumerated shapes."""
 
@@ -152,6 +154,12 @@ def _require_takable(inputs: Sequence[TensorSpec]) -> None:
         if not spec.shape:
             raise CapabilityError("VLX0503", f"input {spec.name} is a scalar: Core ML's inputs have dims",
                                   where=spec.name, hint="give it a dim of size 1 in the model")  # fmt: skip
+        if spec.dtype in _BYTES:
+            raise CapabilityError(
+                "VLX0503", f"input {spec.name} is {spec.dtype}: Core ML's inputs are float32, float16 or int32",
+                where=spec.name, hint="let the model take float32 or int32 there, and cast in the app (or, for "
+                "pictures of 8 bits, float32 with --set coreml.inputs=image)",
+            )  # fmt: skip
 
 
 def _package(options: CoreMLOptions, brief: Brief) -> str:

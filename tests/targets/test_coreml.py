@@ -483,6 +483,18 @@ def test_scalar_input_is_refused_when_there_is_one(tmp_path: Path) -> None:
     assert "scalar" in refused("VLX0503", lambda: lowered(net, tmp_path, brief())).message
 
 
+def test_input_of_bytes_is_refused_by_name_when_there_is_one(tmp_path: Path) -> None:
+    class Pixels(nn.Module):
+        def forward(self, picture: Tensor) -> Tensor:
+            return picture.float() / 255
+
+    net = captured(Pixels(), torch.ones(2, 4, dtype=torch.uint8))
+    error = refused("VLX0503", lambda: lowered(net, tmp_path, brief()))
+    assert (error.where, "input picture is uint8" in error.message) == ("picture", True)
+    assert "float32 or int32" in error.hint
+    assert error.message in [each.message for each in CoreMLTarget().problems(net, brief())]
+
+
 # -- the bundle --------------------------------------------------------------------------------------------------------
 
 
