@@ -8,7 +8,7 @@ Before → after::
     chunk(x, 3)                     →  split(x, ceil(size / 3))
     max_pool1d(x, k)                →  squeeze(max_pool2d(unsqueeze(x)))
     rms_norm(x)                     →  x · rsqrt(mean(x²) + eps) · weight
-    var_mean(x)                     →  var(x), mean(x)
+    var_mean(x), std_mean(x)        →  var(x) or std(x), mean(x)
     gelu(x, approximate=tanh)       →  x/2 · (1 + tanh(√(2/π) (x + 0.044715 x³)))
     reciprocal(x)                   →  1 / x
     add(x, y, alpha=a), sub, rsub   →  x + y · a, x − y · a, y − x · a
@@ -189,14 +189,16 @@ def _rms_norm(emit: Emit, node: Node, args: tuple[Any, ...]) -> Node:
 
 
 def _var_mean(emit: Emit, node: Node, args: tuple[Any, ...]) -> tuple[Node, Node]:
-    if dialect.op_name(node) == "aten.var_mean.dim":
-        x, dims, unbiased, keep = args
-        correction: Any = 1 if unbiased else 0
-    else:
+    name = dialect.op_name(node)
+    if name.endswith(".correction"):
         x, dims, correction, keep = args
         correction = 1 if correction is None else correction
+    else:
+        x, dims, unbiased, keep = args if name.endswith(".dim") else (args[0], None, args[1], False)
+        correction = 1 if unbiased else 0
     dims = list(range(len(_shape(x)))) if dims is None else dims
-    return emit(aten.var.correction, x, dims, correction=correction, keepdim=keep), emit(aten.mean.dim, x, dims, keep)
+    spread = aten.std.correction if name.startswith("aten.std") else aten.var.correction
+    return emit(spread, x, dims, correction=correction, keepdim=keep), emit(aten.mean.dim, x, dims, keep)
 
 
 def _addcmul(emit: Emit, node: Node, args: tuple[Any, ...]) -> Node:
@@ -337,7 +339,7 @@ _UNSEEN_THRESHOLD = 15
 _TORCH_THRESHOLD = 20
 _SCALED = ("aten.add.Tensor", "aten.sub.Tensor", "aten.rsub.Tensor", "aten.rsub.Scalar")
 _MISREAD = (*_SCALED, "aten.gelu.default", "aten.softplus.default", "aten.reciprocal.default")
-_SEVERAL = ("aten.var_mean.dim", "aten.var_mean.correction")
+_SEVERAL = tuple(f"aten.{n}_mean.{overload}" for n in ("var", "std") for overload in ("default", "dim", "correction"))
 _RULES: dict[str, _Rule] = {
     "aten.to.dtype": _cast,
     "aten.where.Scalar": _where,
@@ -349,8 +351,7 @@ _RULES: dict[str, _Rule] = {
     "aten.chunk.default": _chunk,
     "aten.max_pool1d.default": _max_pool1d,
     "aten.rms_norm.default": _rms_norm,
-    "aten.var_mean.dim": _var_mean,
-    "aten.var_mean.correction": _var_mean,
+    **dict.fromkeys(_SEVERAL, _var_mean),
     "aten.addcmul.default": _addcmul,
     "aten.lerp.Scalar": _lerp,
     "aten.logit.default": _logit,

@@ -37,7 +37,7 @@ class Calls(nn.Module):
 def several(x: Tensor) -> tuple[Tensor, ...]:
     variance, mean = torch.var_mean(x, -1, keepdim=True)
     population, _ = torch.var_mean(x, (1, 2), correction=0)
-    return variance, mean, population, torch.var_mean(x, -1)[1]
+    return variance, mean, population, torch.var_mean(x, -1)[1], *torch.std_mean(x, 1), *torch.std_mean(x)
 
 
 def attentions(x: Tensor) -> tuple[Tensor, ...]:
