@@ -5,6 +5,7 @@ What coremltools says of an operator that it does not take is mapped to the node
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import shutil
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch.export import ExportedProgram
 
 from vlexport.core.artifact import TensorSpec
@@ -29,8 +31,10 @@ from vlexport.targets.coreml.pixels import steps_outside
 from vlexport.targets.coreml.plan import Plan
 from vlexport.targets.coreml.quantized import WHAT_INSTEAD, register, why_not
 from vlexport.targets.coreml.shapes import Sizes, enumerated_shapes
+from vlexport.targets.coreml.typed import HALF, SINGLE, typed_conversion
 
 SUFFIX = ".mlpackage"
+_FLOATS = {torch.float16: HALF, torch.float32: SINGLE}
 _COLOURS = {"rgb": "RGB", "bgr": "BGR", "gray": "GRAYSCALE"}
 
 
@@ -111,7 +115,7 @@ def _converted(plan: Plan, scratch: Path) -> tuple[Any, bytes | None]:
     register()
     exported = exported_from_program(plan.program)
     made = scratch / f"converted{SUFFIX}"
-    with compat.quiet():
+    with compat.quiet(), typed_conversion(_types(exported)) if plan.typed else contextlib.nullcontext():
         try:
             model = ct.convert(
                 exported,
@@ -134,6 +138,12 @@ def _converted(plan: Plan, scratch: Path) -> tuple[Any, bytes | None]:
         spec = model.get_spec()
     blobs = [file for file in (made / "Data").rglob("*.bin") if file.is_file()]
     return spec, blobs[0].read_bytes() if blobs else None
+
+
+def _types(exported: ExportedProgram) -> dict[str, str]:
+    """Which of its values are fp16, and which fp32."""
+    values = {node.name: node.meta.get("val") for node in exported.graph.nodes if node.op == "call_function"}
+    return {name: _FLOATS[v.dtype] for name, v in values.items() if isinstance(v, torch.Tensor) and v.dtype in _FLOATS}
 
 
 def _precision(ct: Any, plan: Plan) -> Any:

@@ -12,12 +12,16 @@ Before → after::
     gelu(x, approximate=tanh)       →  x/2 · (1 + tanh(√(2/π) (x + 0.044715 x³)))
     reciprocal(x)                   →  1 / x
     add(x, y, alpha=a), sub, rsub   →  x + y · a, x − y · a, y − x · a
+    addmm, baddbmm(x, a, b, beta, alpha)
+                                    →  x · beta + matmul(a, b) · alpha   (x + … with beta 1, no x with beta 0)
     softplus(x, beta, threshold)    →  where(x · beta > threshold, x, softplus(x, beta))   (threshold below 15)
     attention(q, k, v, scale=1/√d)  →  attention(q, k, v)
     attention with another scale, a boolean mask or is_causal
                                     →  attention(q · scale · √d, k, v, where(mask, 0, −3e4))
     attention of operands whose batches come from several reshapes, of a batch with a range
                                     →  matmul(softmax(matmul(q · scale, kᵀ) + mask), v)
+    clamp, clamp_min or clamp_max of fp16 with one number
+                                    →  maximum(x, full([], v)), minimum(x, full([], v))
     addcmul, lerp, logit, trunc, fmod, isinf, channel_shuffle, take_along_dim  →  the arithmetic that defines them
 
 Does not apply when: a bitwise operator works on integers; the sizes that a chunk, a shuffle or a causal mask needs
@@ -102,6 +106,10 @@ def _is_taken(node: Node) -> bool:
         return bool(args[1] != "tanh")
     if name in _SCALED:
         return bool(args[2] == 1)
+    if name in _PRODUCTS:
+        return bool(args[3] == args[4] == 1)
+    if name in _CLAMPS:
+        return node.meta["val"].dtype is not torch.float16 or None not in _bounds(node)
     if name == _ATTENTION:
         return args[6] is None and not args[5] and not _is_boolean(args[3]) and (args[7] or not is_uneven(node))
     return name == "aten.softplus.default" and args[2] >= _UNSEEN_THRESHOLD
@@ -269,6 +277,17 @@ def _scaled(emit: Emit, node: Node, args: tuple[Any, ...]) -> Node:
     return made
 
 
+def _addmm(emit: Emit, node: Node, args: tuple[Any, ...]) -> Node:
+    """Without it coremltools multiplies floats by an integer, and refuses that."""
+    x, a, b, beta, alpha = args
+    made: Node = emit(aten.matmul.default, a, b)
+    if alpha != 1:
+        made = emit(aten.mul.Tensor, made, float(alpha))
+    if beta == 0:
+        return made
+    return cast("Node", emit(aten.add.Tensor, x if beta == 1 else emit(aten.mul.Tensor, x, float(beta)), made))
+
+
 def _softplus(emit: Emit, node: Node, args: tuple[Any, ...]) -> Node:
     """Without it coremltools computes the logarithm above the threshold, too."""
     x, beta, threshold = args
@@ -282,6 +301,20 @@ def _reciprocal(emit: Emit, node: Node, args: tuple[Any, ...]) -> Node:
     one = emit(aten.full.default, [], 1.0, dtype=node.meta["val"].dtype)
     made: Node = emit(aten.div.Tensor, one, args[0])
     return made
+
+
+def _clamp(emit: Emit, node: Node, args: tuple[Any, ...]) -> Node:
+    """Without it coremltools refuses fp16, or computes in fp32: it makes the number, and the bound not given, fp32."""
+    low, high = _bounds(node)
+    bound = emit(aten.full.default, [], high if low is None else low, dtype=node.meta["val"].dtype)
+    made: Node = emit(aten.minimum.default if low is None else aten.maximum.default, args[0], bound)
+    return made
+
+
+def _bounds(node: Node) -> tuple[Any, Any]:
+    """Least and largest number of a clamp, None where there is none."""
+    name, args = dialect.op_name(node), dialect.operands(node)
+    return (None, args[1]) if name == "aten.clamp_max.default" else (args[1], (*args, None)[2])
 
 
 def _channel_shuffle(emit: Emit, node: Node, args: tuple[Any, ...]) -> Node:
@@ -338,6 +371,8 @@ _UNSEEN_THRESHOLD = 15
 """Above it softplus is linear to 3e-7, which is rounding in fp32."""
 _TORCH_THRESHOLD = 20
 _SCALED = ("aten.add.Tensor", "aten.sub.Tensor", "aten.rsub.Tensor", "aten.rsub.Scalar")
+_PRODUCTS = ("aten.addmm.default", "aten.baddbmm.default")
+_CLAMPS = ("aten.clamp.default", "aten.clamp_min.default", "aten.clamp_max.default")
 _MISREAD = (*_SCALED, "aten.gelu.default", "aten.softplus.default", "aten.reciprocal.default")
 _SEVERAL = tuple(f"aten.{n}_mean.{overload}" for n in ("var", "std") for overload in ("default", "dim", "correction"))
 _RULES: dict[str, _Rule] = {
@@ -362,6 +397,8 @@ _RULES: dict[str, _Rule] = {
     "aten.softplus.default": _softplus,
     "aten.gelu.default": _gelu_tanh,
     "aten.reciprocal.default": _reciprocal,
+    **dict.fromkeys(_CLAMPS, _clamp),
+    **dict.fromkeys(_PRODUCTS, _addmm),
     "aten.channel_shuffle.default": _channel_shuffle,
     "aten.take_along_dim.default": _take_along_dim,
     _ATTENTION: _attention,

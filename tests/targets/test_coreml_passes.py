@@ -78,6 +78,14 @@ RULES: dict[str, tuple[Callable[[Tensor], Any], Tensor]] = {
         ),
         ROWS,
     ),
+    "addmm": (
+        lambda x: (
+            torch.addmm(x[0], x[0], x[1].permute(1, 0) @ x[1], beta=2, alpha=3)
+            + torch.baddbmm(x, x @ x.permute(0, 2, 1), x, beta=0.5)
+            + torch.baddbmm(x, x @ x.permute(0, 2, 1), x, beta=0, alpha=2)
+        ),
+        ROWS,
+    ),
     "softplus": (lambda x: F.softplus(x, 2, 0.5), ROWS),
     "take_along_dim": (lambda x: torch.take_along_dim(x, x.argsort(1), 1), ROWS),
 }
@@ -93,6 +101,7 @@ PLAIN = (
     "isinf",
     "channel_shuffle",
     "alpha",
+    "addmm",
 )
 """Converted too; what the others are written with stands in these, or is plain arithmetic."""
 
