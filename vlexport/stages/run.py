@@ -58,10 +58,10 @@ class LoadedBundle:
                 "VLX0507", f"inputs are arrays by name, not {type(inputs).__name__}", where=", ".join(names),
                 hint=f"as run({{{names[0]!r}: array}})",
             )  # fmt: skip
-        arrays = self._session.checked(inputs)
         for spec in main.artifact.inputs:
-            _require_built_for(spec, arrays[spec.name].shape, main.dims)
-        return self._session.run(arrays)
+            if spec.name in inputs:
+                _require_built_for(spec, inputs[spec.name], main.dims)
+        return self._session.run(inputs)
 
     def classify(self, image: str | Path | Image.Image, *, top: int = 5) -> list[tuple[str, float]]:
         """Labels and softmax probabilities of an image, the best first.
@@ -147,14 +147,18 @@ def load(folder: str | Path, *, threads: int = 0) -> LoadedBundle:
     return LoadedBundle(folder, threads=threads)
 
 
-def _require_built_for(spec: TensorSpec, shape: Sequence[int], dims: Mapping[str, DimRange]) -> None:
-    """Refuse a size that a dynamic dim was not built for, and not checked at.
+def _require_built_for(spec: TensorSpec, array: Array, dims: Mapping[str, DimRange]) -> None:
+    """Refuse a size that a dynamic dim was not built for, and not checked at; the session refuses other faults.
 
     Raises:
         InputError: VLX0507.
     """
-    for size, dim in zip(shape, spec.shape, strict=True):
-        if isinstance(dim, int) or dim not in dims:
+    try:
+        shape = np.shape(array)
+    except ValueError:  # nested lists of unlike lengths
+        return
+    for size, dim in zip(shape, spec.shape, strict=False):
+        if isinstance(dim, int) or dim not in dims or size < 1 or len(shape) != len(spec.shape):
             continue
         least, most = dims[dim].min, dims[dim].max
         if size < least or (most is not None and size > most):
