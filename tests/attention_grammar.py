@@ -17,11 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.fx import Node
 
-from vlexport.core.artifact import Signature, TensorSpec
+from tests.growing import finished
 from vlexport.frontends.capture import capture
-from vlexport.ir import provenance
 from vlexport.ir.program import Program
-from vlexport.ir.text import size_text
 
 aten = torch.ops.aten
 TOKENS, FEATURES, HEADS, DEPTH = 6, 10, 2, 6
@@ -131,24 +129,7 @@ class Writer:
 
     def finish(self, *results: Node) -> Program:
         """The Program that returns ``results``."""
-        program = self.program
-        program.output.args = (tuple(results),)
-        for node in reversed(list(program.graph.nodes)):
-            if node.op in ("call_function", "get_attr") and not node.users:
-                program.erase_dead(node)
-        names = program.symbol_names()
-        outputs = tuple(
-            TensorSpec(
-                name=f"output_{i}" if i else "output",
-                dtype=str(n.meta["val"].dtype).removeprefix("torch."),
-                shape=tuple(s if isinstance(s, int) else size_text(s, names) for s in n.meta["val"].shape),
-            )
-            for i, n in enumerate(results)
-        )
-        provenance.stamp(program.graph)
-        old = program.signature
-        program.signature = Signature(inputs=old.inputs, outputs=outputs, dims=old.dims)
-        return program
+        return finished(self.program, list(results), set())
 
 
 def spelled(how: Spelling) -> Program:

@@ -136,3 +136,19 @@ def test_bytes_that_nothing_looks_up_are_those_of_a_photo() -> None:
     program = captured(Photo(), torch.zeros(2, 8, 8, dtype=torch.uint8))
     (image,) = draw(program, torch.Generator().manual_seed(0), {"batch": 64})
     assert (int(image.min()), int(image.max())) == (0, 255)
+
+
+def test_ids_of_two_words_are_no_mask() -> None:
+    class Types(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.types = nn.Embedding(2, 4)
+
+        def forward(self, types: Tensor) -> Tensor:
+            return self.types(types.long())
+
+    for dtype in (torch.int64, torch.uint8):
+        program = captured(Types(), torch.ones(2, 5, dtype=dtype))
+        (types,) = draw(program, torch.Generator().manual_seed(0), {"batch": 64})
+        assert set(types[:, 0].tolist()) == {0, 1}
+        assert int(types.max()) == 1

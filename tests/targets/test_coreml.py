@@ -22,16 +22,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 import vlexport
-from vlexport.cli.main import main
 from vlexport.core.artifact import Artifact
-from vlexport.core.bundle_schema import Bundle, Component, CostRecord
-from vlexport.core.config import BuildConfig, config_from
 from vlexport.core.errors import VlexportError
 from vlexport.core.preprocess import Preprocess, preprocess_from_spec
 from vlexport.frontends.capture import capture
 from vlexport.ir.program import Program
 from vlexport.passes.pipeline import run_pipeline
-from vlexport.stages.write_bundle import write_bundle, write_golden
 from vlexport.targets.base import Brief
 from vlexport.targets.coreml import CoreMLOptions, CoreMLTarget
 from vlexport.targets.coreml.check import require_as_planned
@@ -493,47 +489,3 @@ def test_input_of_bytes_is_refused_by_name_when_there_is_one(tmp_path: Path) -> 
     assert (error.where, "input picture is uint8" in error.message) == ("picture", True)
     assert "float32 or int32" in error.hint
     assert error.message in [each.message for each in CoreMLTarget().problems(net, brief())]
-
-
-# -- the bundle --------------------------------------------------------------------------------------------------------
-
-
-def test_profile_says_not_measured_here_when_the_bundle_is_for_apple(
-    program: Program, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "cells.bundle"
-    artifact = CoreMLTarget().lower(program, folder / "artifact", brief())
-    image = np.zeros((1, 3, 8, 8), np.float32)
-    golden = write_golden(folder, "main", {"image": image}, {"output": program.run(torch.from_numpy(image))[0].numpy()})
-    component = Component(artifact=artifact, dims={}, preprocess={}, labels=(), golden=golden, passes=(),
-                          cost=CostRecord(macs=0, parameters=0, size_bytes=0))  # fmt: skip
-    write_bundle(
-        folder,
-        Bundle(vlexport="0", state="built", target="coreml", precision="fp16", device_profile="ios17", source_hash="",
-               components={"main": component}, tools=CoreMLTarget().tools(), instruction_set=(),
-               compatibility=CoreMLTarget().compatibility(brief()), files={}),
-        "",
-    )  # fmt: skip
-    assert main(["profile", str(folder)]) == 4
-    said = capfd.readouterr()
-    text = said.out + said.err
-    assert "not measured here" in text
-    assert "Core ML runs on Apple systems" in text
-    assert re.search(r"\d\s*(ms|µs|×)", text) is None
-    assert not (folder / "measured").exists()
-
-
-def test_packages_get_two_class_names_when_two_models_are_built(tmp_path: Path) -> None:
-    """And the recipe says them, so that a replay from a file of another name gives the same bytes."""
-    module = nn.Sequential(nn.Linear(4, 3)).eval()
-    for name in ("left_eye", "right eye 2"):
-        vlexport.save(module, tmp_path / f"{name}.pt", inputs=torch.randn(1, 4))
-    made = {}
-    for name in ("left_eye", "right eye 2"):
-        config = BuildConfig(model=str(tmp_path / f"{name}.pt"), target="coreml", output=str(tmp_path / name))
-        made[name] = vlexport.build(config)
-    paths = [each.bundle.main.artifact.path for each in made.values()]
-    assert paths == ["LeftEye.mlpackage", "RightEye2.mlpackage"]
-    recipe = tmp_path / "left_eye/recipe.toml"
-    again = config_from({"model": str(tmp_path / "right eye 2.pt"), "output": str(tmp_path / "again")}, recipe=recipe)
-    assert vlexport.build(again).bundle.main.artifact.path == "LeftEye.mlpackage"

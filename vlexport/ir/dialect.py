@@ -232,6 +232,12 @@ def info(node: Node) -> OpInfo | None:
     return row
 
 
+def carries_on(node: Node) -> bool:
+    """Whether a call only moves numbers, or changes each by itself."""
+    row = info(node)
+    return row is not None and row.category in ("view", "elementwise")
+
+
 def is_opaque(node: Node) -> bool:
     """Whether nothing is known about a call."""
     return node.op == "call_function" and info(node) is None

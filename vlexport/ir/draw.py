@@ -21,8 +21,7 @@ _KEPT_SHARE = 0.7
 _MASK = 2
 """Values of a mask in whole numbers."""
 _BYTE = 256
-"""Values of a byte."""
-_PASS_THROUGH = ("view", "elementwise")
+"""Values of a photo's byte."""
 
 
 def draw(
@@ -49,26 +48,24 @@ def draw(
                 kept[..., :1] = True
             values.append(~kept if hides(program, node) else kept)
         else:
-            high = vocabulary(program, node)
-            if high == _MASK and dtype is torch.uint8:
-                high = _BYTE  # of a photo
+            rows, photo = vocabulary(program, node), dtype is torch.uint8
+            high = (_BYTE if photo else _MASK) if rows is None else rows
             value = torch.randint(0, high, shape, generator=generator, dtype=torch.int64).to(dtype)
-            if high == _MASK and shape:
+            if rows is None and not photo and shape:
                 value[..., :1] = 1
             values.append(value)
     return tuple(values)
 
 
-def vocabulary(program: Program, node: Node) -> int:
-    """Rows of the smallest embedding that reads ``node`` through views and casts; of a mask when there is none."""
+def vocabulary(program: Program, node: Node) -> int | None:
+    """Rows of the smallest embedding that reads ``node`` through views and casts; None when there is none."""
     found: list[int] = []
     pending, seen = [node], {node}
     while pending:
         for user in pending.pop().users:
-            row = dialect.info(user)
             if dialect.op_name(user) == "aten.embedding.default":
                 found.append(int(user.args[0].meta["val"].shape[0]))  # type: ignore[union-attr]
-            elif user not in seen and row is not None and row.category in _PASS_THROUGH:
+            elif user not in seen and dialect.carries_on(user):
                 seen.add(user)
                 pending.append(user)
-    return min(found, default=_MASK)
+    return min(found, default=None)

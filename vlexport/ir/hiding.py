@@ -20,7 +20,6 @@ from vlexport.ir.program import Program
 _HIDDEN = -1e4
 """A score of this or less weighs nothing behind a softmax, in float16 too."""
 _NEGATIONS = ("aten.logical_not.default", "aten.bitwise_not.default")
-_PASS_THROUGH = ("view", "elementwise")
 
 
 def hides(program: Program, mask: Node) -> bool:
@@ -37,8 +36,7 @@ def hides(program: Program, mask: Node) -> bool:
             filled = _fills_where(program, user, value)
             if filled is not None:
                 return filled == straight
-            row = dialect.info(user)
-            if user not in seen and row is not None and row.category in _PASS_THROUGH:
+            if user not in seen and dialect.carries_on(user):
                 seen.add(user)
                 pending.append((user, straight != (dialect.op_name(user) in _NEGATIONS)))
     return False
